@@ -1,0 +1,13 @@
+"""X-Dim: image-text matching with cross-dimensional semantic dependency.
+
+from lib import load
+model = load("runs/demo")                       # a run folder, a checkpoint of this project or a published one
+scores = model.score(regions, ["a red ball"])   # (images, captions)
+"""
+
+
+def load(checkpoint, **settings):
+    """Load a trained model; see `lib.evaluation.matcher.load_matcher` for arguments, result and errors."""
+    from lib.evaluation.matcher import load_matcher  # importing torch takes seconds: only when asked for
+
+    return load_matcher(checkpoint, **settings)

@@ -1,0 +1,162 @@
+"""Every setting of the programs: one dataclass field each, from which the command line's flags are made.
+
+A field's name is its flag (`--batch_size`), its default the published program's. Wrong values and contradictions are
+refused here, in the flags' own names.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lib.cli import Parser
+from lib.errors import InputError
+
+Settings = TypeVar("Settings")
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field that is also a command-line flag; options go to argparse."""
+    return dataclasses.field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class DataSettings:
+    """data"""
+
+    data_path: str = flag("data", "folder of the data sets")
+    data_name: str = flag(
+        "f30k_precomp", "data set: DATA_PATH/DATA_NAME/, or DATA_PATH/precomp/ where only that exists"
+    )
+    workers: int = flag(10, "processes that read features; never more than there are cores")
+
+
+@dataclass
+class ModelSettings:
+    """model"""
+
+    bert: str = flag(
+        "bert-base-uncased", "BERT by name (fetched once), or a folder; one without weights starts at random"
+    )
+    img_dim: int = flag(2048, "numbers of a region feature")
+    embed_size: int = flag(1024, "dimensions that images and captions share")
+    no_imgnorm: bool = flag(False, "do not normalise region embeddings")
+    no_txtnorm: bool = flag(False, "do not normalise word embeddings")
+    mask_padding: bool = flag(False, "keep padding regions out of attention and BatchNorm (published: they take part)")
+
+
+@dataclass
+class RecipeSettings:
+    """recipe"""
+
+    batch_size: int = flag(128, "image-caption pairs of a step")
+    num_epochs: int = flag(30, "epochs to train")
+    learning_rate: float = flag(0.0005, "learning rate; BERT's is a tenth of it")
+    lr_update: int = flag(15, "epoch, counted from 0, from which on the learning rate is a tenth")
+    margin: float = flag(0.2, "margin of the hinge loss")
+    max_violation: bool = flag(False, "hardest negatives from the first step on")
+    vse_mean_warmup_epochs: int = flag(1, "epochs with all negatives before the hardest ones take over")
+    grad_clip: float = flag(2.0, "largest global gradient norm; 0 = no clipping")
+    seed: int = flag(0, "seed of weights, order, augmentation and dropout")
+
+
+@dataclass
+class RunSettings:
+    """run"""
+
+    model_name: str = flag("", "run folder for checkpoints and run.log (default: runs/DATA_NAME)")
+    logger_name: str = flag("", "folder for TensorBoard files (default: the run folder)")
+    log_step: int = flag(100, "steps between two lines of the log")
+    resume: str = flag("", "checkpoint or run folder to go on from; its settings are the defaults then")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = flag(
+        "", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=["", "fp32", "tf32", "bf16"]
+    )
+
+
+@dataclass
+class TrainSettings(RunSettings, RecipeSettings, ModelSettings, DataSettings):
+    """Settings of train.py."""
+
+    def __post_init__(self):
+        for name in ("img_dim", "batch_size", "num_epochs", "log_step", "learning_rate", "margin"):
+            _refuse(getattr(self, name) <= 0, f"--{name} {getattr(self, name)}: must be above 0")
+        for name in ("workers", "lr_update", "vse_mean_warmup_epochs", "grad_clip", "seed"):
+            _refuse(getattr(self, name) < 0, f"--{name} {getattr(self, name)}: must not be negative")
+        _refuse(self.batch_size < 2, "--batch_size 1: a batch needs a second pair to take negatives from")
+        _refuse(self.embed_size < 2, f"--embed_size {self.embed_size}: the gate needs at least 2 dimensions")
+        self.model_name = self.model_name or str(Path("runs") / self.data_name)
+        self.logger_name = self.logger_name or self.model_name
+
+
+@dataclass
+class CheckpointSettings:
+    """checkpoint and where to run it; what is left out is taken from the checkpoint"""
+
+    checkpoint: str = flag("", "checkpoint, run folder (its best) or published file (default: newest best below runs/)")
+    data_path: str = flag("", "folder of the data sets")
+    data_name: str = flag("", "data set below DATA_PATH")
+    bert: str = flag("", "BERT's name or folder; a checkpoint of this project carries its own")
+    batch_size: int = flag(128, "images or captions encoded at a time")
+    workers: int = flag(10, "processes that read features; never more than there are cores")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = flag(
+        "", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=["", "fp32", "tf32", "bf16"]
+    )
+
+    def __post_init__(self):
+        _refuse(self.batch_size <= 0, f"--batch_size {self.batch_size}: must be above 0")
+        _refuse(self.workers < 0, f"--workers {self.workers}: must not be negative")
+
+
+@dataclass
+class EvaluationSettings(CheckpointSettings):
+    """Settings of eval.py."""
+
+    split: str = flag("test", "split to evaluate: dev, test, testall, train")
+    fold5: bool = flag(False, "mean over five equal consecutive folds, and the full split")
+    save_sims: str = flag("", "write the scores to this .npy file (float32, images x captions)")
+    json: str = flag("", "write the results to this file")
+
+
+def parse(
+    settings: type[Settings], description: str, argv: Sequence[str] | None, defaults: dict | None = None
+) -> Settings:
+    """Read the flags of a settings class; `defaults` replace the class's own."""
+    parser = Parser(description=description, formatter_class=_HelpFormatter)
+    for group in reversed(settings.__mro__[:-1]):
+        names = [name for name in group.__annotations__ if name in settings.__dataclass_fields__]
+        arguments = parser.add_argument_group(group.__doc__.strip().rstrip("."))
+        for name in names:
+            _add_flag(arguments, settings.__dataclass_fields__[name])
+    if "resume" in settings.__dataclass_fields__:
+        parser.add_argument("--precomp_enc_type", choices=["basic"], default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(**(defaults or {}))
+    values = vars(parser.parse_args(argv))
+    values.pop("precomp_enc_type", None)  # scripts of this family pass it; basic is what there is
+    return settings(**values)
+
+
+def _add_flag(arguments, field: dataclasses.Field) -> None:
+    options = dict(field.metadata)
+    if field.type is bool:
+        options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+    else:
+        options["type"] = field.type
+        options.setdefault("metavar", field.name.upper())
+    arguments.add_argument(f"--{field.name}", default=field.default, **options)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to a flag's help where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, "", False, argparse.SUPPRESS)
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+def _refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise InputError(message)
