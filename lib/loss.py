@@ -1,0 +1,20 @@
+"""The hinge triplet loss over a batch's matrix of scores (VSE++, Faghri et al. 2018)."""
+
+import torch
+from torch import Tensor
+
+
+def hinge_triplet_loss(scores: Tensor, margin: float, hardest: bool) -> Tensor:
+    """Sum of max(0, margin + score of a negative - score of the true pair) over both directions.
+
+    scores: (B, B), row = image, column = caption, true pairs on the diagonal.
+    hardest: only the worst negative of each row and of each column counts; else all of them do.
+    Returns a scalar: the sum, not the mean.
+    """
+    true = scores.diagonal()
+    diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    of_images = (margin + scores - true[:, None]).clamp(min=0).masked_fill(diagonal, 0)
+    of_captions = (margin + scores - true[None, :]).clamp(min=0).masked_fill(diagonal, 0)
+    if hardest:
+        return of_images.max(dim=1).values.sum() + of_captions.max(dim=0).values.sum()
+    return of_images.sum() + of_captions.sum()
