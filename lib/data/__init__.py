@@ -1,0 +1,1 @@
+"""Files on disk to batches of tensors. Knows nothing of models."""

@@ -1,0 +1,76 @@
+"""Batches of tensors for training and for evaluation."""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lib.data.augment import disturb_words, drop_regions
+from lib.data.precomp import FeatureFile, Split
+from lib.data.tokenizer import TokenizedCaptions, Tokenizer
+
+
+class Batch(NamedTuple):
+    """B image-caption pairs; row i of the images belongs to caption i."""
+
+    features: Tensor  # (B, R, img_dim) in the file's precision, zero rows beyond `counts`
+    counts: Tensor  # (B,) regions of each image
+    ids: Tensor  # (B, N) token ids, 0 beyond `lengths`
+    lengths: Tensor  # (B,) tokens of each caption
+
+
+class EpochBatches(Dataset):
+    """The training batches of one epoch: every pair once, shuffled and augmented, the last incomplete batch dropped.
+
+    Batch k is a function of (seed, epoch, k) alone, whoever asks for it and in whatever order.
+    """
+
+    def __init__(
+        self, split: Split, captions: TokenizedCaptions, tokenizer: Tokenizer, batch_size: int, seed: int, epoch: int
+    ):
+        self.split, self.captions, self.tokenizer = split, captions, tokenizer
+        self.seed, self.epoch = seed, epoch
+        order = self._rng(0).permutation(len(captions))
+        self.pairs = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch, stream])  # stream 0: order; 1 + k: batch k
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, k: int) -> Batch:
+        rng, pairs = self._rng(1 + k), self.pairs[k]
+        features, counts = drop_regions(self.split.features.read(self.split.image_of_caption[pairs]), rng)
+        words = disturb_words(self.captions.select(pairs), self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
+        return Batch(*map(torch.from_numpy, (features, counts, *self.tokenizer.pad(words))))
+
+
+class ImageBatches(Dataset):
+    """Features of consecutive images, each image once: item k is (images, R, img_dim)."""
+
+    def __init__(self, features: FeatureFile, batch_size: int):
+        self.features, self.batch_size = features, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.features) // self.batch_size)
+
+    def __getitem__(self, k: int) -> Tensor:
+        first = k * self.batch_size
+        return torch.from_numpy(self.features.read(np.arange(first, min(first + self.batch_size, len(self.features)))))
+
+
+def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
+    """Read whole batches in order with up to `workers` processes, no more than there are cores."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=min(
+            workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ),
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else opening a loader would draw from the run's random state
+    )
