@@ -1,0 +1,1 @@
+"""Embeddings of a split to scores, ranks, metrics and tables."""
