@@ -1,0 +1,10 @@
+#!/bin/sh
+# Linter and tests, in the environment of setup_env.sh; further arguments go to pytest.
+set -eu
+cd "$(dirname "$0")"
+REQUIREMENTS="requirements.txt requirements-dev.txt"
+. ./setup_env.sh
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest "$@"
