@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
-from lib.errors import InputError
+from lib.errors import InputError, reason
 
 BERT_BASE = "bert-base-uncased"
 WEIGHT_FILES = (
@@ -21,15 +21,20 @@ def read_config(bert: str) -> BertConfig:
     """The configuration of a BERT; bert-base-uncased's is known without the network. Raises InputError."""
     if bert == BERT_BASE and not Path(bert).is_dir():
         return BertConfig()  # the class's defaults are that model's
+    if Path(bert).is_dir() and not (Path(bert) / "config.json").is_file():
+        raise InputError(f"--bert {bert}: the folder holds no config.json")  # transformers would take its defaults
     try:
         return BertConfig.from_pretrained(bert, local_files_only=Path(bert).is_dir())
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file leads to
         raise _not_to_be_had(bert, error) from None
 
 
 def build_bert(config: dict) -> BertModel:
-    """A BERT of random weights from a configuration's plain dict, without its pooling layer."""
-    return BertModel(BertConfig.from_dict(config), add_pooling_layer=False)
+    """A BERT of random weights from a configuration's plain dict, without its pooling layer. Raises InputError."""
+    try:
+        return BertModel(BertConfig.from_dict(config), add_pooling_layer=False)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"BERT's config.json describes no model that can be built ({reason(error)})") from None
 
 
 def start_bert(bert: str) -> tuple[BertModel, str]:
@@ -45,11 +50,15 @@ def start_bert(bert: str) -> tuple[BertModel, str]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report of pooling and head weights that are left out on purpose
     try:
-        model = BertModel.from_pretrained(bert, add_pooling_layer=False, local_files_only=folder.is_dir())
-    except (OSError, ValueError) as error:
+        model, loaded = BertModel.from_pretrained(
+            bert, add_pooling_layer=False, local_files_only=folder.is_dir(), output_loading_info=True
+        )
+    except Exception as error:  # whatever a damaged file leads to
         raise _not_to_be_had(bert, error) from None
     finally:
         logging.set_verbosity(verbosity)
+    if loaded["missing_keys"]:  # transformers would leave them random
+        raise InputError(f"--bert {bert}: its weights lack {', '.join(sorted(loaded['missing_keys']))}")
     return model.float(), f"BERT starts from the weights of {bert}"
 
 
@@ -59,8 +68,9 @@ def plain(config: BertConfig) -> dict:
 
 
 def _not_to_be_had(bert: str, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(bert).is_dir():
+        return InputError(f"--bert {bert}: its config.json or weights are damaged, or not BERT's ({reason(error)})")
     return InputError(
         f"--bert {bert}: not a folder with config.json and vocab.txt, not cached, "
-        f"and not to be fetched from the Hugging Face hub ({reason})"
+        f"and not to be fetched from the Hugging Face hub ({reason(error)})"
     )

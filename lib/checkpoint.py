@@ -10,7 +10,7 @@ rsum           dev rSum of this epoch       best_rsum   the best so far, best_ep
 optimizer, random_state                     what training needs to go on as if never interrupted
 """
 
-import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,13 +18,27 @@ import torch
 from lib import published
 from lib.bert import BERT_BASE, build_bert, plain, read_config
 from lib.data.tokenizer import Tokenizer, load_tokenizer
-from lib.errors import InputError
+from lib.errors import InputError, reason
 from lib.files import replacing
 from lib.model.xdim import XDim
 
 FORMAT = "x-dim checkpoint 1"
 ARCHITECTURE = ("img_dim", "embed_size", "no_imgnorm", "no_txtnorm", "mask_padding")
+PARTS = {
+    "model",
+    "architecture",
+    "bert_config",
+    "tokenizer",
+    "settings",
+    "epoch",
+    "step",
+    "rsum",
+    "best_rsum",
+    "best_epoch",
+}
+PARTS |= {"optimizer", "random_state"}
 LAST, BEST = "last.pt", "model_best.pt"
+LISTED = 20  # weights that do not fit, named in an error
 
 
 def find_checkpoint(checkpoint: str, of_run: str = BEST, runs: str = "runs") -> Path:
@@ -52,12 +66,15 @@ def read_checkpoint(path: Path) -> dict:
     Never runs code from the file. Raises InputError where it is damaged or not a checkpoint.
     """
     try:
-        with torch.serialization.safe_globals(published.ALLOWED_TYPES):
+        with torch.serialization.safe_globals(published.ALLOWED_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch thinks of a file is said once, in the error
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: damaged, or not a checkpoint ({reason})") from None
+    except Exception as error:  # unpickling damaged bytes raises almost anything
+        # The first sentence only: PyTorch goes on to advise loading without restriction.
+        raise InputError(f"{path}: damaged, or not a checkpoint ({reason(error).split('. ')[0]})") from None
     if isinstance(content, dict) and content.get("format") == FORMAT:
+        if missing := PARTS - content.keys():
+            raise InputError(f"{path}: an incomplete checkpoint, it lacks {', '.join(sorted(missing))}")
         return content
     if published.is_published(content):
         return published.convert(content, path)
@@ -90,7 +107,7 @@ def build_model(content: dict, bert: str = "") -> tuple[XDim, Tokenizer]:
     tokenizer = (
         Tokenizer(content["tokenizer"], max_length)
         if "tokenizer" in content
-        else load_tokenizer(bert or BERT_BASE, max_length)
+        else load_tokenizer(bert or BERT_BASE, max_length, config["vocab_size"])
     )
     model = new_model(build_bert(config), content["architecture"])
     load_weights(model, content["model"])
@@ -120,5 +137,7 @@ def load_weights(model: XDim, weights: dict) -> None:
         if name in weights and weights[name].shape != own[name].shape
     ]
     if problems:
-        raise InputError(f"the checkpoint's weights do not fit the model (is --bert right?): {', '.join(problems)}")
+        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        listed = ", ".join(problems[:LISTED]) + more
+        raise InputError(f"the checkpoint's weights do not fit the model (is --bert right?): {listed}")
     model.load_state_dict(weights)

@@ -43,7 +43,7 @@ def choose_compute(device: str = "auto", precision: str = "") -> Compute:
         raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cuda" and not 0 <= (chosen.index or 0) < torch.cuda.device_count():
         raise InputError(
             f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
         )

@@ -82,9 +82,10 @@ class TrainSettings(RunSettings, RecipeSettings, ModelSettings, DataSettings):
 
     def __post_init__(self):
         for name in ("img_dim", "batch_size", "num_epochs", "log_step", "learning_rate", "margin"):
-            _refuse(getattr(self, name) <= 0, f"--{name} {getattr(self, name)}: must be above 0")
+            _refuse(not getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")  # NaN is not
         for name in ("workers", "lr_update", "vse_mean_warmup_epochs", "grad_clip", "seed"):
-            _refuse(getattr(self, name) < 0, f"--{name} {getattr(self, name)}: must not be negative")
+            _refuse(not getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        _refuse(self.seed >= 2**63, f"--seed {self.seed}: must be below 2**63")
         _refuse(self.batch_size < 2, "--batch_size 1: a batch needs a second pair to take negatives from")
         _refuse(self.embed_size < 2, f"--embed_size {self.embed_size}: the gate needs at least 2 dimensions")
         self.model_name = self.model_name or str(Path("runs") / self.data_name)

@@ -11,3 +11,8 @@ class TrainingStopped(Exception):
     """A run that cannot go on (a loss that is not a number, say). The message says what to do."""
 
     exit_code = 1
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library's error says, to be quoted in ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,4 +29,5 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             f"{path} could not be written: {error.strerror or error}; what stood there before is untouched"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, reason
 
 CAPTIONS_PER_IMAGE = 5
 
@@ -132,8 +132,8 @@ def read_captions(path: Path) -> list[str]:
 def _map_features(path: Path) -> np.memmap:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: truncated or not a .npy file ({error}); copy or download it again") from None
+    except Exception as error:  # a damaged header makes NumPy raise almost anything
+        raise InputError(f"{path}: truncated or not a .npy file ({reason(error)}); copy or download it again") from None
     if (
         not isinstance(rows, np.ndarray)
         or rows.ndim != 3

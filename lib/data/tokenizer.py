@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said explicitly, it d
 
 from tokenizers import Tokenizer as Backend
 
-from lib.errors import InputError
+from lib.errors import InputError, reason
 
 PAD_ID = 0
 
@@ -50,7 +50,7 @@ class Tokenizer:
         content["truncation"] = content["padding"] = None
         self._backend = Backend.from_str(json.dumps(content))
         self.vocab_size = self._backend.get_vocab_size()
-        self.cls_id, self.sep_id, self.mask_id = (self._special(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
+        self.cls_id, self.sep_id, self.mask_id, _ = map(self._special, ("[CLS]", "[SEP]", "[MASK]", "[UNK]"))
 
     def _special(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
@@ -85,10 +85,11 @@ class Tokenizer:
         return ids, kept + 2
 
 
-def load_tokenizer(bert: str, max_length: int) -> Tokenizer:
+def load_tokenizer(bert: str, max_length: int, entries: int) -> Tokenizer:
     """The tokenizer of a BERT by name (fetched unless cached) or folder (vocab.txt or tokenizer.json).
 
-    Raises InputError where there is none.
+    entries: size of the vocabulary that the model's configuration states. Raises InputError where there is no tokenizer
+    or the vocabulary is larger than that.
     """
     from transformers import AutoTokenizer
 
@@ -97,13 +98,11 @@ def load_tokenizer(bert: str, max_length: int) -> Tokenizer:
         raise InputError(f"--bert {bert}: the folder holds no vocab.txt")
     try:
         tokenizer = AutoTokenizer.from_pretrained(bert, use_fast=True, local_files_only=folder.is_dir())
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(
-            f"--bert {bert}: no tokenizer to be had ({_first_line(error)}); "
-            "give a folder with config.json and vocab.txt"
+            f"--bert {bert}: no tokenizer to be had ({reason(error)}); give a folder with config.json and vocab.txt"
         ) from None
-    return Tokenizer(tokenizer.backend_tokenizer.to_str(), max_length)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    loaded = Tokenizer(tokenizer.backend_tokenizer.to_str(), max_length)
+    if loaded.vocab_size > entries:
+        raise InputError(f"--bert {bert}: a vocabulary of {loaded.vocab_size} entries, but config.json says {entries}")
+    return loaded

@@ -13,12 +13,14 @@ class RunLog:
 
     def __init__(self, folder: Path, tensorboard_folder: Path, step: int):
         """step: finished steps; figures of later ones, left by a run that is now resumed, are dropped."""
+        flag, place = "--model_name", folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / "run.log", "a", encoding="utf-8")
+            flag, place = "--logger_name", tensorboard_folder
             self._writer = SummaryWriter(tensorboard_folder, purge_step=step or None)
         except OSError as error:
-            raise InputError(f"--model_name {folder}: cannot be written ({error.strerror or error})") from None
+            raise InputError(f"{flag} {place}: cannot be written ({error.strerror or error})") from None
 
     def say(self, text: str) -> None:
         """Print lines and keep them."""

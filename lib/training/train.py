@@ -103,7 +103,7 @@ def start(settings: TrainSettings) -> Run:
     if content is None:
         bert, origin = start_bert(settings.bert)
         print(origin)
-        tokenizer = load_tokenizer(settings.bert, bert.config.max_position_embeddings)
+        tokenizer = load_tokenizer(settings.bert, bert.config.max_position_embeddings, bert.config.vocab_size)
         model = new_model(bert, dataclasses.asdict(settings))
     else:
         model, tokenizer = build_model(content)
@@ -187,9 +187,8 @@ def train_step(run: Run, batch, hardest: bool) -> tuple[float, float]:
     loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise TrainingStopped(
-            f"step {run.progress.step + 1}: the loss is {loss_value}, its gradient's norm {norm_value}; "
-            f"the last checkpoint in {settings.model_name} is sound: start again with a lower --learning_rate, "
-            "or with --precision fp32"
+            f"step {run.progress.step + 1}: the loss is {loss_value}, its gradient's norm {norm_value}; checkpoints of "
+            f"finished epochs stay in {settings.model_name}; start again with a lower --learning_rate or in fp32"
         )
     run.optimizer.step()
     return loss_value, norm_value
@@ -255,7 +254,7 @@ def resumed_defaults(resume: str) -> dict:
     path = find_checkpoint(resume, LAST)
     content = read_checkpoint(path)
     if "optimizer" not in content:
-        raise InputError(f"--resume {path}: a published checkpoint; it can be evaluated, not trained on")
+        raise InputError(f"--resume {path}: a published checkpoint has no optimiser state; it can only be evaluated")
     defaults = {**content["settings"], "resume": str(path), "model_name": str(path.parent)}
     if content["settings"]["logger_name"] == content["settings"]["model_name"]:
         defaults["logger_name"] = str(path.parent)
