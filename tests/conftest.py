@@ -1,0 +1,80 @@
+"""What many tests share: reference figures, a tiny data set, a tiny training run."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY_BERT = GOLDEN / "tiny_bert"
+SUBJECTS = ("man", "child", "boy", "dog", "woman", "skateboarder")
+ACTIONS = ("holding a red ball", "near the park", "is jumping", "on a black bench", "and two dogs")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reads a file of reference figures: golden("hinge_loss")["scores"]."""
+    return lambda name: np.load(GOLDEN / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def make_data():
+    """Writes a data set of random features in SCAN's layout; see `write_data`."""
+    return write_data
+
+
+def write_data(
+    folder, images=None, regions=6, img_dim=16, repeats=("dev", "test", "testall"), dtype=np.float32
+) -> Path:
+    """images: number for each split. repeats: the splits whose file holds each image five times in a row."""
+    rng = np.random.default_rng(0)
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    for split, count in (images or {"train": 24, "dev": 10, "test": 10, "testall": 20}).items():
+        features = rng.standard_normal((count, regions, img_dim)).astype(dtype)
+        np.save(folder / f"{split}_ims.npy", features.repeat(5, axis=0) if split in repeats else features)
+        captions = [
+            f"A {rng.choice(SUBJECTS)} {rng.choice(ACTIONS)} number {' '.join(str(i))}." for i in range(5 * count)
+        ]
+        (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        (folder / f"{split}_ids.txt").write_text("".join(f"{i}\n" for i in range(count)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> tuple[str, str]:
+    """(data_path, data_name) of a small random data set."""
+    folder = write_data(tmp_path_factory.mktemp("data") / "tiny_precomp")
+    return str(folder.parent), folder.name
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny_data) -> list[str]:
+    """train.py's flags for a model and recipe small enough for a test; the run folder is to be added."""
+    return [
+        *("--data_path", tiny_data[0], "--data_name", tiny_data[1], "--bert", str(TINY_BERT)),
+        *("--img_dim", "16", "--embed_size", "16", "--batch_size", "8", "--workers", "0", "--device", "cpu"),
+        *("--num_epochs", "1", "--log_step", "5"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_flags, tmp_path_factory) -> Path:
+    """The folder of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train.main([*tiny_flags, "--model_name", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def double():
+    """float64 as the default for new tensors."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,0 +1,353 @@
+"""Features and captions on disk: both layouts, repeated rows, line ends, and one clear line for every damage."""
+
+import io
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.data.precomp import FeatureFile, open_split, read_captions
+from lib.errors import InputError
+
+IMAGES, REGIONS, IMG_DIM = 7, 3, 4
+
+
+def make_features(images=IMAGES, dtype=np.float32, repeats=1):
+    features = np.random.default_rng(0).normal(size=(images, REGIONS, IMG_DIM)).astype(dtype)
+    return features.repeat(repeats, axis=0)
+
+
+def make_captions(images=IMAGES):
+    return [f"caption {k} of image {image}" for image in range(images) for k in range(5)]
+
+
+def write(folder, features, captions=None, split="dev"):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{split}_ims.npy", features)
+    lines = make_captions() if captions is None else captions
+    (folder / f"{split}_caps.txt").write_bytes("".join(f"{line}\n" for line in lines).encode())
+
+
+def write_bytes(path, content):
+    path.unlink(missing_ok=True)  # never shorten a file that is still mapped
+    path.write_bytes(content)
+    return path
+
+
+def as_npy(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+def with_header(header, data=b""):
+    """A .npy file of any header text."""
+    header = header.encode("latin1")
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def refusal(function, *args):
+    """The message with which a call is refused, which is one line."""
+    with pytest.raises(InputError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    return message
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sound data set of the split dev."""
+    write(tmp_path / "f30k_precomp", make_features())
+    return tmp_path / "f30k_precomp"
+
+
+def open_dev(folder, img_dim=IMG_DIM):
+    return open_split(str(folder.parent), folder.name, "dev", img_dim)
+
+
+# What is read
+
+
+@pytest.mark.parametrize("name", ["f30k_precomp", "precomp"])
+def test_layouts_of_scan_and_of_gpo_are_found(tmp_path, name):
+    write(tmp_path / name, make_features())
+    split = open_split(str(tmp_path), "f30k_precomp", "dev", IMG_DIM)
+    assert split.folder == tmp_path / name
+    assert split.name == "dev"
+    assert split.captions == make_captions()
+
+
+def test_the_named_folder_comes_before_that_of_gpo(tmp_path):
+    write(tmp_path / "precomp", make_features())
+    write(tmp_path / "f30k_precomp", make_features())
+    assert open_split(str(tmp_path), "f30k_precomp", "dev", IMG_DIM).folder == tmp_path / "f30k_precomp"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_each_image_is_one_row_however_often_the_file_holds_it(tmp_path, repeats, dtype):
+    write(tmp_path / "precomp", make_features(dtype=dtype, repeats=repeats))
+    split = open_split(str(tmp_path), "precomp", "dev", IMG_DIM)
+    assert len(split.features) == IMAGES
+    assert (split.features.regions, split.features.img_dim) == (REGIONS, IMG_DIM)
+    assert split.image_of_caption.tolist() == [image for image in range(IMAGES) for _ in range(5)]
+    for images in (np.arange(IMAGES), np.array([6, 0, 0, 3])):
+        rows = split.features.read(images)
+        assert rows.dtype == dtype
+        assert np.array_equal(rows, make_features(dtype=dtype)[images])
+
+
+def test_one_image_repeated_is_recognised(tmp_path):
+    write(tmp_path / "precomp", make_features(1, repeats=5), make_captions(1))
+    assert len(open_split(str(tmp_path), "precomp", "dev", IMG_DIM).features) == 1
+
+
+@pytest.mark.parametrize("equal", [slice(0), slice(0, 5), slice(15, 20), slice(30, 35), slice(1, 35)])
+def test_rows_that_do_not_all_come_in_fives_are_not_taken_for_repeats(tmp_path, equal):
+    features = make_features(35)
+    features[equal] = 1
+    write(tmp_path / "precomp", features)
+    message = refusal(open_split, str(tmp_path), "precomp", "dev", IMG_DIM)
+    assert "35 captions do not fit the 35 rows" in message
+
+
+def test_column_order_on_disk_does_not_matter(folder):
+    write_bytes(folder / "dev_ims.npy", as_npy(np.asfortranarray(make_features())))
+    assert np.array_equal(open_dev(folder).features.read(np.arange(IMAGES)), make_features())
+
+
+def test_features_are_mapped_and_travel_as_a_path(folder):
+    big = np.zeros((IMAGES, 500, IMG_DIM), dtype=np.float32)
+    np.save(folder / "dev_ims.npy", big)
+    features = open_dev(folder).features
+    assert isinstance(features._rows, np.memmap)
+    features.read(np.array([0]))
+    pickled = pickle.dumps(features)
+    assert len(pickled) < 1000
+    copy = pickle.loads(pickled)
+    assert len(copy) == IMAGES
+    assert np.array_equal(copy.read(np.array([2, 4])), big[[2, 4]])
+
+
+def test_what_is_read_can_be_written_to_without_touching_the_file(folder):
+    features = open_dev(folder).features
+    features.read(np.array([1]))[:] = 9
+    assert np.array_equal(features.read(np.array([1])), make_features()[[1]])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("final", [True, False])
+def test_lines_end_at_newlines_with_or_without_a_last_one(tmp_path, end, final):
+    path = write_bytes(tmp_path / "caps.txt", (end.join(["a dog", "two  cats "]) + end * final).encode())
+    assert read_captions(path) == ["a dog", "two  cats "]
+
+
+@pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\r"])
+def test_other_separators_stay_inside_a_caption(tmp_path, separator):
+    caption = f"a dog{separator}runs"
+    path = write_bytes(tmp_path / "caps.txt", f"{caption}\n{caption}\r\n".encode())
+    assert read_captions(path) == [caption, caption]
+
+
+# What is refused
+
+
+def test_a_missing_data_set_is_explained(tmp_path):
+    message = refusal(open_split, str(tmp_path), "f30k_precomp", "train", IMG_DIM)
+    for part in (tmp_path / "f30k_precomp", tmp_path / "precomp", "train_ims.npy", "train_caps.txt"):
+        assert str(part) in message
+    assert "usually obtained" in message
+    assert "train_demo.sh" in message
+
+
+@pytest.mark.parametrize("name", ["dev_ims.npy", "dev_caps.txt"])
+@pytest.mark.parametrize("instead", ["nothing", "a folder"])
+def test_a_missing_file_is_explained(folder, name, instead):
+    (folder / name).unlink()
+    if instead == "a folder":
+        (folder / name).mkdir()
+    message = refusal(open_dev, folder)
+    assert message.startswith(f"{folder / name} is missing")
+    for part in ("dev_ims.npy", "dev_caps.txt", "usually obtained", "train_demo.sh"):
+        assert part in message
+
+
+def zipped():
+    file = io.BytesIO()
+    np.savez(file, make_features())
+    return file.getvalue()
+
+
+class NotArray:
+    pass
+
+
+SOUND = as_npy(make_features())
+NOT_FEATURES = {
+    "cut in the data": SOUND[:-1],
+    "cut in the header": SOUND[:40],
+    "cut in the magic number": SOUND[:5],
+    "empty": b"",
+    "text": b"Not found\n" * 20,
+    "a web page": b"<!DOCTYPE html>\n<html>\n" * 50,
+    "an .npz archive": zipped(),
+    "a cut .npz archive": zipped()[:200],
+    "a pickled array": as_npy(np.array([{"a": 1}], dtype=object), allow_pickle=True),
+    "a pickle": pickle.dumps([1, 2, 3]),
+    "float64": as_npy(make_features(dtype=np.float64)),
+    "integers": as_npy(make_features().astype(np.int32)),
+    "other byte order": as_npy(make_features().astype(">f4")),
+    "structured": as_npy(np.zeros((7, 3, 4), dtype=[("a", "f4")])),
+    "one dimension less": as_npy(make_features()[:, 0]),
+    "one dimension more": as_npy(make_features()[None]),
+    "a single number": as_npy(np.float32(1)),
+    "no images": as_npy(make_features()[:0]),
+    "no regions": as_npy(make_features()[:, :0]),
+    "unknown version": b"\x93NUMPY\x09\x00" + SOUND[8:],
+    "a huge header": with_header(
+        "{'descr': '<f4', 'shape': (7, 3, 4), " + " " * 20000 + "'fortran_order': False}", SOUND
+    ),
+    "an unclosed header": with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (7, 3", SOUND),
+    "a nonsense header": with_header("\n((( {[", SOUND),
+    "negative size": with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 3, 4)}", SOUND),
+    "gigantic size": with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (9" + "0" * 30 + ", 3, 4)}", SOUND),
+}
+
+
+@pytest.mark.parametrize("damage", NOT_FEATURES)
+def test_a_file_that_does_not_hold_features_is_named(folder, damage):
+    path = write_bytes(folder / "dev_ims.npy", NOT_FEATURES[damage])
+    assert refusal(open_dev, folder).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("change", [-1, 1, 5, -34])
+def test_a_wrong_number_of_captions_is_named_with_both_counts(folder, change):
+    captions = (make_captions() * 2)[: 5 * IMAGES + change]
+    write(folder, make_features(), captions)
+    message = refusal(open_dev, folder)
+    assert message.startswith(f"{folder / 'dev_caps.txt'}: {len(captions)} captions")
+    assert f"the {IMAGES} rows of dev_ims.npy" in message
+
+
+def test_a_wrong_feature_size_is_named_with_the_flag(folder):
+    message = refusal(open_dev, folder, 2048)
+    assert message.startswith(f"{folder / 'dev_ims.npy'}: features of {IMG_DIM} numbers")
+    assert "--img_dim 2048" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_features_that_are_not_numbers_are_named_with_their_row(folder, dtype, value):
+    rows = make_features(dtype=dtype)
+    rows[4, 2, 1] = value
+    write(folder, rows)
+    features = open_dev(folder).features
+    features.read(np.array([0, 3, 5]))
+    message = refusal(features.read, np.array([6, 4, 1]))
+    assert message.startswith(f"{folder / 'dev_ims.npy'}: row 4 ")
+
+
+@pytest.mark.parametrize("image", [2, 6])
+def test_the_row_is_that_of_the_file_where_images_are_repeated(folder, image):
+    rows = make_features(repeats=5)
+    rows[5 * image, 0, 0] = np.nan
+    write(folder, rows)
+    message = refusal(lambda: open_dev(folder).features.read(np.arange(IMAGES)))
+    assert message.startswith(f"{folder / 'dev_ims.npy'}: row {5 * image} ")
+
+
+@pytest.mark.parametrize("line", [1, 20, 35])
+@pytest.mark.parametrize(
+    ("damage", "words"), [(b"caf\xe9", "is not UTF-8"), (b"", "empty"), (b" \t", "empty"), (b"\r", "empty")]
+)
+def test_a_bad_caption_is_named_with_its_line(folder, line, damage, words):
+    lines = [caption.encode() for caption in make_captions()]
+    lines[line - 1] = damage
+    path = write_bytes(folder / "dev_caps.txt", b"\n".join(lines) + b"\n")
+    message = refusal(open_dev, folder)
+    assert re.match(rf"{re.escape(str(path))}: line {line} .*{words}", message)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n"])
+def test_an_empty_captions_file_is_named(folder, content):
+    path = write_bytes(folder / "dev_caps.txt", content)
+    assert refusal(open_dev, folder).startswith(f"{path}: ")
+
+
+def test_a_file_that_vanishes_is_named_by_the_worker_that_opens_it_again(folder):
+    features = pickle.loads(pickle.dumps(open_dev(folder).features))
+    shutil.rmtree(folder)
+    assert refusal(features.read, np.array([0])).startswith(f"{folder / 'dev_ims.npy'}: ")
+
+
+# Whatever the bytes are
+
+
+def unless_refused(read, path):
+    """What `read` gives, or None where it refuses in one line that names the file."""
+    try:
+        return read()
+    except InputError as error:
+        message = str(error)
+    assert message.startswith(f"{path}: ")
+    assert len(message.splitlines()) == 1
+    return None
+
+
+CAPTION = st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size=1).filter(
+    lambda text: text.strip() and not text.endswith("\r")
+)
+
+
+@settings(deadline=None)
+@given(captions=st.lists(CAPTION, min_size=1), end=st.sampled_from(["\n", "\r\n"]), final=st.booleans())
+def test_any_captions_come_back_as_they_were_written(tmp_path_factory, captions, end, final):
+    content = end.join(captions) + end * final
+    path = write_bytes(tmp_path_factory.getbasetemp() / "any_caps.txt", content.encode())
+    assert read_captions(path) == captions
+
+
+@settings(deadline=None)
+@given(st.one_of(st.binary(), st.text("a \r\n\u2028é").map(str.encode)))
+def test_any_bytes_are_captions_or_refused(tmp_path_factory, content):
+    path = write_bytes(tmp_path_factory.getbasetemp() / "any_bytes_caps.txt", content)
+    captions = unless_refused(lambda: read_captions(path), path)
+    if captions is None:
+        return
+    assert len(captions) == content.count(b"\n") + (not content.endswith(b"\n"))
+    assert all(caption.strip() and "\n" not in caption for caption in captions)
+
+
+@settings(deadline=None)
+@given(
+    dtype=st.sampled_from(["f2", "f4", "f8", "i4", "u1", "?", "c8", "S3", ">f4"]),
+    shape=st.lists(st.integers(0, 4), max_size=4).map(tuple),
+    kept=st.one_of(st.none(), st.integers(0, 400)),
+    change=st.one_of(st.none(), st.tuples(st.integers(0, 140), st.integers(0, 255))),
+)
+def test_any_file_gives_its_features_or_is_refused(tmp_path_factory, dtype, shape, kept, change):
+    """Arrays of any type and shape, cut anywhere, one byte changed: the array itself or InputError."""
+    array = np.zeros(shape, dtype)
+    array.flat = np.arange(array.size)
+    sound = as_npy(array)
+    content = bytearray(sound[:kept])
+    if change and change[0] < len(content):
+        content[change[0]] = change[1]
+    path = write_bytes(tmp_path_factory.getbasetemp() / "any_ims.npy", bytes(content))
+    features = unless_refused(lambda: FeatureFile(path), path)
+    rows = features and unless_refused(lambda: features.read(np.arange(len(features))), path)
+    if content == sound:
+        usable = array.ndim == 3 and array.size and array.dtype in (np.float16, np.float32)
+        assert (rows is not None) == bool(usable)
+    if rows is None:
+        return
+    assert rows.shape == (len(features), features.regions, features.img_dim)
+    assert rows.dtype in (np.float16, np.float32)
+    if content == sound:
+        assert rows.dtype == array.dtype
+        assert np.array_equal(rows, array)

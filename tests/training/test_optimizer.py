@@ -1,0 +1,61 @@
+import math
+
+import pytest
+import torch
+
+from lib.bert import build_bert, plain, read_config
+from lib.model.xdim import XDim
+from lib.training.collapse import WATCHED_STEPS, CollapseWatch
+from lib.training.optimizer import build_optimizer, learning_rate_of, set_learning_rate
+from tests.conftest import TINY_BERT
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return XDim(build_bert(plain(read_config(str(TINY_BERT)))), img_dim=8, embed_size=8)
+
+
+def test_bert_has_a_tenth_of_the_rate_and_every_parameter_is_in_one_group(model):
+    optimizer = build_optimizer(model, 5e-4)
+    set_learning_rate(optimizer, 5e-4)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rate) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert rate[id(parameter)] == pytest.approx(5e-5 if ".bert." in name else 5e-4)
+
+
+def test_weight_decay_shrinks_every_parameter_also_the_gate(model):
+    optimizer = build_optimizer(model, 5e-4)
+    set_learning_rate(optimizer, 5e-4)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        rate = 5e-5 if ".bert." in name else 5e-4
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - rate * 1e-4), rtol=1e-7, atol=0)
+
+
+def test_adamw_keeps_pytorchs_other_defaults(model):
+    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
+    for group in build_optimizer(model, 5e-4).param_groups:
+        assert (group["betas"], group["eps"], group["amsgrad"]) == (defaults["betas"], defaults["eps"], False)
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 1.0), (14, 1.0), (15, 0.1), (16, 0.1), (29, 0.1)])
+def test_the_rate_is_a_function_of_the_epoch(epoch, rate):
+    assert learning_rate_of(epoch, 1.0, 15) == pytest.approx(rate)
+
+
+def test_a_loss_stuck_at_the_collapse_level_is_said_once():
+    watch = CollapseWatch(margin=0.2, batch_size=128)
+    said = [watch.warning(51.4) for _ in range(WATCHED_STEPS + 20)]
+    assert [i for i, text in enumerate(said) if text] == [WATCHED_STEPS - 1]
+    assert "--vse_mean_warmup_epochs" in said[WATCHED_STEPS - 1]
+    assert "51.2" in said[WATCHED_STEPS - 1]
+
+
+def test_a_loss_that_passes_the_collapse_level_is_no_collapse():
+    watch = CollapseWatch(margin=0.2, batch_size=128)
+    assert not any(watch.warning(51.2 + 5 * math.sin(step)) for step in range(500))

@@ -1,0 +1,172 @@
+"""The training run as a whole, through train.py."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from lib.checkpoint import read_checkpoint
+from lib.training import train as training
+from tests.conftest import GOLDEN, TINY_BERT
+
+LOSS = re.compile(r"step (\d+) loss ([\d.]+)")
+
+
+def run(flags, folder, *more) -> dict[int, str]:
+    """Train; returns the losses as printed, by step."""
+    assert train.main([*flags, "--model_name", str(folder), "--log_step", "1", *more]) == 0
+    return dict(LOSS.findall((folder / "run.log").read_text()))
+
+
+def weights(folder, name="last.pt"):
+    return read_checkpoint(folder / name)["model"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_folder_holds_checkpoints_of_plain_types_log_and_tensorboard_files(trained_run):
+    assert {"last.pt", "model_best.pt", "run.log"} <= {path.name for path in trained_run.iterdir()}
+    content = torch.load(trained_run / "last.pt", weights_only=True)
+    assert content["epoch"] == 1
+    assert content["step"] == 15
+    assert content["best_rsum"] == content["rsum"]
+    assert content["settings"]["batch_size"] == 8
+    log = (trained_run / "run.log").read_text()
+    assert "parameters" in log
+    assert "1 epochs of 15, batches of 8 pairs" in log
+    assert "epoch 1 dev: image to text" in log
+
+
+def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
+    events = EventAccumulator(str(trained_run))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        *("train/loss", "train/gradient_norm", "train/pairs_per_second", "rate/learning", "rate/bert"),
+        *("gate/sparsity", "gate/sharpness", "gate/temperature", "dev/rsum"),
+        *(f"dev/{way}_{recall}" for way in ("i2t", "t2i") for recall in ("r1", "r5", "r10")),
+    }
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15]
+    assert events.Scalars("rate/bert")[0].value == pytest.approx(5e-5)
+
+
+def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(tiny_flags, tmp_path):
+    one, two = run(tiny_flags, tmp_path / "one"), run(tiny_flags, tmp_path / "two", "--workers", "2")
+    assert len(one) == 15
+    assert one == two
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert run(tiny_flags, tmp_path / "three", "--seed", "1") != one
+
+
+@pytest.mark.parametrize("extra", [[], ["--mask_padding", "--no_imgnorm", "--no_txtnorm"]])
+def test_a_resumed_run_equals_one_that_was_never_interrupted(tiny_flags, tmp_path, monkeypatch, extra):
+    whole = run(tiny_flags, tmp_path / "whole", "--num_epochs", "3", "--lr_update", "2", *extra)
+
+    def interrupted(run, log, validate=training.validate):
+        if run.progress.epoch == 2:
+            raise KeyboardInterrupt
+        validate(run, log)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "validate", interrupted)
+        flags = [*tiny_flags, "--model_name", str(tmp_path / "cut"), "--num_epochs", "3", "--lr_update", "2", *extra]
+        assert train.main([*flags, "--log_step", "1"]) == 130
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+
+    assert dict(LOSS.findall((tmp_path / "cut" / "run.log").read_text())) == whole
+    assert_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert_same(weights(tmp_path / "cut", "model_best.pt"), weights(tmp_path / "whole", "model_best.pt"))
+
+
+def test_more_epochs_extend_a_finished_run_and_keep_its_best_score(tiny_flags, tmp_path):
+    run(tiny_flags, tmp_path / "run")
+    before = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert train.main(["--resume", str(tmp_path / "run" / "last.pt"), "--num_epochs", "2"]) == 0
+    after = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (before["epoch"], after["epoch"]) == (1, 2)
+    assert after["best_rsum"] >= before["best_rsum"]
+
+
+def test_hardest_negatives_start_after_the_warmup_or_at_once(tiny_flags, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(run, batch, hardest, train_step=training.train_step):
+        seen.append(hardest)
+        return train_step(run, batch, hardest)
+
+    monkeypatch.setattr(training, "train_step", spy)
+    run(tiny_flags, tmp_path / "warm", "--num_epochs", "2")
+    run(tiny_flags, tmp_path / "hard", "--max_violation")
+    assert seen == [False] * 15 + [True] * 15 + [True] * 15
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
+def test_clipping_bounds_the_norm_over_all_parameters_and_zero_switches_it_off(tiny_flags, tmp_path, monkeypatch, clip):
+    norms = []
+
+    def spy(optimizer, *args, step=torch.optim.AdamW.step):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run(tiny_flags, tmp_path / "run", "--grad_clip", str(clip))
+    printed = re.findall(r"gradient ([\d.]+)", (tmp_path / "run" / "run.log").read_text())
+    if clip == 1e-3:
+        assert norms == pytest.approx([clip] * 15, rel=1e-3)
+    else:
+        assert norms == pytest.approx([float(norm) for norm in printed], abs=0.01)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_touched(
+    tiny_flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "hinge_triplet_loss", lambda scores, margin, hardest: scores.sum() * float("nan"))
+    assert train.main([*tiny_flags, "--model_name", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: step 1: the loss is nan")
+    assert "--learning_rate" in error
+
+
+def test_a_collapsed_run_is_warned_of(tiny_flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lib.training.collapse.WATCHED_STEPS", 10)
+    monkeypatch.setattr(training, "train_step", lambda run, batch, hardest: (2 * 0.2 * 8, 1.0))
+    run(tiny_flags, tmp_path / "run", "--max_violation")
+    assert "collapsed" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_scripts_of_the_family_may_pass_precomp_enc_type_basic(tiny_flags, tmp_path):
+    run(tiny_flags, tmp_path / "run", "--precomp_enc_type", "basic")
+
+
+def test_float16_features_train_like_float32_ones_within_rounding(make_data, tiny_flags, tmp_path):
+    losses = []
+    for dtype in (np.float32, np.float16):
+        make_data(tmp_path / dtype.__name__ / "tiny_precomp", dtype=dtype)
+        flags = [*tiny_flags, "--data_path", str(tmp_path / dtype.__name__)]
+        losses.append([float(loss) for loss in run(flags, tmp_path / f"run-{dtype.__name__}").values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] != losses[1]
+
+
+def test_the_loss_curve_is_the_committed_one(tiny_flags, tmp_path):
+    """Any change to model, loss, recipe, order or augmentation shows here; tests/golden/README.md says how to renew it.
+
+    Without BERT's dropout, whose random numbers differ between processors.
+    """
+    config = json.loads((TINY_BERT / "config.json").read_text())
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text(
+        json.dumps({**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    )
+    (bert / "vocab.txt").write_bytes((TINY_BERT / "vocab.txt").read_bytes())
+    losses = run(tiny_flags, tmp_path / "run", "--num_epochs", "2", "--bert", str(bert))
+    curve = json.loads((GOLDEN / "loss_curve.json").read_text())
+    assert [float(loss) for loss in losses.values()] == pytest.approx(curve, rel=1e-4)
