@@ -46,10 +46,8 @@ def evaluate(settings: EvaluationSettings) -> dict:
     timing.rank_s = time.perf_counter() - started
     results["timing"] = dataclasses.asdict(timing)
 
-    print(_table(results, split))
-    print(
-        "\nseconds: " + ", ".join(f"{name.removesuffix('_s')} {value:.1f}" for name, value in results["timing"].items())
-    )
+    seconds = ", ".join(f"{name.removesuffix('_s')} {value:.1f}" for name, value in results["timing"].items())
+    print(f"seconds     {seconds}\n\n{_table(results, split)}")
     if settings.save_sims:
         with replacing(settings.save_sims) as file:
             np.save(file, scores)
@@ -103,7 +101,7 @@ def _heading(matcher: Matcher, split: Split) -> str:
     epoch = "" if about["epoch"] is None else f", {about['epoch']} epochs"
     trained = f"{about['path']}{epoch}" + ("" if dev is None else f", dev rSum {dev:.1f}")
     size = f"{len(split.features)} images, {len(split.captions)} captions"
-    return f"checkpoint  {trained}\ndata        {split.folder} {split.name}: {size}\ndevice      {matcher.compute}\n"
+    return f"checkpoint  {trained}\ndata        {split.folder} {split.name}: {size}\ndevice      {matcher.compute}"
 
 
 def _table(results: dict, split: Split) -> str:
