@@ -24,19 +24,8 @@ from lib.model.xdim import XDim
 
 FORMAT = "x-dim checkpoint 1"
 ARCHITECTURE = ("img_dim", "embed_size", "no_imgnorm", "no_txtnorm", "mask_padding")
-PARTS = {
-    "model",
-    "architecture",
-    "bert_config",
-    "tokenizer",
-    "settings",
-    "epoch",
-    "step",
-    "rsum",
-    "best_rsum",
-    "best_epoch",
-}
-PARTS |= {"optimizer", "random_state"}
+TRAINED = ("model", "architecture", "bert_config", "tokenizer", "settings")
+PROGRESS = ("epoch", "step", "rsum", "best_rsum", "best_epoch", "optimizer", "random_state")
 LAST, BEST = "last.pt", "model_best.pt"
 LISTED = 20  # weights that do not fit, named in an error
 
@@ -73,7 +62,7 @@ def read_checkpoint(path: Path) -> dict:
         # The first sentence only: PyTorch goes on to advise loading without restriction.
         raise InputError(f"{path}: damaged, or not a checkpoint ({reason(error).split('. ')[0]})") from None
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        if missing := PARTS - content.keys():
+        if missing := {*TRAINED, *PROGRESS} - content.keys():
             raise InputError(f"{path}: an incomplete checkpoint, it lacks {', '.join(sorted(missing))}")
         return content
     if published.is_published(content):

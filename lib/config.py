@@ -15,6 +15,7 @@ from lib.cli import Parser
 from lib.errors import InputError
 
 Settings = TypeVar("Settings")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -71,9 +72,7 @@ class RunSettings:
     log_step: int = flag(100, "steps between two lines of the log")
     resume: str = flag("", "checkpoint or run folder to go on from; its settings are the defaults then")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = flag(
-        "", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=["", "fp32", "tf32", "bf16"]
-    )
+    precision: str = flag("", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=PRECISIONS)
 
 
 @dataclass
@@ -103,9 +102,7 @@ class CheckpointSettings:
     batch_size: int = flag(128, "images or captions encoded at a time")
     workers: int = flag(10, "processes that read features; never more than there are cores")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = flag(
-        "", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=["", "fp32", "tf32", "bf16"]
-    )
+    precision: str = flag("", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=PRECISIONS)
 
     def __post_init__(self):
         _refuse(self.batch_size <= 0, f"--batch_size {self.batch_size}: must be above 0")
@@ -143,7 +140,7 @@ def parse(
 def _add_flag(arguments, field: dataclasses.Field) -> None:
     options = dict(field.metadata)
     if field.type is bool:
-        options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        options["action"] = "store_true"
     else:
         options["type"] = field.type
         options.setdefault("metavar", field.name.upper())
