@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from huggingface_hub.utils import logging as hub_logging
 from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
@@ -47,7 +48,13 @@ def start_bert(bert: str) -> tuple[BertModel, str]:
     if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHT_FILES):
         return build_bert(plain(read_config(bert))), f"BERT starts at random: {bert} holds no weights"
     logging.disable_progress_bar()
+    if not folder.is_dir():
+        print(
+            f"{bert}: taken from the cache, or fetched from the Hugging Face hub (bert-base-uncased: 440 MB)",
+            flush=True,
+        )
     verbosity = logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # its six attempts without a network; how it ended is said below
     logging.set_verbosity_error()  # the report of pooling and head weights that are left out on purpose
     try:
         model, loaded = BertModel.from_pretrained(
