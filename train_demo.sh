@@ -12,7 +12,7 @@ RUN=${RUN:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 "$PYTHON" train.py \
     --data_name scenes_precomp --img_dim 414 --bert vocab/scenes \
     --embed_size 128 --batch_size 32 \
-    --num_epochs 4 --learning_rate 0.002 --lr_update 3 --vse_mean_warmup_epochs 2 \
+    --num_epochs 5 --learning_rate 0.002 --lr_update 4 --vse_mean_warmup_epochs 5 \
     --model_name "$RUN" "$@"
 
 "$PYTHON" test.py --checkpoint "$RUN"
