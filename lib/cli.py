@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,9 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         except (InputError, TrainingStopped) as error:
             print(f"error: {_last_line(error)}", file=sys.stderr)
             return error.exit_code
+        except BrokenPipeError:  # whoever read our output (`| head`) has gone; the rest goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
