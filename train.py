@@ -14,11 +14,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_packages()
     from lib.training import train as training  # importing PyTorch takes seconds: not before the flags are right
 
+    checkpoint = None
     if settings.resume:
-        defaults = training.resumed_defaults(settings.resume)
+        checkpoint, defaults = training.resume(settings.resume)
         settings = parse(TrainSettings, __doc__, argv, defaults)
         training.refuse_changes(settings, defaults)
-    training.train(settings)
+    training.train(settings, checkpoint)
 
 
 if __name__ == "__main__":

@@ -71,12 +71,18 @@ class RunSettings:
     logger_name: str = flag("", "folder for TensorBoard files (default: the run folder)")
     log_step: int = flag(100, "steps between two lines of the log")
     resume: str = flag("", "checkpoint or run folder to go on from; its settings are the defaults then")
+
+
+@dataclass
+class ComputeSettings:
+    """device"""
+
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=PRECISIONS)
 
 
 @dataclass
-class TrainSettings(RunSettings, RecipeSettings, ModelSettings, DataSettings):
+class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings, DataSettings):
     """Settings of train.py."""
 
     def __post_init__(self):
@@ -92,7 +98,7 @@ class TrainSettings(RunSettings, RecipeSettings, ModelSettings, DataSettings):
 
 
 @dataclass
-class CheckpointSettings:
+class CheckpointSettings(ComputeSettings):
     """checkpoint and where to run it; what is left out is taken from the checkpoint"""
 
     checkpoint: str = flag("", "checkpoint, run folder (its best) or published file (default: newest best below runs/)")
@@ -101,8 +107,6 @@ class CheckpointSettings:
     bert: str = flag("", "BERT's name or folder; a checkpoint of this project carries its own")
     batch_size: int = flag(128, "images or captions encoded at a time")
     workers: int = flag(10, "processes that read features; never more than there are cores")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = flag("", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=PRECISIONS)
 
     def __post_init__(self):
         _refuse(self.batch_size <= 0, f"--batch_size {self.batch_size}: must be above 0")

@@ -52,10 +52,12 @@ def check_packages() -> None:
 def _main() -> int:
     missing = missing_packages([Path(name) for name in sys.argv[1:]])
     if missing or sys.version_info < (3, 11):
+        print(f"error: needs Python 3.11 or newer and {', '.join(missing) or 'its packages'}", file=sys.stderr)
         return 1
     try:
         check_packages()
-    except InputError:
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -71,7 +71,6 @@ def convert(content: dict, path: Path) -> dict:
         "settings": {"data_name": options.get("data_name", "")},
         "epoch": content.get("epoch"),
         "best_rsum": content.get("best_rsum"),
-        "published": True,
     }
 
 

@@ -63,12 +63,13 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
 
-def train(settings: TrainSettings) -> None:
+def train(settings: TrainSettings, checkpoint: dict | None = None) -> None:
     """Train X-Dim, evaluate on dev after each epoch, keep the last and the best checkpoint.
 
-    Raises InputError for wrong settings or files, TrainingStopped when the loss is no longer a number.
+    checkpoint: the content of the one to go on from, where the run is resumed. Raises InputError for wrong settings or
+    files, TrainingStopped when the loss is no longer a number.
     """
-    run = start(settings)
+    run = start(settings, checkpoint)
     log = RunLog(Path(settings.model_name), Path(settings.logger_name), run.progress.step)
     try:
         introduce(run, log)
@@ -83,11 +84,11 @@ def train(settings: TrainSettings) -> None:
         log.close()
 
 
-def start(settings: TrainSettings) -> Run:
+def start(settings: TrainSettings, checkpoint: dict | None) -> Run:
     """Open the data and build the model and optimiser, new or as a checkpoint left them."""
     compute = choose_compute(settings.device, settings.precision)
     folder = Path(settings.model_name)
-    if not settings.resume and (folder / LAST).exists():
+    if checkpoint is None and (folder / LAST).exists():
         raise InputError(
             f"--model_name {folder}: holds a run already; go on with --resume {folder} or name another folder"
         )
@@ -99,20 +100,19 @@ def start(settings: TrainSettings) -> Run:
         )
 
     torch.manual_seed(settings.seed)
-    content = read_checkpoint(find_checkpoint(settings.resume, LAST)) if settings.resume else None
-    if content is None:
+    if checkpoint is None:
         bert, origin = start_bert(settings.bert)
         print(origin)
         tokenizer = load_tokenizer(settings.bert, bert.config.max_position_embeddings, bert.config.vocab_size)
         model = new_model(bert, dataclasses.asdict(settings))
     else:
-        model, tokenizer = build_model(content)
+        model, tokenizer = build_model(checkpoint)
     model.to(compute.device)
     optimizer = build_optimizer(model, settings.learning_rate)
     captions = [tokenizer.tokenize(split.captions) for split in (train_split, dev_split)]
     run = Run(settings, compute, model, tokenizer, optimizer, train_split, captions[0], dev_split, captions[1])
-    if content is not None:
-        continue_from(run, content)
+    if checkpoint is not None:
+        continue_from(run, checkpoint)
     return run
 
 
@@ -249,16 +249,16 @@ def save(run: Run) -> None:
 FIXED = [name for group in (ModelSettings, RecipeSettings) for name in group.__annotations__ if name != "num_epochs"]
 
 
-def resumed_defaults(resume: str) -> dict:
-    """The settings of a checkpoint, as defaults for the run that goes on from it. Raises InputError."""
-    path = find_checkpoint(resume, LAST)
+def resume(checkpoint: str) -> tuple[dict, dict]:
+    """Read the checkpoint to go on from: its content, and its settings as defaults of that run. Raises InputError."""
+    path = find_checkpoint(checkpoint, LAST)
     content = read_checkpoint(path)
     if "optimizer" not in content:
         raise InputError(f"--resume {path}: a published checkpoint has no optimiser state; it can only be evaluated")
     defaults = {**content["settings"], "resume": str(path), "model_name": str(path.parent)}
     if content["settings"]["logger_name"] == content["settings"]["model_name"]:
         defaults["logger_name"] = str(path.parent)
-    return defaults
+    return content, defaults
 
 
 def refuse_changes(settings: TrainSettings, defaults: dict) -> None:
