@@ -3,11 +3,11 @@
 format         FORMAT
 model          weights by name
 architecture   img_dim, embed_size, no_imgnorm, no_txtnorm, mask_padding
-bert_config    BERT's configuration         tokenizer   the tokenizer's JSON
-settings       all settings of the run
-epoch          finished epochs              step        finished steps
-rsum           dev rSum of this epoch       best_rsum   the best so far, best_epoch its epoch (counted from 1)
-optimizer, random_state                     what training needs to go on as if never interrupted
+bert_config    BERT's configuration         tokenizer      the tokenizer's JSON
+settings       all settings of the run      progress       lib.training.progress.Progress: epoch, step, scores on dev
+optimizer      AdamW's state                random_state   of every generator that training draws from
+versions       of this code and its packages
+data           fingerprints of the train and dev splits
 """
 
 import warnings
@@ -22,10 +22,12 @@ from lib.errors import InputError, reason
 from lib.files import replacing
 from lib.model.xdim import XDim
 
-FORMAT = "x-dim checkpoint 1"
+FORMAT = "x-dim checkpoint 2"
 ARCHITECTURE = ("img_dim", "embed_size", "no_imgnorm", "no_txtnorm", "mask_padding")
-TRAINED = ("model", "architecture", "bert_config", "tokenizer", "settings")
-PROGRESS = ("epoch", "step", "rsum", "best_rsum", "best_epoch", "optimizer", "random_state")
+TYPES = {
+    **{"model": dict, "architecture": dict, "bert_config": dict, "tokenizer": str, "settings": dict, "progress": dict},
+    **{"optimizer": dict, "random_state": dict, "versions": dict, "data": dict},
+}
 LAST, BEST = "last.pt", "model_best.pt"
 LISTED = 20  # weights that do not fit, named in an error
 
@@ -62,8 +64,8 @@ def read_checkpoint(path: Path) -> dict:
         # The first sentence only: PyTorch goes on to advise loading without restriction.
         raise InputError(f"{path}: damaged, or not a checkpoint ({reason(error).split('. ')[0]})") from None
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        if missing := {*TRAINED, *PROGRESS} - content.keys():
-            raise InputError(f"{path}: an incomplete checkpoint, it lacks {', '.join(sorted(missing))}")
+        if missing := [name for name, kind in TYPES.items() if not isinstance(content.get(name), kind)]:
+            raise InputError(f"{path}: an incomplete checkpoint, it lacks {', '.join(missing)}")
         return content
     if published.is_published(content):
         return published.convert(content, path)

@@ -69,8 +69,10 @@ def convert(content: dict, path: Path) -> dict:
             "mask_padding": False,
         },
         "settings": {"data_name": options.get("data_name", "")},
-        "epoch": content.get("epoch"),
-        "best_rsum": content.get("best_rsum"),
+        "progress": {
+            **{"epoch": content.get("epoch"), "batch": 0, "step": content.get("Eiters")},
+            **{"best_rsum": content.get("best_rsum"), "best_epoch": 0, "history": []},
+        },
     }
 
 

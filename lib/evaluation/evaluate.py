@@ -92,14 +92,14 @@ def _open_split(settings: EvaluationSettings, matcher: Matcher) -> Split:
         raise InputError(
             f"{matcher.checkpoint['path']}: a published checkpoint; say with --data_path where the data is"
         )
-    return open_split(data_path, data_name, settings.split, matcher.checkpoint["img_dim"])
+    return open_split(data_path, data_name, settings.split, matcher.checkpoint["architecture"]["img_dim"])
 
 
 def _heading(matcher: Matcher, split: Split) -> str:
-    about = matcher.checkpoint
-    dev = about["best_rsum"] if about["rsum"] is None else about["rsum"]
-    epoch = "" if about["epoch"] is None else f", {about['epoch']} epochs"
-    trained = f"{about['path']}{epoch}" + ("" if dev is None else f", dev rSum {dev:.1f}")
+    progress = matcher.checkpoint["progress"]
+    dev = progress["history"][-1]["dev"]["rsum"] if progress["history"] else progress["best_rsum"]
+    epoch = "" if progress["epoch"] is None else f", {progress['epoch']} epochs"
+    trained = f"{matcher.checkpoint['path']}{epoch}" + ("" if dev is None else f", dev rSum {dev:.1f}")
     size = f"{len(split.features)} images, {len(split.captions)} captions"
     return f"checkpoint  {trained}\ndata        {split.folder} {split.name}: {size}\ndevice      {matcher.compute}"
 

@@ -100,5 +100,5 @@ def load_matcher(checkpoint, bert: str = "", device: str = "auto", precision: st
     path = find_checkpoint(str(checkpoint))
     content = read_checkpoint(path)
     model, tokenizer = build_model(content, bert)
-    about = {name: content.get(name) for name in ("epoch", "rsum", "best_rsum", "settings")}
-    return Matcher(model, tokenizer, compute, {**about, "path": path, "img_dim": content["architecture"]["img_dim"]})
+    about = {name: content[name] for name in ("settings", "progress", "architecture")}
+    return Matcher(model, tokenizer, compute, {**about, "path": path})

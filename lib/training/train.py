@@ -34,17 +34,7 @@ from lib.model.xdim import XDim
 from lib.training.collapse import CollapseWatch
 from lib.training.log import RunLog
 from lib.training.optimizer import build_optimizer, learning_rate_of, set_learning_rate
-
-
-@dataclass
-class Progress:
-    """How far a run is; travels in its checkpoints."""
-
-    epoch: int = 0  # finished epochs
-    step: int = 0  # finished steps
-    rsum: float = 0.0  # dev rSum after the last finished epoch
-    best_rsum: float = -1.0
-    best_epoch: int = 0  # counted from 1
+from lib.training.progress import Progress
 
 
 @dataclass
@@ -119,7 +109,7 @@ def start(settings: TrainSettings, checkpoint: dict | None) -> Run:
 def continue_from(run: Run, content: dict) -> None:
     """Bring optimiser, progress and random state to where a checkpoint left them."""
     run.optimizer.load_state_dict(content["optimizer"])
-    run.progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
+    run.progress = Progress(**content["progress"])
     torch.set_rng_state(content["random_state"]["cpu"])
     if run.compute.device.type == "cuda" and content["random_state"]["cuda"] is not None:
         torch.cuda.set_rng_state(content["random_state"]["cuda"], run.compute.device)
@@ -217,13 +207,14 @@ def validate(run: Run, log: RunLog) -> None:
     matcher = Matcher(run.model, run.tokenizer, run.compute)
     scores = score_split(matcher, run.dev, run.dev_captions, settings.batch_size, settings.workers, Timing())
     metrics = measure(scores, run.dev)
-    progress.rsum = metrics["rsum"]
-    best = progress.rsum > progress.best_rsum
+    figures = {name: metrics[name] for name in ("rsum", "i2t", "t2i")}
+    progress.history.append({"epoch": progress.epoch, "step": progress.step, "dev": figures})
+    best = metrics["rsum"] > progress.best_rsum
     if best:
-        progress.best_rsum, progress.best_epoch = progress.rsum, progress.epoch
+        progress.best_rsum, progress.best_epoch = metrics["rsum"], progress.epoch
     log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{' (best)' if best else ''}")
     recalls = {f"dev_{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
-    log.figures(progress.step, dev_rsum=progress.rsum, **recalls)
+    log.figures(progress.step, dev_rsum=metrics["rsum"], **recalls)
 
 
 def save(run: Run) -> None:
@@ -233,12 +224,14 @@ def save(run: Run) -> None:
         "model": run.model.state_dict(),
         **describe_architecture(run.model, settings, run.tokenizer),
         "settings": settings,
-        **dataclasses.asdict(run.progress),
+        "progress": dataclasses.asdict(run.progress),
         "optimizer": run.optimizer.state_dict(),
         "random_state": {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         },
+        "versions": {},
+        "data": {},
     }
     folder = Path(run.settings.model_name)
     if run.progress.best_epoch == run.progress.epoch:

@@ -34,9 +34,9 @@ def assert_same(a, b):
 def test_a_run_folder_holds_checkpoints_of_plain_types_log_and_tensorboard_files(trained_run):
     assert {"last.pt", "model_best.pt", "run.log"} <= {path.name for path in trained_run.iterdir()}
     content = torch.load(trained_run / "last.pt", weights_only=True)
-    assert content["epoch"] == 1
-    assert content["step"] == 15
-    assert content["best_rsum"] == content["rsum"]
+    progress = content["progress"]
+    assert (progress["epoch"], progress["batch"], progress["step"]) == (1, 0, 15)
+    assert progress["best_rsum"] == progress["history"][-1]["dev"]["rsum"]
     assert content["settings"]["batch_size"] == 8
     log = (trained_run / "run.log").read_text()
     assert "parameters" in log
@@ -86,9 +86,9 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(tiny_flags, tmp_pat
 
 def test_more_epochs_extend_a_finished_run_and_keep_its_best_score(tiny_flags, tmp_path):
     run(tiny_flags, tmp_path / "run")
-    before = read_checkpoint(tmp_path / "run" / "last.pt")
+    before = read_checkpoint(tmp_path / "run" / "last.pt")["progress"]
     assert train.main(["--resume", str(tmp_path / "run" / "last.pt"), "--num_epochs", "2"]) == 0
-    after = read_checkpoint(tmp_path / "run" / "last.pt")
+    after = read_checkpoint(tmp_path / "run" / "last.pt")["progress"]
     assert (before["epoch"], after["epoch"]) == (1, 2)
     assert after["best_rsum"] >= before["best_rsum"]
 
