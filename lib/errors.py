@@ -1,5 +1,7 @@
 """The two ways a program ends early on purpose: each is one line on stderr, never a traceback."""
 
+QUOTED = 200  # characters of a text from elsewhere that an error message quotes
+
 
 class InputError(Exception):
     """Something given to the program is wrong. The message names the file or flag and says what to do."""
@@ -15,4 +17,15 @@ class TrainingStopped(Exception):
 
 def reason(error: Exception) -> str:
     """The first line of what a library's error says, to be quoted in ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """The first line of a text from elsewhere, cut to QUOTED characters, for an error message.
+
+    What cannot be printed becomes "?": a hostile file must not write to the terminal through an error message.
+    """
+    line = next(iter(text.strip().splitlines()), "")
+    if len(line) > QUOTED:
+        line = line[: QUOTED - 3] + "..."
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -20,7 +20,7 @@ import testall as testall_program
 import train as train_program
 from lib.bert import build_bert, plain, read_config
 from lib.checkpoint import BEST, LAST, read_checkpoint
-from lib.errors import InputError
+from lib.errors import QUOTED, InputError, reason
 from tests.conftest import GOLDEN, TINY_BERT
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a warning would be a second line
@@ -506,3 +506,35 @@ def test_a_run_folder_that_cannot_be_written(refused_training, tmp_path, flag):
     (tmp_path / "file").write_text("kept")
     said = refused_training(flag, tmp_path / "file" / "run")
     assert f"{flag} {tmp_path / 'file' / 'run'}: cannot be written" in said
+
+
+# What libraries say
+
+
+@pytest.mark.parametrize(
+    ("said", "quoted"),
+    [
+        ("it is so\nbecause of this", "it is so"),
+        ("\n\n  at last  ", "at last"),
+        ("", "ValueError"),
+        (" \n", "ValueError"),
+        ("red: \x1b[31m", "red: ?[31m"),
+        ("a\0b\x07c\u202ed\ud800e", "a?b?c?d?e"),
+        ("größe 两只狗", "größe 两只狗"),
+    ],
+)
+def test_a_reason_is_the_first_line_without_what_a_terminal_would_obey(said, quoted):
+    assert reason(ValueError(said)) == quoted
+
+
+def test_a_long_reason_is_cut():
+    assert reason(ValueError("x" * QUOTED)) == "x" * QUOTED
+    assert reason(ValueError("x" * 10**6)) == "x" * (QUOTED - 3) + "..."
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_reason_is_one_short_line_that_can_be_printed(said):
+    quoted = reason(ValueError(said))
+    assert quoted.isprintable()
+    assert 0 < len(quoted) <= QUOTED
