@@ -1,16 +1,20 @@
 """Features and captions on disk: both layouts, repeated rows, line ends, and one clear line for every damage."""
 
 import io
+import math
 import pickle
 import re
 import shutil
+import tracemalloc
+from codecs import BOM_UTF8
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data.precomp import FeatureFile, open_split, read_captions
+from lib.data.precomp import CAPTION_BYTES, MOST_REGIONS, FeatureFile, find_folder, open_split, read_captions
 from lib.errors import InputError
 
 IMAGES, REGIONS, IMG_DIM = 7, 3, 4
@@ -57,6 +61,23 @@ def refusal(function, *args):
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
     return message
+
+
+@contextmanager
+def memory_below(bytes):
+    """Fails where more memory was in use at any time than before."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < bytes
+    finally:
+        tracemalloc.stop()
+
+
+def grow(path, size):
+    """Make a file as long as `size`; what is added are zeros that take no room on the disk."""
+    with open(path, "r+b") as file:
+        file.truncate(size)
 
 
 @pytest.fixture
@@ -154,6 +175,45 @@ def test_other_separators_stay_inside_a_caption(tmp_path, separator):
     assert read_captions(path) == [caption, caption]
 
 
+def test_a_line_end_cut_in_the_middle_still_ends_the_line(tmp_path):
+    assert read_captions(write_bytes(tmp_path / "caps.txt", b"a dog\r\na cat\r")) == ["a dog", "a cat"]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+def test_a_byte_order_mark_is_no_part_of_the_first_caption(tmp_path, end):
+    path = write_bytes(tmp_path / "caps.txt", BOM_UTF8 + b"a dog" + end)
+    assert read_captions(path) == ["a dog"]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+@pytest.mark.parametrize("start", [b"", BOM_UTF8])
+def test_a_caption_of_the_greatest_length_is_read_whole(tmp_path, start, end):
+    path = write_bytes(tmp_path / "caps.txt", b"a dog\n" + b"x" * CAPTION_BYTES + end)
+    assert read_captions(path) == ["a dog", "x" * CAPTION_BYTES]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_no_more_captions_are_kept_than_asked_for(tmp_path, most):
+    path = write_bytes(tmp_path / "caps.txt", b"a\nb\nc\n\n")
+    assert read_captions(path, most) == ["a", "b", "c"][:most]
+
+
+def test_files_may_be_links(folder):
+    for name in ("dev_ims.npy", "dev_caps.txt"):
+        (folder / name).rename(folder / f"elsewhere_{name}")
+        (folder / name).symlink_to(folder / f"elsewhere_{name}")
+    split = open_dev(folder)
+    assert np.array_equal(split.features.read(np.arange(IMAGES)), make_features())
+    assert split.captions == make_captions()
+
+
+@pytest.mark.parametrize("name", ["coco/precomp", "coco/precomp/", "./coco/precomp", "größe", "a..b", "with space"])
+def test_names_below_the_folder_are_found(tmp_path, name):
+    write(tmp_path / name, make_features(), split="mini..1K")
+    assert find_folder(str(tmp_path), name) == tmp_path / name
+    assert open_split(str(tmp_path), name, "mini..1K", IMG_DIM).captions == make_captions()
+
+
 # What is refused
 
 
@@ -215,6 +275,18 @@ NOT_FEATURES = {
     "an unclosed header": with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (7, 3", SOUND),
     "a nonsense header": with_header("\n((( {[", SOUND),
     "negative size": with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 3, 4)}", SOUND),
+    "a size that overflows": with_header(
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**62}, 4, {2**62})}}", bytes(64)
+    ),
+    "fewer rows than there are": with_header(
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (6, 3, 4)}", SOUND[128:]
+    ),
+    "data after the last row": SOUND + b"\n",
+    "too many regions": as_npy(np.zeros((7, MOST_REGIONS + 1, 4), np.float16)),
+    "a size that is no number": with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (7, 3, 'x')}", SOUND),
+    "a deep header": with_header("(" * 9000, SOUND),
+    "a header of code": with_header("__import__('os').abort()", SOUND),
+    "another version's header": SOUND[:6] + b"\x02\x00" + SOUND[8:],
     "gigantic size": with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (9" + "0" * 30 + ", 3, 4)}", SOUND),
 }
 
@@ -223,6 +295,41 @@ NOT_FEATURES = {
 def test_a_file_that_does_not_hold_features_is_named(folder, damage):
     path = write_bytes(folder / "dev_ims.npy", NOT_FEATURES[damage])
     assert refusal(open_dev, folder).startswith(f"{path}: ")
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_feature_file_does_not_run(folder, tmp_path):
+    objects = np.array([Trap(tmp_path / "sprung")] * 12, dtype=object).reshape(1, 3, 4)
+    for content in (as_npy(objects, allow_pickle=True), pickle.dumps(objects)):
+        path = write_bytes(folder / "dev_ims.npy", content)
+        assert refusal(open_dev, folder).startswith(f"{path}: ")
+        assert not (tmp_path / "sprung").exists()
+        np.load(path, allow_pickle=True)
+        (tmp_path / "sprung").unlink()  # the trap itself works
+
+
+def test_a_header_that_claims_gigabytes_of_itself_is_not_read(folder):
+    path = write_bytes(folder / "dev_ims.npy", b"\x93NUMPY\x02\x00" + b"\xff\xff\xff\xff")
+    grow(path, 5 * 2**30)
+    with memory_below(2**20):
+        assert refusal(open_dev, folder).startswith(f"{path}: truncated or not a .npy file")
+
+
+def test_what_a_header_says_does_not_reach_the_terminal_as_it_is(folder):
+    descr = [("\x1b[2J" + "x" * 3000, "<f4")]
+    write_bytes(folder / "dev_ims.npy", as_npy(np.zeros((7, 3, 4), dtype=descr)))
+    message = refusal(open_dev, folder)
+    assert "\x1b" not in message
+    assert len(message) < 1000
 
 
 @pytest.mark.parametrize("change", [-1, 1, 5, -34])
@@ -263,7 +370,15 @@ def test_the_row_is_that_of_the_file_where_images_are_repeated(folder, image):
 
 @pytest.mark.parametrize("line", [1, 20, 35])
 @pytest.mark.parametrize(
-    ("damage", "words"), [(b"caf\xe9", "is not UTF-8"), (b"", "empty"), (b" \t", "empty"), (b"\r", "empty")]
+    ("damage", "words"),
+    [
+        (b"caf\xe9", "is not UTF-8"),
+        (b"", "empty"),
+        (b" \t", "empty"),
+        (b"\r", "empty"),
+        (b"a\0dog", "NUL"),
+        (b"x" * (CAPTION_BYTES + 1), "longer than 8192 bytes"),
+    ],
 )
 def test_a_bad_caption_is_named_with_its_line(folder, line, damage, words):
     lines = [caption.encode() for caption in make_captions()]
@@ -273,7 +388,70 @@ def test_a_bad_caption_is_named_with_its_line(folder, line, damage, words):
     assert re.match(rf"{re.escape(str(path))}: line {line} .*{words}", message)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_captions_in_another_encoding_are_refused_with_what_to_do(folder, encoding):
+    path = write_bytes(folder / "dev_caps.txt", "\n".join(make_captions()).encode(encoding))
+    message = refusal(open_dev, folder)
+    assert message.startswith(f"{path}: line 1 ")
+    assert "convert the file to UTF-8" in message
+
+
+def test_gigabytes_without_a_line_end_are_refused_in_little_memory(folder):
+    grow(folder / "dev_caps.txt", 2**33)
+    with memory_below(2**20):
+        assert "line 36 is longer than" in refusal(open_dev, folder)
+
+
+def test_captions_by_the_million_are_counted_and_not_kept(folder):
+    surplus = 2_000_000
+    write_bytes(folder / "dev_caps.txt", b"a\n" * (5 * IMAGES + surplus))
+    with memory_below(3 * 2**20):
+        assert f": {5 * IMAGES + surplus} captions do not fit" in refusal(open_dev, folder)
+
+
+def test_captions_that_cannot_be_read_are_named(tmp_path):
+    assert refusal(read_captions, tmp_path).startswith(f"{tmp_path}: cannot be read")
+
+
+CLIMBING = [
+    "",
+    ".",
+    "..",
+    "../other",
+    "a/../../other",
+    "/etc",
+    "a\0b",
+    "a\nb",
+    "\x1b[2J",
+    "x" * 300,
+    "ä" * 150,
+    "\udc80",
+]
+
+
+@pytest.mark.parametrize("name", [*CLIMBING, None, 3])
+def test_names_that_lead_out_of_the_folder_are_refused_with_their_flag(tmp_path, name):
+    write(tmp_path / "data" / "precomp", make_features())
+    write(tmp_path / "other", make_features())
+    message = refusal(open_split, str(tmp_path / "data"), name, "dev", IMG_DIM)
+    assert message.startswith("--data_name '")
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("split", [*CLIMBING, "a/b", "./dev", "dev/", "../precomp/dev"])
+def test_splits_that_are_no_plain_name_are_refused_with_their_flag(tmp_path, split):
+    write(tmp_path / "precomp", make_features())
+    message = refusal(open_split, str(tmp_path), "precomp", split, IMG_DIM)
+    assert message.startswith("--split '")
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", ""])
+def test_a_data_path_that_cannot_be_one_is_a_missing_data_set(path):
+    assert refusal(open_split, path, "no_such", "dev", IMG_DIM).startswith("no data set at ")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n", BOM_UTF8])
 def test_an_empty_captions_file_is_named(folder, content):
     path = write_bytes(folder / "dev_caps.txt", content)
     assert refusal(open_dev, folder).startswith(f"{path}: ")
@@ -299,55 +477,124 @@ def unless_refused(read, path):
     return None
 
 
-CAPTION = st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size=1).filter(
-    lambda text: text.strip() and not text.endswith("\r")
+CAPTION = st.text(st.characters(codec="utf-8", exclude_characters="\n\0"), min_size=1).filter(
+    lambda text: text.strip() and not text.endswith("\r") and not text.startswith("\ufeff")
 )
-
-
-@settings(deadline=None)
-@given(captions=st.lists(CAPTION, min_size=1), end=st.sampled_from(["\n", "\r\n"]), final=st.booleans())
-def test_any_captions_come_back_as_they_were_written(tmp_path_factory, captions, end, final):
-    content = end.join(captions) + end * final
-    path = write_bytes(tmp_path_factory.getbasetemp() / "any_caps.txt", content.encode())
-    assert read_captions(path) == captions
-
-
-@settings(deadline=None)
-@given(st.one_of(st.binary(), st.text("a \r\n\u2028é").map(str.encode)))
-def test_any_bytes_are_captions_or_refused(tmp_path_factory, content):
-    path = write_bytes(tmp_path_factory.getbasetemp() / "any_bytes_caps.txt", content)
-    captions = unless_refused(lambda: read_captions(path), path)
-    if captions is None:
-        return
-    assert len(captions) == content.count(b"\n") + (not content.endswith(b"\n"))
-    assert all(caption.strip() and "\n" not in caption for caption in captions)
 
 
 @settings(deadline=None)
 @given(
-    dtype=st.sampled_from(["f2", "f4", "f8", "i4", "u1", "?", "c8", "S3", ">f4"]),
-    shape=st.lists(st.integers(0, 4), max_size=4).map(tuple),
-    kept=st.one_of(st.none(), st.integers(0, 400)),
-    change=st.one_of(st.none(), st.tuples(st.integers(0, 140), st.integers(0, 255))),
+    captions=st.lists(CAPTION, min_size=1),
+    end=st.sampled_from(["\n", "\r\n"]),
+    final=st.booleans(),
+    mark=st.sampled_from(["", "\ufeff"]),
 )
-def test_any_file_gives_its_features_or_is_refused(tmp_path_factory, dtype, shape, kept, change):
-    """Arrays of any type and shape, cut anywhere, one byte changed: the array itself or InputError."""
-    array = np.zeros(shape, dtype)
-    array.flat = np.arange(array.size)
-    sound = as_npy(array)
-    content = bytearray(sound[:kept])
-    if change and change[0] < len(content):
-        content[change[0]] = change[1]
-    path = write_bytes(tmp_path_factory.getbasetemp() / "any_ims.npy", bytes(content))
+def test_any_captions_come_back_as_they_were_written(tmp_path_factory, captions, end, final, mark):
+    content = mark + end.join(captions) + end * final
+    path = write_bytes(tmp_path_factory.getbasetemp() / "any_caps.txt", content.encode())
+    assert read_captions(path) == captions
+
+
+def spoil(content, kept, changes, surplus=b""):
+    """Bytes cut at `kept`, some changed, others added."""
+    content = bytearray(content[:kept])
+    for place, value in changes:
+        if place < len(content):
+            content[place] = value
+    return bytes(content + surplus)
+
+
+def changes(places):
+    return st.lists(st.tuples(st.integers(0, places), st.integers(0, 255)), max_size=3)
+
+
+def captions_in(content):
+    """What a caption file of short lines says, read all at once; None where it must be refused."""
+    lines = content.removeprefix(BOM_UTF8).split(b"\n")
+    try:
+        captions = [line.removesuffix(b"\r").decode() for line in lines[: -1 if lines[-1] == b"" else None]]
+    except UnicodeDecodeError:
+        return None
+    sound = captions and all(caption.strip() and "\0" not in caption for caption in captions)
+    return captions if sound else None
+
+
+WRITTEN = "Ein Hund läuft.\r\nA dog \u2028 runs.\n两只狗\n🐕\n a \n"
+ENCODED = [
+    *(WRITTEN.encode(encoding) for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-7")),
+    "Ein Hund läuft.\r\nin Köln\n".encode("cp1252"),
+]
+
+
+@settings(deadline=None, max_examples=1500)
+@given(
+    st.one_of(
+        st.binary(),
+        st.text("a \r\n\u2028é\ufeff\0").map(str.encode),
+        st.builds(spoil, st.sampled_from(ENCODED), st.one_of(st.none(), st.integers(0, 140)), changes(140)),
+    )
+)
+def test_any_bytes_are_the_captions_they_say_or_refused(tmp_path_factory, content):
+    path = write_bytes(tmp_path_factory.getbasetemp() / "any_bytes_caps.txt", content)
+    assert unless_refused(lambda: read_captions(path), path) == captions_in(content)
+
+
+def read_all(path):
+    """All features of a file, or None where it is refused."""
     features = unless_refused(lambda: FeatureFile(path), path)
     rows = features and unless_refused(lambda: features.read(np.arange(len(features))), path)
+    if rows is None:
+        return None
+    assert rows.shape == (len(features), features.regions, features.img_dim)
+    assert rows.dtype == features.dtype
+    assert rows.dtype in (np.float16, np.float32)
+    return rows
+
+
+@settings(deadline=None, max_examples=1500)
+@given(
+    dtype=st.sampled_from(["f2", "f4", "f8", "i4", "u1", "?", "c8", "S3", ">f4"]),
+    shape=st.one_of(st.lists(st.integers(0, 4), max_size=4), st.lists(st.integers(1, 4), min_size=3, max_size=3)),
+    order=st.sampled_from("CF"),
+    version=st.sampled_from([(1, 0), (2, 0)]),
+    kept=st.one_of(st.none(), st.integers(0, 400)),
+    changed=changes(140),
+    surplus=st.sampled_from([b"", b"", b"\0"]),
+)
+def test_any_file_gives_its_features_or_is_refused(
+    tmp_path_factory, dtype, shape, order, version, kept, changed, surplus
+):
+    """Arrays of any type and shape, cut anywhere, bytes changed and added: the array itself or InputError."""
+    array = np.zeros(shape, dtype, order)
+    array.flat = np.arange(array.size)
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version)
+    sound = file.getvalue()
+    content = spoil(sound, kept, changed, surplus)
+    rows = read_all(write_bytes(tmp_path_factory.getbasetemp() / "any_ims.npy", content))
     if content == sound:
         usable = array.ndim == 3 and array.size and array.dtype in (np.float16, np.float32)
         assert (rows is not None) == bool(usable)
-    if rows is None:
-        return
-    assert rows.shape == (len(features), features.regions, features.img_dim)
-    assert rows.dtype in (np.float16, np.float32)
-    if content == sound:
-        assert rows.dtype == array.dtype
-        assert np.array_equal(rows, array)
+        assert rows is None or (rows.dtype == array.dtype and np.array_equal(rows, array))
+    if len(content) != len(sound) and content[:128] == sound[:128]:
+        assert rows is None
+
+
+SIZE = st.one_of(st.integers(1, 4), st.sampled_from([-1, 0, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1, 10**40]))
+
+
+@settings(deadline=None, max_examples=1000)
+@given(
+    descr=st.sampled_from(["<f4", "<f2", "<f8", ">f4", "|O", "|V4", "<U3", "f4,f4", "nonsense", "(2,)<f4"]),
+    shape=st.lists(SIZE, min_size=2, max_size=4).map(tuple),
+    surplus=st.sampled_from([0, 0, -1, 1, 64]),
+)
+def test_any_header_is_what_the_file_holds_or_refused(tmp_path_factory, descr, shape, surplus):
+    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}}}"
+    size = math.prod(shape) * {"<f2": 2, "<f8": 8}.get(descr, 4)
+    data = bytes(size + surplus if 0 < size <= 1000 else 64)
+    path = write_bytes(tmp_path_factory.getbasetemp() / "any_header_ims.npy", with_header(header, data))
+    true = descr in ("<f4", "<f2") and len(shape) == 3 and min(shape) > 0 and size == len(data)
+    rows = read_all(path)
+    assert (rows is not None) == true
+    assert rows is None or rows.shape == shape
