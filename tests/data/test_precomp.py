@@ -214,6 +214,61 @@ def test_names_below_the_folder_are_found(tmp_path, name):
     assert open_split(str(tmp_path), name, "mini..1K", IMG_DIM).captions == make_captions()
 
 
+# The fingerprint
+
+
+def fingerprint(folder, *args, **kwargs):
+    write(folder, *args, **kwargs)
+    return open_dev(folder).fingerprint()
+
+
+@pytest.mark.parametrize("images", [1, IMAGES, 64, 65, 200])
+def test_the_same_data_has_the_same_fingerprint_wherever_and_however_it_is_stored(tmp_path, images):
+    features, captions = make_features(images), make_captions(images)
+    first = fingerprint(tmp_path / "once", features, captions)
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert fingerprint(tmp_path / "five_times", features.repeat(5, axis=0), captions) == first
+    assert fingerprint(tmp_path / "in_columns", np.asfortranarray(features), captions) == first
+    assert fingerprint(tmp_path / "windows", features, [f"{caption}\r" for caption in captions]) == first
+
+
+def halve(features, captions):
+    return features[: IMAGES // 2], captions[: 5 * (IMAGES // 2)]
+
+
+def change_row(features, captions, row):
+    features[row, 1, 2] += 1
+    return features, captions
+
+
+CHANGED = {
+    "a caption": lambda features, captions: (features, [*captions[:-1], captions[-1] + " "]),
+    "the order of captions": lambda features, captions: (features, captions[::-1]),
+    "the first row": lambda features, captions: change_row(features, captions, 0),
+    "the last row": lambda features, captions: change_row(features, captions, -1),
+    "the order of rows": lambda features, captions: (features[::-1], captions),
+    "the type": lambda features, captions: (features.astype(np.float16), captions),
+    "the number of images": halve,
+    "the number of regions": lambda features, captions: (features[:, :2], captions),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_other_data_has_another_fingerprint(tmp_path, change):
+    features = make_features(dtype=np.float16).astype(np.float32)  # the same values in either type
+    before = fingerprint(tmp_path / "before", features, make_captions())
+    assert fingerprint(tmp_path / "after", *CHANGED[change](features, make_captions())) != before
+
+
+def test_the_fingerprint_reads_sixty_four_rows_of_many(tmp_path):
+    features, captions = make_features(130), make_captions(130)
+    before = fingerprint(tmp_path / "before", features, captions)
+    noticed = sum(
+        fingerprint(tmp_path / "after", *change_row(features.copy(), captions, row)) != before for row in range(130)
+    )
+    assert noticed == 64
+
+
 # What is refused
 
 
