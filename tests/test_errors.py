@@ -175,6 +175,16 @@ def test_a_split_that_is_not_there_is_named(refused_evaluation):
     assert "no_such_ims.npy is missing" in refused_evaluation("--split", "no_such")
 
 
+@pytest.mark.parametrize("name", ["../tiny_precomp", "/etc", "", "a\n\x1b[2J"])
+def test_names_that_lead_out_of_their_folder(refused_training, refused_evaluation, altered, refusal, name):
+    assert "--data_name '" in refused_training("--data_name", name)
+    assert "--split '" in refused_evaluation("--split", name)
+    if name:
+        assert "--data_name '" in refused_evaluation("--data_name", name)
+        path = altered(lambda content: content["settings"].update(data_name=name))
+        assert "--data_name '" in refusal("eval", "--checkpoint", path, "--device", "cpu")
+
+
 @pytest.mark.parametrize("program", ["eval", "testall"])
 def test_images_that_do_not_divide_by_five_are_refused(refusal, make_data, trained_run, tmp_path, program):
     make_data(tmp_path / "seven", images={"testall": 7})
@@ -283,6 +293,10 @@ def test_a_bert_that_is_nowhere(refused_training, tmp_path):
     assert f"--bert {tmp_path / 'nothing'}: " in refused_training("--bert", tmp_path / "nothing")
 
 
+def test_a_bert_that_is_a_file(refused_training):
+    assert f"--bert {PUBLISHED}: is a file" in refused_training("--bert", PUBLISHED)
+
+
 @pytest.mark.parametrize("name", ["vocab.txt", "config.json"])
 def test_a_bert_folder_that_lacks_a_file(refused_training, bert, name):
     (bert / name).unlink()
@@ -294,6 +308,9 @@ def test_a_bert_folder_that_lacks_a_file(refused_training, bert, name):
     [
         ("config.json", b"{"),
         ("config.json", b"[]"),
+        ("config.json", b'{"num_hidden_layers": 1000000000}'),
+        ("vocab.txt", b"junk"),
+        ("tokenizer.json", b"{}"),
         ("model.safetensors", b"junk" * 100),
         ("pytorch_model.bin", b"junk" * 100),
     ],

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said explicitly, it d
 from tokenizers import Tokenizer as Backend
 
 from lib.errors import InputError, reason
+from lib.hub import is_folder, quiet
 
 PAD_ID = 0
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PARTS = {"normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer", "model": "WordPiece"}
+OPTIONS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+AT_ONCE = 1_000  # captions split at a time; the library's own result is many times larger than what is kept of it
 
 
 @dataclass
@@ -42,31 +49,29 @@ class Tokenizer:
     """
 
     def __init__(self, specification: str, max_length: int):
-        """specification: the JSON of a `tokenizers` tokenizer, which a checkpoint carries along."""
+        """specification: the JSON of a `tokenizers` tokenizer, which a checkpoint carries along.
+
+        Raises InputError where it is damaged, or not a BERT's.
+        """
         self.specification = specification
         self.max_length = max_length
-        content = json.loads(specification)
-        content["added_tokens"] = []  # so that a literal [MASK] in a caption is text
-        content["truncation"] = content["padding"] = None
-        self._backend = Backend.from_str(json.dumps(content))
+        with _refusing("the tokenizer is damaged, or not BERT's"):
+            self._backend = _build_backend(specification)
         self.vocab_size = self._backend.get_vocab_size()
-        self.cls_id, self.sep_id, self.mask_id, _ = map(self._special, ("[CLS]", "[SEP]", "[MASK]", "[UNK]"))
-
-    def _special(self, token: str) -> int:
-        token_id = self._backend.token_to_id(token)
-        if token_id is None:
-            raise InputError(f"--bert: the vocabulary has no {token}; expected BERT's vocab.txt")
-        return token_id
+        _, _, self.cls_id, self.sep_id, self.mask_id = map(self._backend.token_to_id, SPECIAL_TOKENS)
 
     def tokenize(self, captions: list[str]) -> TokenizedCaptions:
         """Split captions into words (lower case, accents and punctuation as BERT does) and words into pieces."""
+        blocks = [self._tokenize(captions[start : start + AT_ONCE]) for start in range(0, len(captions) or 1, AT_ONCE)]
+        ids, words, lengths = map(np.concatenate, zip(*blocks, strict=True))
+        return TokenizedCaptions(ids, words, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def _tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and words of all pieces, and the number of pieces of each caption."""
         encodings = self._backend.encode_batch(captions, add_special_tokens=False)
-        lengths = [len(encoding) for encoding in encodings]
-        return TokenizedCaptions(
-            np.array([i for encoding in encodings for i in encoding.ids], dtype=np.int64),
-            np.array([w for encoding in encodings for w in encoding.word_ids], dtype=np.int64),
-            np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        )
+        ids = [i for encoding in encodings for i in encoding.ids]
+        words = [w for encoding in encodings for w in encoding.word_ids]
+        return tuple(np.array(part, dtype=np.int64) for part in (ids, words, list(map(len, encodings))))
 
     def pad(self, captions: TokenizedCaptions) -> tuple[np.ndarray, np.ndarray]:
         """[CLS] pieces [SEP] of each caption, cut to `max_length` with [SEP] kept.
@@ -91,18 +96,66 @@ def load_tokenizer(bert: str, max_length: int, entries: int) -> Tokenizer:
     entries: size of the vocabulary that the model's configuration states. Raises InputError where there is no tokenizer
     or the vocabulary is larger than that.
     """
-    from transformers import AutoTokenizer
-
-    folder = Path(bert)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+    folder = is_folder(bert)
+    if folder and not any((Path(bert) / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise InputError(f"--bert {bert}: the folder holds no vocab.txt")
+    with _refusing(f"--bert {bert}: no tokenizer to be had; give a folder with config.json and vocab.txt"), quiet():
+        specification = _read_folder(Path(bert)) if folder else _fetch(bert)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(bert, use_fast=True, local_files_only=folder.is_dir())
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise InputError(
-            f"--bert {bert}: no tokenizer to be had ({reason(error)}); give a folder with config.json and vocab.txt"
-        ) from None
-    loaded = Tokenizer(tokenizer.backend_tokenizer.to_str(), max_length)
+        loaded = Tokenizer(specification, max_length)
+    except InputError as error:
+        raise InputError(f"--bert {bert}: {error}") from None
     if loaded.vocab_size > entries:
         raise InputError(f"--bert {bert}: a vocabulary of {loaded.vocab_size} entries, but config.json says {entries}")
     return loaded
+
+
+def _fetch(name: str) -> str:
+    """The JSON of a tokenizer by name; raises whatever transformers does."""
+    from transformers import BertTokenizer
+
+    return BertTokenizer.from_pretrained(name).backend_tokenizer.to_str()
+
+
+def _read_folder(folder: Path) -> str:
+    """The JSON of a folder's tokenizer; raises whatever damage leads to.
+
+    Nothing but OPTIONS is taken from tokenizer_config.json, which may else name files anywhere.
+    """
+    from transformers import BertTokenizer
+
+    if (folder / "tokenizer.json").is_file():
+        return (folder / "tokenizer.json").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_bytes()) if config.is_file() else {}
+    options = {name: settings[name] for name in OPTIONS if name in settings}
+    return BertTokenizer(str(folder / "vocab.txt"), **options).backend_tokenizer.to_str()
+
+
+def _build_backend(specification: str) -> Backend:
+    """The tokenizer that a JSON describes, of BERT's own parts only; raises whatever damage leads to."""
+    content = json.loads(specification)
+    for name, kind in PARTS.items():
+        if content[name]["type"] != kind:
+            raise ValueError(f"its {name} is not {kind}")
+    vocabulary = content["model"]["vocab"]
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError("its vocabulary holds a word twice, or leaves out a number")
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
+        raise ValueError(f"its vocabulary has no {', '.join(missing)}")
+    if vocabulary["[PAD]"] != PAD_ID or content["model"]["unk_token"] != "[UNK]":
+        raise ValueError("[PAD] is not its first entry, or [UNK] not its unknown word")
+    parts = {name: content[name] for name in PARTS}
+    parts["added_tokens"] = []  # so that a literal [MASK] in a caption is text
+    return Backend.from_str(json.dumps({"version": "1.0", **parts}))
+
+
+@contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """Turn whatever the tokenizers library raises into InputError: plain Exception, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{message} ({reason(error)})") from None

@@ -5,9 +5,7 @@ import math
 import pickle
 import re
 import shutil
-import tracemalloc
 from codecs import BOM_UTF8
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.data.precomp import CAPTION_BYTES, MOST_REGIONS, FeatureFile, find_folder, open_split, read_captions
-from lib.errors import InputError
+from tests.damage import changes, cuts, grow, memory_below, refusal, spoil, unless_refused, write_bytes
 
 IMAGES, REGIONS, IMG_DIM = 7, 3, 4
 
@@ -36,12 +34,6 @@ def write(folder, features, captions=None, split="dev"):
     (folder / f"{split}_caps.txt").write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
-def write_bytes(path, content):
-    path.unlink(missing_ok=True)  # never shorten a file that is still mapped
-    path.write_bytes(content)
-    return path
-
-
 def as_npy(array, **options):
     file = io.BytesIO()
     np.save(file, array, **options)
@@ -52,32 +44,6 @@ def with_header(header, data=b""):
     """A .npy file of any header text."""
     header = header.encode("latin1")
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
-
-
-def refusal(function, *args):
-    """The message with which a call is refused, which is one line."""
-    with pytest.raises(InputError) as caught:
-        function(*args)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1, message
-    return message
-
-
-@contextmanager
-def memory_below(bytes):
-    """Fails where more memory was in use at any time than before."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < bytes
-    finally:
-        tracemalloc.stop()
-
-
-def grow(path, size):
-    """Make a file as long as `size`; what is added are zeros that take no room on the disk."""
-    with open(path, "r+b") as file:
-        file.truncate(size)
 
 
 @pytest.fixture
@@ -521,17 +487,6 @@ def test_a_file_that_vanishes_is_named_by_the_worker_that_opens_it_again(folder)
 # Whatever the bytes are
 
 
-def unless_refused(read, path):
-    """What `read` gives, or None where it refuses in one line that names the file."""
-    try:
-        return read()
-    except InputError as error:
-        message = str(error)
-    assert message.startswith(f"{path}: ")
-    assert len(message.splitlines()) == 1
-    return None
-
-
 CAPTION = st.text(st.characters(codec="utf-8", exclude_characters="\n\0"), min_size=1).filter(
     lambda text: text.strip() and not text.endswith("\r") and not text.startswith("\ufeff")
 )
@@ -548,19 +503,6 @@ def test_any_captions_come_back_as_they_were_written(tmp_path_factory, captions,
     content = mark + end.join(captions) + end * final
     path = write_bytes(tmp_path_factory.getbasetemp() / "any_caps.txt", content.encode())
     assert read_captions(path) == captions
-
-
-def spoil(content, kept, changes, surplus=b""):
-    """Bytes cut at `kept`, some changed, others added."""
-    content = bytearray(content[:kept])
-    for place, value in changes:
-        if place < len(content):
-            content[place] = value
-    return bytes(content + surplus)
-
-
-def changes(places):
-    return st.lists(st.tuples(st.integers(0, places), st.integers(0, 255)), max_size=3)
 
 
 def captions_in(content):
@@ -586,18 +528,18 @@ ENCODED = [
     st.one_of(
         st.binary(),
         st.text("a \r\n\u2028é\ufeff\0").map(str.encode),
-        st.builds(spoil, st.sampled_from(ENCODED), st.one_of(st.none(), st.integers(0, 140)), changes(140)),
+        st.builds(spoil, st.sampled_from(ENCODED), cuts(140), changes(140)),
     )
 )
 def test_any_bytes_are_the_captions_they_say_or_refused(tmp_path_factory, content):
     path = write_bytes(tmp_path_factory.getbasetemp() / "any_bytes_caps.txt", content)
-    assert unless_refused(lambda: read_captions(path), path) == captions_in(content)
+    assert unless_refused(lambda: read_captions(path), f"{path}: ") == captions_in(content)
 
 
 def read_all(path):
     """All features of a file, or None where it is refused."""
-    features = unless_refused(lambda: FeatureFile(path), path)
-    rows = features and unless_refused(lambda: features.read(np.arange(len(features))), path)
+    features = unless_refused(lambda: FeatureFile(path), f"{path}: ")
+    rows = features and unless_refused(lambda: features.read(np.arange(len(features))), f"{path}: ")
     if rows is None:
         return None
     assert rows.shape == (len(features), features.regions, features.img_dim)
@@ -612,7 +554,7 @@ def read_all(path):
     shape=st.one_of(st.lists(st.integers(0, 4), max_size=4), st.lists(st.integers(1, 4), min_size=3, max_size=3)),
     order=st.sampled_from("CF"),
     version=st.sampled_from([(1, 0), (2, 0)]),
-    kept=st.one_of(st.none(), st.integers(0, 400)),
+    kept=cuts(400),
     changed=changes(140),
     surplus=st.sampled_from([b"", b"", b"\0"]),
 )
