@@ -433,10 +433,10 @@ def test_a_published_checkpoint_needs_to_be_told_where_the_data_is(refusal):
 @pytest.mark.parametrize(
     ("part", "name", "weight", "words"),
     [
-        (0, "module.fc.bias", None, "missing image_encoder.linear.bias"),
-        (0, "module.nothing.weight", torch.zeros(1), "nothing.weight"),
-        (1, "module.linear.extra", torch.zeros(1), "surplus text_encoder.linear.extra"),
-        (2, "module.temp_scale.weight", torch.zeros(1, 2), "similarity.log_temperature is (1, 2), expected ()"),
+        (0, "module.fc.bias", None, "missing fc.bias"),
+        (0, "module.nothing.weight", torch.zeros(1), "surplus weights module.nothing.weight"),
+        (1, "module.linear.extra", torch.zeros(1), "surplus linear.extra"),
+        (2, "module.temp_scale.weight", torch.zeros(1, 2), "temp_scale.weight is (1, 2), expected (1, 1)"),
     ],
 )
 def test_a_published_checkpoint_whose_weights_do_not_fit(refusal, tmp_path, part, name, weight, words):
