@@ -9,7 +9,8 @@ optimizer      AdamW's state                random_state   of every generator th
 versions       of this code and its packages
 data           fingerprints of the train and dev splits
 
-Published files (published.py) are read into the same form, without the last four entries, bert_config and tokenizer.
+Published files (published.py) and exchange folders (exchange.py) are read into the same form, without the last four
+entries, and where nobody said what their BERT is, without bert_config and tokenizer. See docs/method.md.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import archive, published
+from lib import archive, exchange, published
 from lib.bert import BERT_BASE, build_bert, plain, read_config
 from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,7 +47,8 @@ LAST, BEST = "last.pt", "model_best.pt"
 
 
 def find_checkpoint(checkpoint: str, of_run: str = BEST, runs: str = "runs") -> Path:
-    """The file that `checkpoint` means: itself, a run folder's `of_run`, or if empty the newest best below `runs`.
+    """What `checkpoint` means: a file or exchange folder itself, a run folder's `of_run`, or if empty the newest best
+    below `runs`.
 
     Raises InputError where there is none.
     """
@@ -58,6 +60,8 @@ def find_checkpoint(checkpoint: str, of_run: str = BEST, runs: str = "runs") -> 
             )
         return found[-1]
     path = Path(checkpoint)
+    if exchange.is_exchange(path):
+        return path
     path = path / of_run if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
@@ -66,7 +70,7 @@ def find_checkpoint(checkpoint: str, of_run: str = BEST, runs: str = "runs") -> 
 
 def verify(path: Path) -> None:
     """Compare all checksums of a checkpoint without loading it. Raises InputError where it is damaged."""
-    archive.verify(path)
+    (exchange if exchange.is_exchange(path) else archive).verify(path)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -75,7 +79,7 @@ def read_checkpoint(path: Path) -> dict:
     Never runs code from the file, and takes no more memory than it is large. Raises InputError where it is damaged or
     not a checkpoint.
     """
-    content = _read_file(path)
+    content = exchange.read(path) if exchange.is_exchange(path) else _read_file(path)
     content["path"] = str(path)
     for problem in _problems(content):
         raise InputError(f"{path}: not a sound checkpoint: {problem}")
