@@ -1,5 +1,6 @@
 """Convert a checkpoint to an exchange folder (safetensors weights, JSON settings), or to the published form."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -22,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"written: {', '.join(map(str, files))}\n{len(content['model'])} weights, {size:,} bytes")
 
 
-def parse(argv: Sequence[str] | None):
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags."""
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, formatter_class=argparse.HelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint, run folder (its best), published file or exchange folder")
     parser.add_argument("out", help="new file of the published form (.pth.tar, .pth, .tar), or new exchange folder")
     parser.add_argument(

@@ -10,7 +10,7 @@ versions       of this code and its packages
 data           fingerprints of the train and dev splits
 
 Published files (published.py) and exchange folders (exchange.py) are read into the same form, without the last four
-entries, and where nobody said what their BERT is, without bert_config and tokenizer. See docs/method.md.
+entries, and where nobody said what their BERT is, without bert_config and tokenizer. See docs/checkpoints.md.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Checkpoints of the published X-Dim release, brought into this project's form and back.
 
 They hold `model`, a list of three state dicts (image, text, similarity) with the prefix `module.`, and `opt`, an
-argparse.Namespace, beside `epoch` (finished ones), `best_rsum` and `Eiters` (steps); see docs/method.md for which
+argparse.Namespace, beside `epoch` (finished ones), `best_rsum` and `Eiters` (steps); docs/checkpoints.md says which
 of their names is which symbol of the paper.
 """
 
