@@ -36,6 +36,7 @@ MAX_PICKLE = 2**25  # bytes; names, settings and a tokenizer of 100,000 words ne
 MAX_VALUES = 10**6  # in the content, and instructions of its pickle; a large run has a tenth of it
 MAX_DIMENSIONS = 8
 ARCHIVE, ARCHIVE_END = b"PK\x03\x04", 98  # an archive's first bytes; the size of its three closing records
+FOLDER = 0x10  # of a record's attributes; PyTorch takes whatever is in memory for the content of such a record
 LEGACY_START = (0x1950A86A20F9469CFC6C, 1001)  # the first two pickles of the older form
 
 
@@ -102,6 +103,8 @@ def _open_sound_archive(file: BinaryIO) -> zipfile.ZipFile:
     records = archive.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError("a compressed archive")
+    if any(record.external_attr & FOLDER for record in records):
+        raise ValueError("a record that is marked as a folder")
     if sum(max(record.file_size, record.compress_size) for record in records) > size:
         raise ValueError("its records overlap")
     if len({record.filename.lower() for record in records}) < len(records):
