@@ -5,6 +5,8 @@ model = load("runs/demo")                       # a run folder, a checkpoint of 
 scores = model.score(regions, ["a red ball"])   # (images, captions)
 """
 
+__version__ = "0.2.0"
+
 
 def load(checkpoint, **settings):
     """Load a trained model; see `lib.evaluation.matcher.load_matcher` for arguments, result and errors."""

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from lib.errors import InputError, TrainingStopped
+from lib.errors import InputError, Interrupted, TrainingStopped
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,8 +23,8 @@ class Parser(argparse.ArgumentParser):
 def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
     """Turn `main(argv)` into a program: returns its exit code and prints a known error as one line on stderr.
 
-    0 done, 1 a run that had to stop, 2 wrong input, 130 interrupted. Any other exception is a bug and keeps its
-    traceback.
+    0 done, 1 a run that had to stop, 2 wrong input, 130 or 143 interrupted by Ctrl-C or SIGTERM. Any other exception is
+    a bug and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -34,6 +34,9 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         except (InputError, TrainingStopped) as error:
             print(f"error: {_last_line(error)}", file=sys.stderr)
             return error.exit_code
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.exit_code
         except BrokenPipeError:  # whoever read our output (`| head`) has gone; the rest goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

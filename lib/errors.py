@@ -1,4 +1,4 @@
-"""The two ways a program ends early on purpose: each is one line on stderr, never a traceback."""
+"""The ways a program ends early on purpose: each is one line on stderr, never a traceback."""
 
 QUOTED = 200  # characters of a text from elsewhere that an error message quotes
 
@@ -13,6 +13,14 @@ class TrainingStopped(Exception):
     """A run that cannot go on (a loss that is not a number, say). The message says what to do."""
 
     exit_code = 1
+
+
+class Interrupted(Exception):
+    """A run that was asked to end and has saved. The message holds the command to go on."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal  # as shells count it
 
 
 def reason(error: Exception) -> str:

@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 from lib.errors import InputError
 
+TEMPORARY = ".tmp"  # ending of a file that is being written; one that stays behind was cut off by a kill
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
@@ -16,7 +18,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     Until then what stood there stays. Raises InputError where the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -24,10 +26,31 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
         raise InputError(
-            f"{path} could not be written: {error.strerror or error}; what stood there before is untouched"
+            f"{path} could not be written: {cause.strerror or cause}; what stood there before is untouched"
         ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's new names to the disk too, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind another: torch.save turns a full disk into a RuntimeError of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,6 +1,7 @@
 """Batches of tensors for training and for evaluation."""
 
 import os
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -72,5 +73,12 @@ def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
             workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ),
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else opening a loader would draw from the run's random state
     )
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; they go on until the main process lets them end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

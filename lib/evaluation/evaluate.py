@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from lib.evaluation import report
 from lib.evaluation.matcher import Matcher, load_matcher
 from lib.evaluation.metrics import chance_metrics, fold_metrics, mean_metrics, retrieval_metrics
 from lib.files import replacing
+from lib.record import quote, read_record
 
 
 @dataclasses.dataclass
@@ -101,7 +103,17 @@ def _heading(matcher: Matcher, split: Split) -> str:
     epoch = "" if progress["epoch"] is None else f", {progress['epoch']} epochs"
     trained = f"{matcher.checkpoint['path']}{epoch}" + ("" if dev is None else f", dev rSum {dev:.1f}")
     size = f"{len(split.features)} images, {len(split.captions)} captions"
-    return f"checkpoint  {trained}\ndata        {split.folder} {split.name}: {size}\ndevice      {matcher.compute}"
+    run = _quote_run(matcher.checkpoint["path"])
+    return f"checkpoint  {trained}\n{run}data        {split.folder} {split.name}: {size}\ndevice      {matcher.compute}"
+
+
+def _quote_run(checkpoint: Path) -> str:
+    """What the run's record says of how the checkpoint was chosen, where there is a record beside it."""
+    try:
+        record = read_record(checkpoint.parent)
+        return f"run         {quote(record)}\n" if record else ""
+    except InputError as error:
+        return f"run         {error}\n"
 
 
 def _table(results: dict, split: Split) -> str:
