@@ -12,14 +12,14 @@ from lib.environment import check_packages
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(TrainSettings, __doc__, argv)
     check_packages()
-    from lib.training import train as training  # importing PyTorch takes seconds: not before the flags are right
+    from lib.training.origin import find_origin, refuse_changes  # importing PyTorch takes seconds: not before the
+    from lib.training.train import train  # flags are right
 
-    checkpoint = None
-    if settings.resume:
-        checkpoint, defaults = training.resume(settings.resume)
-        settings = parse(TrainSettings, __doc__, argv, defaults)
-        training.refuse_changes(settings, defaults)
-    training.train(settings, checkpoint)
+    origin = find_origin(settings)
+    if origin:
+        settings = parse(TrainSettings, __doc__, argv, origin.defaults)
+        refuse_changes(settings, origin)
+    train(settings, origin)
 
 
 if __name__ == "__main__":

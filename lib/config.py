@@ -67,10 +67,16 @@ class RecipeSettings:
 class RunSettings:
     """run"""
 
-    model_name: str = flag("", "run folder for checkpoints and run.log (default: runs/DATA_NAME)")
+    model_name: str = flag("", "run folder for checkpoints, run.json and run.log (default: runs/DATA_NAME)")
     logger_name: str = flag("", "folder for TensorBoard files (default: the run folder)")
     log_step: int = flag(100, "steps between two lines of the log")
-    resume: str = flag("", "checkpoint or run folder to go on from; its settings are the defaults then")
+    save_steps: int = flag(1000, "steps between two checkpoints within an epoch; 0 = only after each epoch")
+    keep: int = flag(2, "newest checkpoints to keep; model_best.pt stays beside them")
+    resume: str = flag(
+        "", "run folder or checkpoint to go on from, its settings are the defaults then; auto: newest of MODEL_NAME"
+    )
+    init_from: str = flag("", "checkpoint whose weights alone a new run starts from")
+    allow_changes: bool = flag(False, "resume although settings or data differ from the checkpoint's")
 
 
 @dataclass
@@ -86,13 +92,16 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
     """Settings of train.py."""
 
     def __post_init__(self):
-        for name in ("img_dim", "batch_size", "num_epochs", "log_step", "learning_rate", "margin"):
+        for name in ("img_dim", "batch_size", "num_epochs", "log_step", "keep", "learning_rate", "margin"):
             _refuse(not getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")  # NaN is not
-        for name in ("workers", "lr_update", "vse_mean_warmup_epochs", "grad_clip", "seed"):
+        for name in ("workers", "lr_update", "vse_mean_warmup_epochs", "grad_clip", "save_steps", "seed"):
             _refuse(not getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
         _refuse(self.seed >= 2**63, f"--seed {self.seed}: must be below 2**63")
         _refuse(self.batch_size < 2, "--batch_size 1: a batch needs a second pair to take negatives from")
         _refuse(self.embed_size < 2, f"--embed_size {self.embed_size}: the gate needs at least 2 dimensions")
+        _refuse(
+            self.resume and self.init_from, "--init_from: starts a new run, --resume goes on with one; give one of them"
+        )
         self.model_name = self.model_name or str(Path("runs") / self.data_name)
         self.logger_name = self.logger_name or self.model_name
 
@@ -101,7 +110,9 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
 class CheckpointSettings(ComputeSettings):
     """checkpoint and where to run it; what is left out is taken from the checkpoint"""
 
-    checkpoint: str = flag("", "checkpoint, run folder (its best) or published file (default: newest best below runs/)")
+    checkpoint: str = flag(
+        "", "checkpoint, run folder (its best), published file or exchange folder (default: newest best below runs/)"
+    )
     data_path: str = flag("", "folder of the data sets")
     data_name: str = flag("", "data set below DATA_PATH")
     bert: str = flag("", "BERT's name or folder; a checkpoint of this project carries its own")

@@ -13,3 +13,10 @@ class Progress:
     best_rsum: float = -1.0
     best_epoch: int = 0  # counted from 1; 0: none yet
     history: list[dict] = field(default_factory=list)  # of each finished epoch: epoch, step, dev (its metrics)
+
+    def end_epoch(self, metrics: dict) -> None:
+        """Take note of what dev says after the epoch's last batch."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.history.append({"epoch": self.epoch, "step": self.step, "dev": metrics})
+        if metrics["rsum"] > self.best_rsum:
+            self.best_rsum, self.best_epoch = metrics["rsum"], self.epoch

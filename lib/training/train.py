@@ -7,34 +7,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from lib.bert import start_bert
-from lib.checkpoint import (
-    BEST,
-    LAST,
-    build_model,
-    describe_architecture,
-    find_checkpoint,
-    new_model,
-    read_checkpoint,
-    write_checkpoint,
-)
+from lib.checkpoint import BEST, LAST, build_model, describe_architecture, new_model
 from lib.compute import Compute, choose_compute
-from lib.config import ModelSettings, RecipeSettings, TrainSettings
+from lib.config import TrainSettings
 from lib.data.batches import EpochBatches, loader
 from lib.data.precomp import Split, open_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
-from lib.errors import InputError, TrainingStopped
+from lib.errors import InputError, Interrupted, TrainingStopped, reason
 from lib.evaluation import report
 from lib.evaluation.evaluate import Timing, measure, score_split
 from lib.evaluation.matcher import Matcher
 from lib.loss import hinge_triplet_loss
 from lib.model.xdim import XDim
+from lib.record import RECORD, write_record
 from lib.training.collapse import CollapseWatch
+from lib.training.folder import RunFolder, command_to_go_on
+from lib.training.interruption import EndNow, Interruption
 from lib.training.log import RunLog
 from lib.training.optimizer import build_optimizer, learning_rate_of, set_learning_rate
+from lib.training.origin import Origin, refuse_changed_data, refuse_used_folder
 from lib.training.progress import Progress
+from lib.training.randomness import random_state, restore_random_state, seed_everything
+from lib.training.record import begin_record, describe_data, record_now
 
 
 @dataclass
@@ -50,73 +48,83 @@ class Run:
     train_captions: TokenizedCaptions
     dev: Split
     dev_captions: TokenizedCaptions
+    record: dict  # of run.json, what does not change while this process trains
     progress: Progress = field(default_factory=Progress)
+    interruption: Interruption = field(default_factory=Interruption)
 
 
-def train(settings: TrainSettings, checkpoint: dict | None = None) -> None:
-    """Train X-Dim, evaluate on dev after each epoch, keep the last and the best checkpoint.
+def train(settings: TrainSettings, origin: Origin | None = None) -> None:
+    """Train X-Dim, evaluate on dev after each epoch, keep checkpoints from which the run can go on.
 
-    checkpoint: the content of the one to go on from, where the run is resumed. Raises InputError for wrong settings or
-    files, TrainingStopped when the loss is no longer a number.
+    origin: the checkpoint that the run starts from. Raises InputError for wrong settings or files, TrainingStopped
+    when the loss is no longer a number or nothing can be saved, Interrupted when a signal has ended the run.
     """
-    run = start(settings, checkpoint)
-    log = RunLog(Path(settings.model_name), Path(settings.logger_name), run.progress.step)
-    try:
-        introduce(run, log)
+    run = start(settings, origin)
+    with (
+        RunFolder(Path(settings.model_name), settings.keep) as folder,
+        RunLog(folder.path, Path(settings.logger_name), run.progress.step) as log,
+        run.interruption,
+    ):
+        introduce(run, folder, origin, log)
         for epoch in range(run.progress.epoch, settings.num_epochs):
-            train_epoch(run, epoch, log)
-            run.progress.epoch = epoch + 1
-            validate(run, log)
-            save(run)
-        best = f"{run.progress.best_rsum:.1f} after epoch {run.progress.best_epoch}"
-        log.say(f"best dev rSum {best}: {Path(settings.model_name) / BEST}")
-    finally:
-        log.close()
+            train_epoch(run, epoch, folder, log)
+            validate(run, folder, log)
+            save(run, folder, log)
+            end_if_asked(run, folder)
+        if run.progress.best_epoch:
+            best = f"{run.progress.best_rsum:.1f} after epoch {run.progress.best_epoch}"
+            log.say(f"best dev rSum {best}: {folder.path / BEST}")
 
 
-def start(settings: TrainSettings, checkpoint: dict | None) -> Run:
+def start(settings: TrainSettings, origin: Origin | None) -> Run:
     """Open the data and build the model and optimiser, new or as a checkpoint left them."""
     compute = choose_compute(settings.device, settings.precision)
-    folder = Path(settings.model_name)
-    if checkpoint is None and (folder / LAST).exists():
-        raise InputError(
-            f"--model_name {folder}: holds a run already; go on with --resume {folder} or name another folder"
-        )
+    if origin is None:
+        refuse_used_folder(Path(settings.model_name))
     train_split = open_split(settings.data_path, settings.data_name, "train", settings.img_dim)
     dev_split = open_split(settings.data_path, settings.data_name, "dev", settings.img_dim)
     if settings.batch_size > len(train_split.captions):
         raise InputError(
             f"--batch_size {settings.batch_size}: larger than the {len(train_split.captions)} pairs of train"
         )
+    data = {split.name: describe_data(split) for split in (train_split, dev_split)}
+    if origin is not None:
+        refuse_changed_data(origin, data, settings.allow_changes)
 
-    torch.manual_seed(settings.seed)
-    if checkpoint is None:
-        bert, origin = start_bert(settings.bert)
-        print(origin)
-        tokenizer = load_tokenizer(settings.bert, bert.config.max_position_embeddings, bert.config.vocab_size)
-        model = new_model(bert, dataclasses.asdict(settings))
-    else:
-        model, tokenizer = build_model(checkpoint)
+    seed_everything(settings.seed)
+    model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
     model.to(compute.device)
     optimizer = build_optimizer(model, settings.learning_rate)
     captions = [tokenizer.tokenize(split.captions) for split in (train_split, dev_split)]
-    run = Run(settings, compute, model, tokenizer, optimizer, train_split, captions[0], dev_split, captions[1])
-    if checkpoint is not None:
-        continue_from(run, checkpoint)
+    record = begin_record(dataclasses.asdict(settings), data, str(compute), origin)
+    run = Run(settings, compute, model, tokenizer, optimizer, train_split, captions[0], dev_split, captions[1], record)
+    if origin is not None:
+        continue_from(run, origin)
     return run
 
 
-def continue_from(run: Run, content: dict) -> None:
-    """Bring optimiser, progress and random state to where a checkpoint left them."""
-    run.optimizer.load_state_dict(content["optimizer"])
-    run.progress = Progress(**content["progress"])
-    torch.set_rng_state(content["random_state"]["cpu"])
-    if run.compute.device.type == "cuda" and content["random_state"]["cuda"] is not None:
-        torch.cuda.set_rng_state(content["random_state"]["cuda"], run.compute.device)
+def new_parts(settings: TrainSettings) -> tuple[XDim, Tokenizer]:
+    """A model around a pretrained BERT, and BERT's tokenizer."""
+    bert, where_from = start_bert(settings.bert)
+    print(where_from)
+    tokenizer = load_tokenizer(settings.bert, bert.config.max_position_embeddings, bert.config.vocab_size)
+    return new_model(bert, dataclasses.asdict(settings)), tokenizer
 
 
-def introduce(run: Run, log: RunLog) -> None:
-    """Say what is trained on what, and where it is written."""
+def continue_from(run: Run, origin: Origin) -> None:
+    """Bring progress, and where the checkpoint holds them optimiser and random state, to where they were left."""
+    run.progress = origin.progress
+    if not origin.exact:
+        return
+    try:
+        run.optimizer.load_state_dict(origin.content["optimizer"])
+        restore_random_state(origin.content["random_state"], run.compute.device)
+    except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
+        raise InputError(f"{origin.path}: its optimiser or random state does not fit ({reason(error)})") from None
+
+
+def introduce(run: Run, folder: RunFolder, origin: Origin | None, log: RunLog) -> None:
+    """Say what is trained on what, from where, and where it is written; begin the record."""
     settings = run.settings
     counts = run.model.parameter_counts()
     steps = len(run.train.captions) // settings.batch_size
@@ -127,29 +135,38 @@ def introduce(run: Run, log: RunLog) -> None:
         f"parameters  {sum(counts.values()):,}: {parts}\n"
         f"steps       {settings.num_epochs} epochs of {steps}, batches of {settings.batch_size} pairs\n"
         f"device      {run.compute}\n"
-        f"written to  {settings.model_name} ({LAST}, {BEST}, run.log), TensorBoard: {settings.logger_name}\n"
+        f"written to  {settings.model_name} ({LAST}, {BEST}, {RECORD}, run.log), TensorBoard: {settings.logger_name}\n"
         f"settings    {' '.join(f'{name}={value}' for name, value in dataclasses.asdict(settings).items())}"
     )
-    if run.progress.epoch:
-        log.say(f"resumed after epoch {run.progress.epoch}, best dev rSum so far {run.progress.best_rsum:.1f}")
+    for note in origin.notes if origin else ():
+        log.say(note)
+    if origin and origin.exact:
+        progress = run.progress
+        done = f"{progress.step} steps done, {progress.batch} of them in epoch {progress.epoch + 1}"
+        log.say(f"goes on from {origin.path}: {done}")
+    if run.progress.epoch >= settings.num_epochs:
+        log.say(f"all {settings.num_epochs} epochs are done; a larger --num_epochs goes on")
+    folder.set_aside(origin.damaged if origin else ())
+    folder.check_best(run.progress, log.say)
+    write_record(folder.path, record_now(run.record, run.progress))
 
 
-def train_epoch(run: Run, epoch: int, log: RunLog) -> None:
-    """One pass over all pairs."""
+def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
+    """One pass over all pairs, or over those that are left of it."""
     settings, model, progress = run.settings, run.model, run.progress
     rate = learning_rate_of(epoch, settings.learning_rate, settings.lr_update)
     set_learning_rate(run.optimizer, rate)
     hardest = settings.max_violation or epoch >= settings.vse_mean_warmup_epochs
     watch = CollapseWatch(settings.margin, settings.batch_size)
     batches = EpochBatches(run.train, run.train_captions, run.tokenizer, settings.batch_size, settings.seed, epoch)
-    bar = tqdm(
-        loader(batches, settings.workers, run.compute.device), desc=f"epoch {epoch + 1}", leave=False, disable=None
-    )
+    left = Subset(batches, range(progress.batch, len(batches)))
+    bar = tqdm(loader(left, settings.workers, run.compute.device), desc=f"epoch {epoch + 1}", leave=False, disable=None)
     model.train()
     since, pairs = time.perf_counter(), 0
     for batch in bar:
         loss, gradient_norm = train_step(run, batch, hardest)
         progress.step += 1
+        progress.batch += 1
         pairs += settings.batch_size
         warning = watch.warning(loss) if hardest else None
         if warning:
@@ -162,6 +179,9 @@ def train_epoch(run: Run, epoch: int, log: RunLog) -> None:
                 f"rate {rate:.1e} {speed:.0f} pairs/s"
             )
             log_step(run, log, loss, gradient_norm, speed)
+        if run.interruption.signal or (settings.save_steps and progress.step % settings.save_steps == 0):
+            save(run, folder, log)
+            end_if_asked(run, folder)
 
 
 def train_step(run: Run, batch, hardest: bool) -> tuple[float, float]:
@@ -177,8 +197,8 @@ def train_step(run: Run, batch, hardest: bool) -> tuple[float, float]:
     loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise TrainingStopped(
-            f"step {run.progress.step + 1}: the loss is {loss_value}, its gradient's norm {norm_value}; checkpoints of "
-            f"finished epochs stay in {settings.model_name}; start again with a lower --learning_rate or in fp32"
+            f"step {run.progress.step + 1}: the loss is {loss_value}, its gradient's norm {norm_value}; the last "
+            f"checkpoint stays in {settings.model_name}; start again with a lower --learning_rate or in fp32"
         )
     run.optimizer.step()
     return loss_value, norm_value
@@ -201,64 +221,47 @@ def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, speed: fl
     )
 
 
-def validate(run: Run, log: RunLog) -> None:
-    """Recall on the whole of dev; says whether it is the best so far."""
+def validate(run: Run, folder: RunFolder, log: RunLog) -> None:
+    """Recall on the whole of dev; says whether it is the best so far. Ends the epoch."""
     progress, settings = run.progress, run.settings
     matcher = Matcher(run.model, run.tokenizer, run.compute)
-    scores = score_split(matcher, run.dev, run.dev_captions, settings.batch_size, settings.workers, Timing())
-    metrics = measure(scores, run.dev)
+    try:
+        with run.interruption.at_once():
+            scores = score_split(matcher, run.dev, run.dev_captions, settings.batch_size, settings.workers, Timing())
+            metrics = measure(scores, run.dev)
+    except EndNow:  # dev is evaluated by the resumed run
+        save(run, folder, log)
+        end_if_asked(run, folder)
     figures = {name: metrics[name] for name in ("rsum", "i2t", "t2i")}
-    progress.history.append({"epoch": progress.epoch, "step": progress.step, "dev": figures})
-    best = metrics["rsum"] > progress.best_rsum
-    if best:
-        progress.best_rsum, progress.best_epoch = metrics["rsum"], progress.epoch
-    log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{' (best)' if best else ''}")
+    progress.end_epoch(figures)
+    best = " (best)" if progress.best_epoch == progress.epoch else ""
+    log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{best}")
     recalls = {f"dev_{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
     log.figures(progress.step, dev_rsum=metrics["rsum"], **recalls)
 
 
-def save(run: Run) -> None:
-    """Write the checkpoints: the best first, so that a kill in between loses no best model."""
-    settings, device = dataclasses.asdict(run.settings), run.compute.device
+def save(run: Run, folder: RunFolder, log: RunLog) -> None:
+    """Write a checkpoint that is complete, and the record."""
+    settings, progress = dataclasses.asdict(run.settings), run.progress
     content = {
         "model": run.model.state_dict(),
         **describe_architecture(run.model, settings, run.tokenizer),
         "settings": settings,
-        "progress": dataclasses.asdict(run.progress),
+        "progress": dataclasses.asdict(progress),
         "optimizer": run.optimizer.state_dict(),
-        "random_state": {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        },
-        "versions": {},
-        "data": {},
+        "random_state": random_state(run.compute.device),
+        "versions": run.record["sessions"][-1]["versions"],
+        "data": run.record["data"],
     }
-    folder = Path(run.settings.model_name)
-    if run.progress.best_epoch == run.progress.epoch:
-        write_checkpoint(folder / BEST, content)
-    write_checkpoint(folder / LAST, content)
+    is_best = progress.batch == 0 and progress.best_epoch == progress.epoch
+    folder.save(content, is_best, record_now(run.record, run.progress), log.say)
 
 
-FIXED = [name for group in (ModelSettings, RecipeSettings) for name in group.__annotations__ if name != "num_epochs"]
-
-
-def resume(checkpoint: str) -> tuple[dict, dict]:
-    """Read the checkpoint to go on from: its content, and its settings as defaults of that run. Raises InputError."""
-    path = find_checkpoint(checkpoint, LAST)
-    content = read_checkpoint(path)
-    if "optimizer" not in content:
-        raise InputError(f"--resume {path}: a published checkpoint has no optimiser state; it can only be evaluated")
-    defaults = {**content["settings"], "resume": str(path), "model_name": str(path.parent)}
-    if content["settings"]["logger_name"] == content["settings"]["model_name"]:
-        defaults["logger_name"] = str(path.parent)
-    return content, defaults
-
-
-def refuse_changes(settings: TrainSettings, defaults: dict) -> None:
-    """Raises InputError naming settings that a resumed run may not change without becoming another run."""
-    changed = [name for name in FIXED if getattr(settings, name) != defaults[name]]
-    if changed:
-        changes = ", ".join(f"--{name} {getattr(settings, name)} (was {defaults[name]})" for name in changed)
-        raise InputError(
-            f"--resume {settings.resume}: a resumed run keeps its model and recipe, but these differ: {changes}"
+def end_if_asked(run: Run, folder: RunFolder) -> None:
+    """Raises Interrupted, after a save, where a signal has come."""
+    if run.interruption.signal:
+        name, progress = run.interruption.signal.name, run.progress
+        raise Interrupted(
+            f"{name}: saved after step {progress.step}; go on with: {command_to_go_on(folder.path)}",
+            run.interruption.signal,
         )
