@@ -246,7 +246,6 @@ def whole_model(trained_run, tmp_path, change):
         set_in("bert_config", "vocab_size", value=100),  # fewer than the tokenizer knows
         set_in("bert_config", "num_attention_heads", value=0),
         set_in("bert_config", "num_attention_heads", value=-2),
-        set_in("bert_config", "pad_token_id", value=10**6),
         set_in("bert_config", "hidden_act", value="__class__"),
         set_in("bert_config", "layer_norm_eps", value="small"),
         set_in("architecture", "embed_size", value=10**6),
@@ -261,7 +260,7 @@ def test_an_absurd_model_is_refused_before_it_takes_memory(trained_run, tmp_path
         build_model(read_checkpoint(path))
 
 
-@pytest.mark.parametrize("name", ["num_labels", "id2label", "quantization_config", "_attn_implementation", "auto_map"])
+@pytest.mark.parametrize("name", ["num_labels", "id2label", "quantization_config", "auto_map", "pad_token_id"])
 def test_what_is_none_of_berts_layers_is_left_out_of_its_configuration(trained_run, tmp_path, name):
     path = whole_model(trained_run, tmp_path, set_in("bert_config", name, value=10**12))
     assert build_model(read_checkpoint(path))[0].text_encoder.bert.config.num_labels == 2

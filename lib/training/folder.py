@@ -102,6 +102,13 @@ class RunFolder:
             with suppress(FileNotFoundError):
                 path.replace(path.with_name(path.name + DAMAGED))
 
+    def settle(self, newest: Path, progress: Progress) -> None:
+        """Give the newest checkpoint its second names, which a kill right after its writing may have cut off."""
+        if newest.name not in (LAST, BEST):
+            _name_too(newest, self.path / LAST)
+        if progress.is_best and newest.name != BEST:
+            _name_too(newest, self.path / BEST)
+
     def check_best(self, progress: Progress, say: Callable[[str], None]) -> None:
         """Let the best epoch count anew where its checkpoint is gone or damaged, for it would never be replaced."""
         if progress.best_epoch:

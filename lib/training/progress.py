@@ -20,3 +20,8 @@ class Progress:
         self.history.append({"epoch": self.epoch, "step": self.step, "dev": metrics})
         if metrics["rsum"] > self.best_rsum:
             self.best_rsum, self.best_epoch = metrics["rsum"], self.epoch
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the epoch that has just ended is the best so far."""
+        return self.batch == 0 and 0 < self.best_epoch == self.epoch

@@ -146,7 +146,9 @@ def introduce(run: Run, folder: RunFolder, origin: Origin | None, log: RunLog) -
         log.say(f"goes on from {origin.path}: {done}")
     if run.progress.epoch >= settings.num_epochs:
         log.say(f"all {settings.num_epochs} epochs are done; a larger --num_epochs goes on")
-    folder.set_aside(origin.damaged if origin else ())
+    if origin and origin.in_place:
+        folder.set_aside(origin.damaged)
+        folder.settle(origin.path, run.progress)
     folder.check_best(run.progress, log.say)
     write_record(folder.path, record_now(run.record, run.progress))
 
@@ -234,7 +236,7 @@ def validate(run: Run, folder: RunFolder, log: RunLog) -> None:
         end_if_asked(run, folder)
     figures = {name: metrics[name] for name in ("rsum", "i2t", "t2i")}
     progress.end_epoch(figures)
-    best = " (best)" if progress.best_epoch == progress.epoch else ""
+    best = " (best)" if progress.is_best else ""
     log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{best}")
     recalls = {f"dev_{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
     log.figures(progress.step, dev_rsum=metrics["rsum"], **recalls)
@@ -253,8 +255,7 @@ def save(run: Run, folder: RunFolder, log: RunLog) -> None:
         "versions": run.record["sessions"][-1]["versions"],
         "data": run.record["data"],
     }
-    is_best = progress.batch == 0 and progress.best_epoch == progress.epoch
-    folder.save(content, is_best, record_now(run.record, run.progress), log.say)
+    folder.save(content, progress.is_best, record_now(run.record, run.progress), log.say)
 
 
 def end_if_asked(run: Run, folder: RunFolder) -> None:

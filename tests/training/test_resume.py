@@ -12,6 +12,7 @@ import torch
 
 import train
 from lib.checkpoint import build_model, read_checkpoint
+from lib.training import folder as folder_module
 from lib.training import train as training
 from lib.training.interruption import SIGNALS, Interruption
 from tests.conftest import GOLDEN, TINY_BERT
@@ -93,6 +94,25 @@ def test_a_run_that_crashed_anywhere_ends_as_if_it_had_not(flags, whole, tmp_pat
         with pytest.raises(Crash):
             train.main(command)
     assert train.main(command) == 0
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("name", ["model_best.pt", "last.pt"])
+def test_a_kill_between_a_checkpoint_and_its_second_names_loses_neither(flags, whole, tmp_path, monkeypatch, name):
+    best = read_checkpoint(whole / "model_best.pt")["progress"]["epoch"]
+    short = [*flags, "--num_epochs", str(best if name == "model_best.pt" else 3), "--model_name", str(tmp_path / "run")]
+    cut_at = f"step-{STEPS * best:08d}.pt" if name == "model_best.pt" else "step-00000045.pt"
+
+    def cut_off(file, second, plain=folder_module._name_too):
+        if (file.name, second.name) == (cut_at, name):
+            raise Crash
+        plain(file, second)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "_name_too", cut_off)
+        with pytest.raises(Crash):
+            train.main(short)
+    assert train.main(["--resume", str(tmp_path / "run"), "--num_epochs", "3"]) == 0
     assert_equal_runs(tmp_path / "run", whole)
 
 
