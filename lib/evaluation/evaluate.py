@@ -100,8 +100,8 @@ def _open_split(settings: EvaluationSettings, matcher: Matcher) -> Split:
 def _heading(matcher: Matcher, split: Split) -> str:
     progress = matcher.checkpoint["progress"]
     dev = progress["history"][-1]["dev"]["rsum"] if progress["history"] else progress["best_rsum"]
-    epoch = "" if progress["epoch"] is None else f", {progress['epoch']} epochs"
-    trained = f"{matcher.checkpoint['path']}{epoch}" + ("" if dev is None else f", dev rSum {dev:.1f}")
+    measured = f", dev rSum {dev:.1f}" if dev >= 0 else ""  # a checkpoint from before the first evaluation has none
+    trained = f"{matcher.checkpoint['path']}, {progress['epoch']} epochs{measured}"
     size = f"{len(split.features)} images, {len(split.captions)} captions"
     run = _quote_run(matcher.checkpoint["path"])
     return f"checkpoint  {trained}\n{run}data        {split.folder} {split.name}: {size}\ndevice      {matcher.compute}"

@@ -100,6 +100,7 @@ def start(settings: TrainSettings, origin: Origin | None) -> Run:
     run = Run(settings, compute, model, tokenizer, optimizer, train_split, captions[0], dev_split, captions[1], record)
     if origin is not None:
         continue_from(run, origin)
+        origin.content = {}  # gigabytes at full size, which model and optimiser hold now
     return run
 
 
