@@ -9,26 +9,29 @@ For a caption's words T and an image's regions V, with the gate's dependency mat
 Two identities save work without changing a score. With x = (A V) * T before C's normalisation, the sum of a row of
 x D^T is sum_r A_r Z_r, which the attention already has; and C's scale cancels between numerator and norm up to the 1e-8
 that guards each division:  word score = sum_r A_r Z_r / (||x D^T|| + 1e-8 (||A V|| + 1e-8)).
+
+What remains is ||x D^T||, about D^2/2 multiply-adds for a word and an image (dependent_norm.py). With gradients, all
+pairs are scored without first; those that the loss turns out to depend on are then scored once more and differentiated.
 """
 
-import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from lib.model.dependent_norm import DiagonalNorm, FactorNorm, GramNorm
 from lib.model.gate import DependencyGate, initial_log_temperature
 from lib.model.norm import EPSILON
+from lib.model.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
 
-# The largest tensor of a tile, images x words x D numbers: small enough for a CPU's cache, large enough to fill a GPU.
-TILE_NUMBERS = {"cpu": 2**21, "cuda": 2**26}
-# With gradients, tiles are recomputed in the backward pass where keeping them would take more than this many numbers.
-KEEP_NUMBERS = 2**26
+# Pairs are scored one by one where the loss depends on no more than this share of them.
+FEW_PAIRS = 0.25
 
 
 class Similarity(nn.Module):
-    """Scores every image against every caption from their embeddings."""
+    """Scores images against captions from their embeddings; under autocast with products in bfloat16."""
 
     def __init__(self, embed_size: int):
         super().__init__()
@@ -36,82 +39,135 @@ class Similarity(nn.Module):
         self.log_temperature = nn.Parameter(initial_log_temperature())
 
     def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
-        """Similarity of all pairs.
+        """Similarity of all pairs, differentiable.
 
         regions: (I, R, D). words: (W, D), the captions' words one after the other. lengths: (C,) words of each caption,
         each at least 1. real: (I, R), false for padding regions that must not be attended to; None: all take part.
         Returns (I, C).
         """
-        dependency = self.gate()  # (D, D)
-        queries = words * dependency.sum(dim=0)  # (W, D)
-        temperature = self.log_temperature.exp()
-        recompute = torch.is_grad_enabled() and len(regions) * words.numel() > KEEP_NUMBERS
-        image_blocks, caption_blocks = tile_blocks(len(regions), lengths.tolist(), regions)
-        rows = []
-        for images in image_blocks:
-            row = []
-            for captions, span in caption_blocks:
-                tile = (
-                    regions[images],
-                    words[span],
-                    queries[span],
-                    lengths[captions],
-                    dependency,
-                    temperature,
-                    None if real is None else real[images],
-                )
-                row.append(checkpoint(score_tile, *tile, use_reentrant=False) if recompute else score_tile(*tile))
-            rows.append(torch.cat(row, dim=1))
-        return torch.cat(rows)
+        dtype = product_dtype(regions)
+        with torch.autocast(regions.device.type, enabled=False):
+            dependency = self.gate()
+            # A GPU multiplies by all of D in less time than it takes to find a triangular factor for one step.
+            norm = FactorNorm(dependency.detach(), dtype, triangular=regions.device.type == "cpu")
+            temperature = self.log_temperature.exp()
+            return _AllPairs.apply(
+                regions,
+                words,
+                dependency.sum(dim=0),
+                dependency.T @ dependency,
+                temperature,
+                lengths,
+                real,
+                norm,
+                dtype,
+            )
+
+    @torch.no_grad()
+    def scorer(self, coarse: bool = False) -> "Scorer":
+        """The gate computed once, for scoring without gradients; coarse: with K = D^T D replaced by its diagonal."""
+        dtype = product_dtype(self.log_temperature)
+        with torch.autocast(self.log_temperature.device.type, enabled=False):
+            dependency = self.gate()
+            norm = DiagonalNorm(dependency) if coarse else FactorNorm(dependency, dtype)
+            return Scorer(dependency.sum(dim=0), self.log_temperature.exp(), norm, dtype)
 
 
-def score_tile(
-    regions: Tensor,  # (I, R, D)
-    words: Tensor,  # (W, D)
-    queries: Tensor,  # (W, D) words * delta
-    lengths: Tensor,  # (C,)
-    dependency: Tensor,  # (D, D)
-    temperature: Tensor,  # ()
-    real: Tensor | None,  # (I, R)
-) -> Tensor:
-    """Scores (I, C) of one tile: a chain of matrix products over (word, image) pairs."""
-    images, region_count, _ = regions.shape
-    exact = words.dtype  # norms, softmax and sums stay in it when autocast runs the products in bfloat16
-    caption = torch.repeat_interleave(torch.arange(len(lengths), device=words.device), lengths, output_size=len(words))
+class Scorer:
+    """Scores pairs without gradients, or with them where a tile's inputs ask for it."""
 
-    affinity = (queries @ regions.flatten(0, 1).T).view(-1, images, region_count).to(exact)  # Z (W, I, R)
-    attention = F.leaky_relu(affinity.tanh(), 0.1)
-    squares = affinity.new_zeros(len(lengths), images, region_count).index_add(0, caption, attention.square())
-    norms = squares.clamp(min=1e-30).sqrt()  # (C, I, R); the clamp keeps the gradient of a masked region's zeros finite
-    attention = temperature * attention / (norms.index_select(0, caption) + EPSILON)
-    if real is not None:
-        attention = attention.masked_fill(~real, float("-inf"))
-    attention = attention.softmax(dim=-1)  # (W, I, R)
+    def __init__(self, delta: Tensor, temperature: Tensor, norm: FactorNorm | DiagonalNorm | GramNorm, dtype):
+        """delta: column sums of D (D,). norm: see dependent_norm.py. dtype: of the products."""
+        self.delta, self.temperature, self.norm, self.dtype = delta, temperature, norm, dtype
 
-    context = torch.bmm(attention.transpose(0, 1), regions).to(exact)  # A V (I, W, D), not normalised
-    dependent = ((context * words) @ dependency.T).norm(dim=-1, dtype=exact)  # ||x D^T|| (I, W)
-    scale = dependent + EPSILON * (context.norm(dim=-1) + EPSILON)
-    word_scores = (attention * affinity).sum(dim=-1) / scale.T  # (W, I)
-    sums = word_scores.new_zeros(len(lengths), images).index_add(0, caption, word_scores)
-    return (sums / lengths[:, None]).T  # (I, C)
+    @torch.no_grad()
+    def all_pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C); arguments as Similarity.forward takes them."""
+        tiles = all_tiles(len(regions), lengths.cpu(), self.rows(regions), regions.device)
+        return self._fill(regions.new_empty(len(regions), len(lengths)), tiles, regions, words, real)
+
+    @torch.no_grad()
+    def pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, images: Tensor, captions: Tensor) -> Tensor:
+        """Scores (P,) of image k and caption k, for indices (P,) of both."""
+        tiles = pair_tiles(images.cpu(), captions.cpu(), lengths.cpu(), self.rows(regions), regions.device)
+        return self._fill(regions.new_empty(len(images)), tiles, regions, words, None)
+
+    def _fill(self, scores: Tensor, tiles: Iterable[Tile], regions: Tensor, words: Tensor, real: Tensor | None):
+        for tile in tiles:
+            mask = None if real is None else real[tile.images]
+            scores.view(-1)[tile.places] = self.tile(regions[tile.images], words[tile.words], mask)
+        return scores
+
+    def rows(self, regions: Tensor) -> int:
+        """(word, image) pairs of a tile."""
+        return rows_of_tile(regions.device, self.dtype, regions.shape[-1])
+
+    def tile(self, regions: Tensor, words: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (G, c) of regions (G, R, D) and words (1 or G, c, n, D), shared by all images or each its own."""
+        exact = torch.promote_types(self.dtype, torch.float32)  # of norms, exp and softmax
+        shape = (len(regions), *words.shape[1:3])  # (G, c, n)
+        queries = (words * self.delta).to(self.dtype).flatten(1, 2)  # (1|G, W, D)
+        weights = self.norm.weigh(words).to(self.dtype).flatten(1, 2)
+        regions = regions.to(self.dtype)
+
+        affinity = torch.einsum("gwd,grd->gwr", queries, regions).to(exact).unflatten(1, shape[1:])  # Z (G, c, n, R)
+        attention = F.leaky_relu(affinity.tanh(), 0.1)
+        squares = attention.square().sum(dim=2, keepdim=True)
+        norms = squares.clamp(min=1e-30).sqrt()  # the clamp keeps the gradient of a masked region's zeros finite
+        attention = self.temperature * attention / (norms + EPSILON)
+        if real is not None:
+            attention = attention.masked_fill(~real[:, None, None], float("-inf"))
+        attention = attention.softmax(dim=-1)
+
+        context = torch.bmm(attention.flatten(1, 2).to(self.dtype), regions)  # A V (G, W, D), not normalised
+        guard = EPSILON**2
+        if exact == torch.float64:  # float32 cannot tell the difference
+            guard = EPSILON * (context.norm(dim=-1).view(shape) + EPSILON)
+        dependent = self.norm((context * weights).flatten(0, 1)).view(shape)
+        return ((attention * affinity).sum(dim=-1) / (dependent + guard)).mean(dim=-1)
 
 
-def tile_blocks(images: int, lengths: list[int], like: Tensor) -> tuple[list[slice], list[tuple[slice, slice]]]:
-    """Cut all pairs into tiles that suit the device of `like` (whose last dimension is D).
+class _AllPairs(torch.autograd.Function):
+    """Scores of all pairs, of which the backward pass differentiates those that have a gradient, tile by tile."""
 
-    Returns the blocks of images, and the blocks of captions as (slice of captions, slice of their words).
-    A caption is never cut; one longer than a block is a block of its own.
-    """
-    pairs = TILE_NUMBERS.get(like.device.type, TILE_NUMBERS["cuda"]) // like.shape[-1]  # (word, image) pairs of a tile
-    words_of_block = 4 * max(1, math.isqrt(pairs))
-    images_of_block = max(1, pairs // words_of_block)
-    image_blocks = [slice(i, min(i + images_of_block, images)) for i in range(0, images, images_of_block)]
+    @staticmethod
+    def forward(ctx, regions, words, delta, gram, temperature, lengths, real, norm, dtype):
+        ctx.save_for_backward(regions, words, delta, gram, temperature, lengths, real)
+        ctx.dtype = dtype
+        return Scorer(delta, temperature, norm, dtype).all_pairs(regions, words, lengths, real)
 
-    caption_blocks, first, first_word, end_word = [], 0, 0, 0
-    for caption, length in enumerate(lengths):
-        if caption > first and end_word + length - first_word > words_of_block:
-            caption_blocks.append((slice(first, caption), slice(first_word, end_word)))
-            first, first_word = caption, end_word
-        end_word += length
-    caption_blocks.append((slice(first, len(lengths)), slice(first_word, end_word)))
-    return image_blocks, caption_blocks
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        regions, words, delta, gram, temperature, lengths, real = ctx.saved_tensors
+        needed = gradient.nonzero(as_tuple=True)
+        few = len(needed[0]) <= FEW_PAIRS * gradient.numel()
+        dtype = regions.dtype if few else ctx.dtype  # exact products cost little where few pairs remain
+        rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
+        if few:
+            gradient = gradient[needed]
+            tiles = pair_tiles(needed[0].cpu(), needed[1].cpu(), lengths.cpu(), rows, regions.device)
+        else:
+            tiles = all_tiles(len(regions), lengths.cpu(), rows, regions.device)
+
+        of_regions, of_words = torch.zeros_like(regions), torch.zeros_like(words)
+        of_delta, of_temperature = torch.zeros_like(delta), torch.zeros_like(temperature)
+        norm = GramNorm(gram, dtype)
+        for tile in tiles:
+            mask = None if real is None else real[tile.images]
+            inputs = [part.detach().requires_grad_() for part in (regions[tile.images], words[tile.words])]
+            inputs += [part.detach().requires_grad_() for part in (delta, temperature)]
+            with torch.enable_grad():
+                scores = Scorer(*inputs[2:], norm, dtype).tile(*inputs[:2], mask)
+            parts = torch.autograd.grad(scores, inputs, gradient.view(-1)[tile.places])
+            of_regions.index_add_(0, tile.images, parts[0])
+            of_words.index_add_(0, tile.words.flatten(), parts[1].flatten(0, 2))
+            of_delta += parts[2]
+            of_temperature += parts[3]
+        return of_regions, of_words, of_delta, norm.gradient(), of_temperature, None, None, None, None
+
+
+def product_dtype(like: Tensor) -> torch.dtype:
+    """The type of matrix products: autocast's where it is on, else that of the tensor."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from torch.nn import functional as F
 
 from lib.loss import hinge_triplet_loss
-from lib.model import similarity as module
-from lib.model.similarity import Similarity, tile_blocks
+from lib.model import dependent_norm, similarity, tiles
+from lib.model.dependent_norm import FactorNorm, GramNorm
+from lib.model.similarity import Similarity
 from tests.model import oracle
 
 GOLDEN_PARAMETERS = {  # ours -> published
@@ -59,12 +60,17 @@ def gradients(similarity, scores, *inputs):
 
 @pytest.mark.parametrize("regime", ["init", "trained"])
 @pytest.mark.parametrize("hardest", [False, True])
-@pytest.mark.parametrize("tile", [2**21, 1000])
-def test_scores_loss_and_gradients_equal_the_published_code(golden, monkeypatch, regime, hardest, tile):
-    monkeypatch.setitem(module.TILE_NUMBERS, "cpu", tile)
+@pytest.mark.parametrize("tile_bytes", [2**22, 10_000])
+@pytest.mark.parametrize("few_pairs", [0, 1])
+def test_scores_loss_and_gradients_equal_the_published_code(
+    golden, monkeypatch, regime, hardest, tile_bytes, few_pairs
+):
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
+    monkeypatch.setattr(dependent_norm, "BLOCK", 24)
+    monkeypatch.setattr(similarity, "FEW_PAIRS", few_pairs)
     figures, loss_name = golden(f"similarity_{regime}"), "max" if hardest else "sum"
-    similarity = Similarity(64).double()
-    parameters = dict(similarity.named_parameters())
+    model = Similarity(64).double()
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for ours, published in GOLDEN_PARAMETERS.items():
             value = torch.from_numpy(figures[f"param.{published}"])
@@ -73,7 +79,7 @@ def test_scores_loss_and_gradients_equal_the_published_code(golden, monkeypatch,
     words = torch.from_numpy(figures["words"]).requires_grad_()
     lengths = torch.from_numpy(figures["lengths"])
 
-    scores = similarity(regions, words[torch.arange(words.shape[1]) < lengths[:, None]], lengths)
+    scores = model(regions, words[torch.arange(words.shape[1]) < lengths[:, None]], lengths)
     loss = hinge_triplet_loss(scores, 0.2, hardest)
     loss.backward()
 
@@ -85,19 +91,27 @@ def test_scores_loss_and_gradients_equal_the_published_code(golden, monkeypatch,
         assert_close_to_largest(parameters[ours].grad, figures[f"grad.{loss_name}.param.{published}"], 1e-10)
 
 
+@pytest.mark.parametrize("few_pairs", [0, 1])
 @pytest.mark.parametrize(
-    ("images", "lengths", "regions", "dims", "tile"),
-    [(1, [1], 1, 8, 2**21), (5, [1, 9, 2, 30, 4], 7, 12, 300), (3, [70], 36, 16, 100), (4, [2, 2, 2], 3, 10, 1)],
+    ("images", "lengths", "regions", "dims", "tile_bytes", "block"),
+    [
+        (1, [1], 1, 8, 2**22, 128),
+        (5, [1, 9, 2, 30, 4, 9], 7, 12, 5000, 5),
+        (3, [70], 36, 16, 2000, 16),
+        (7, [2, 2, 2], 3, 10, 1, 3),
+    ],
 )
-def test_tiles_equal_the_formulas_values_and_gradients(monkeypatch, images, lengths, regions, dims, tile):
-    monkeypatch.setitem(module.TILE_NUMBERS, "cpu", tile)
-    similarity = random_similarity(dims)
+def test_tiles_equal_the_formulas_values_and_gradients(
+    monkeypatch, images, lengths, regions, dims, tile_bytes, block, few_pairs
+):
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
+    monkeypatch.setattr(dependent_norm, "BLOCK", block)
+    monkeypatch.setattr(similarity, "FEW_PAIRS", few_pairs)
+    model = random_similarity(dims)
     inputs = random_inputs(images, lengths, regions, dims)
-    actual, expected = similarity(*inputs), oracle_scores(similarity, *inputs)
+    actual, expected = model(*inputs), oracle_scores(model, *inputs)
     assert_close_to_largest(actual, expected, 1e-12)
-    for ours, plain in zip(
-        gradients(similarity, actual, *inputs[:2]), gradients(similarity, expected, *inputs[:2]), strict=True
-    ):
+    for ours, plain in zip(gradients(model, actual, *inputs[:2]), gradients(model, expected, *inputs[:2]), strict=True):
         assert_close_to_largest(ours, plain, 1e-10)
 
 
@@ -106,23 +120,92 @@ def test_tiles_equal_the_formulas_values_and_gradients(monkeypatch, images, leng
     images=st.integers(1, 5),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     regions=st.integers(1, 8),
-    tile=st.integers(1, 4000),
+    tile_bytes=st.integers(1, 30_000),
+    block=st.integers(1, 8),
 )
-def test_any_sizes_and_tiles_give_the_scores_of_the_formulas(images, lengths, regions, tile):
+def test_any_sizes_and_tiles_give_the_scores_of_the_formulas(images, lengths, regions, tile_bytes, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module.TILE_NUMBERS, "cpu", tile)
-        similarity = random_similarity(6)
+        patch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
+        patch.setattr(dependent_norm, "BLOCK", block)
+        model = random_similarity(6)
         inputs = random_inputs(images, lengths, regions, 6)
-        assert_close_to_largest(similarity(*inputs), oracle_scores(similarity, *inputs), 1e-12)
+        assert_close_to_largest(model(*inputs), oracle_scores(model, *inputs), 1e-12)
 
 
-def test_recomputed_tiles_give_the_same_gradients(monkeypatch):
-    similarity = random_similarity(12)
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    pairs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 100)), min_size=1, max_size=30),
+    tile_bytes=st.integers(1, 30_000),
+)
+def test_chosen_pairs_score_as_they_do_among_all(lengths, pairs, tile_bytes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
+        model = random_similarity(6)
+        inputs = random_inputs(4, lengths, 5, 6)
+        chosen = torch.tensor([image for image, _ in pairs]), torch.tensor([c % len(lengths) for _, c in pairs])
+        scorer = model.scorer()
+        scores = scorer.pairs(*inputs, *chosen)
+        assert_close_to_largest(scores, scorer.all_pairs(*inputs)[chosen], 1e-12)
+
+
+@pytest.mark.parametrize("chosen", [0, 1, 4, 14, 15])
+def test_gradients_of_any_number_of_pairs_equal_the_formulas(chosen):
+    model = random_similarity(12)
+    inputs = random_inputs(5, [3, 8, 3], 6, 12)
+    weights = torch.zeros(15, dtype=torch.float64)
+    weights[torch.randperm(15, generator=torch.Generator().manual_seed(3))[:chosen]] = 1
+    weights = weights.view(5, 3)
+    actual, expected = model(*inputs), oracle_scores(model, *inputs)
+    for ours, plain in zip(
+        gradients(model, actual * weights, *inputs[:2]), gradients(model, expected * weights, *inputs[:2]), strict=True
+    ):
+        assert_close_to_largest(ours, plain, 1e-10)
+
+
+def test_hardest_negatives_differentiate_no_more_than_three_pairs_a_row(monkeypatch):
+    differentiated = []
+
+    def count(images, *others):
+        differentiated.append(len(images))
+        return tiles.pair_tiles(images, *others)
+
+    monkeypatch.setattr(similarity, "pair_tiles", count)
+    model = random_similarity(12)
+    scores = model(*random_inputs(16, [3, 8, 1, 5] * 4, 6, 12))
+    hinge_triplet_loss(scores, 0.2, hardest=True).backward()
+    assert 16 < differentiated[0] <= 3 * 16
+    assert len(differentiated) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("half_open", [True, False])
+@pytest.mark.parametrize("triangular", [True, False])
+def test_factor_norm_is_the_norm_of_the_correspondence_with_its_dependencies(dtype, half_open, triangular):
+    dependency = random_similarity(300, half_open).gate().detach()
+    x = torch.randn(50, 300, dtype=torch.float64)
+    actual = FactorNorm(dependency.to(dtype), dtype, triangular)(x.to(dtype))
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(actual.double(), (x @ dependency.T).norm(dim=1), rtol=tolerance, atol=0)
+
+
+def test_gram_norm_of_nothing_is_almost_nothing_and_has_finite_gradients():
+    x = torch.zeros(2, 6, requires_grad=True)
+    norm = GramNorm(torch.eye(6), torch.float32)
+    norm(x).sum().backward()
+    assert not x.grad.any()
+    assert not norm.gradient().any()
+
+
+def test_coarse_scores_take_only_the_diagonal_of_the_gram_matrix():
+    model = random_similarity(12)
     inputs = random_inputs(5, [3, 8, 1], 6, 12)
-    kept = gradients(similarity, similarity(*inputs), *inputs[:2])
-    monkeypatch.setattr(module, "KEEP_NUMBERS", 0)
-    recomputed = gradients(similarity, similarity(*inputs), *inputs[:2])
-    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+    dependency = model.gate().detach()
+    for chosen, expected in ((False, dependency), (True, dependency.norm(dim=0).diag())):
+        scorer = model.scorer(coarse=chosen)
+        scorer.delta = expected.sum(dim=0)
+        plain = oracle.scores(*(t.detach() for t in inputs[:2]), inputs[2].tolist(), expected, model.log_temperature)
+        assert_close_to_largest(scorer.all_pairs(*inputs), plain, 1e-12)
 
 
 def test_masked_padding_regions_count_for_nothing_in_values_and_gradients():
@@ -170,12 +253,18 @@ def test_gate_sparsity_is_the_share_of_closed_entries():
 
 @settings(deadline=None)
 @given(
-    images=st.integers(1, 200), lengths=st.lists(st.integers(1, 90), min_size=1, max_size=60), dims=st.integers(1, 3000)
+    images=st.integers(1, 50),
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40),
+    rows=st.integers(1, 2000),
 )
-def test_blocks_cover_every_image_and_caption_once_without_cutting_a_caption(images, lengths, dims):
-    image_blocks, caption_blocks = tile_blocks(images, lengths, torch.empty(0, dims))
-    assert [i for block in image_blocks for i in range(images)[block]] == list(range(images))
-    assert [c for block, _ in caption_blocks for c in range(len(lengths))[block]] == list(range(len(lengths)))
-    for captions, span in caption_blocks:
-        assert span.stop - span.start == sum(lengths[captions])
-        assert span.start == sum(lengths[: captions.start])
+def test_tiles_cover_every_pair_once_with_all_words_of_each_caption(images, lengths, rows):
+    lengths, seen = torch.tensor(lengths), torch.zeros(images, len(lengths), dtype=torch.long)
+    starts = lengths.cumsum(0) - lengths
+    for tile in tiles.all_tiles(images, lengths, rows, torch.device("cpu")):
+        assert tile.places.shape == (len(tile.images), tile.words.shape[1])
+        assert tile.words.numel() * len(tile.images) <= max(rows, tile.words.shape[2])
+        seen.view(-1)[tile.places] += 1
+        for words, caption in zip(tile.words[0], tile.places[0] % len(lengths), strict=True):
+            assert words.tolist() == list(range(starts[caption], starts[caption] + lengths[caption]))
+        assert torch.equal(tile.places // len(lengths), tile.images[:, None].expand_as(tile.places))
+    assert (seen == 1).all()

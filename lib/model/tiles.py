@@ -1,0 +1,50 @@
+"""Cutting pairs of images and captions into tiles whose captions all have one length, so that nothing is padded."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The largest tensor of a tile, (word, image) pairs x D numbers: it stays in a CPU's cache, it fills a GPU.
+TILE_BYTES = {"cpu": 2**22, "cuda": 2**27}
+# Images of a tile, where there are as many.
+TILE_IMAGES = {"cpu": 4, "cuda": 32}
+
+
+class Tile(NamedTuple):
+    """G images, each against c captions of n words: either the same captions for all (1) or each image its own (G)."""
+
+    images: Tensor  # (G,) indices
+    words: Tensor  # (1 or G, c, n) indices of the captions' words among all words
+    places: Tensor  # (G, c) where the scores belong in the flattened result
+
+
+def rows_of_tile(device: torch.device, dtype: torch.dtype, dims: int) -> int:
+    """How many (word, image) pairs make a tile on a device."""
+    return max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (dims * dtype.itemsize))
+
+
+def all_tiles(images: int, lengths: Tensor, rows: int, device: torch.device) -> Iterator[Tile]:
+    """Every image against every caption once. lengths: (C,), on the CPU; rows: (word, image) pairs of a tile."""
+    images_of_tile = min(images, TILE_IMAGES.get(device.type, TILE_IMAGES["cuda"]))
+    for captions, words in _group_by_length(lengths, lengths.cumsum(0) - lengths, max(1, rows // images_of_tile)):
+        captions, words = captions.to(device), words[None].to(device)
+        for block in torch.arange(images, device=device).split(max(1, rows // words.numel())):
+            yield Tile(block, words, block[:, None] * len(lengths) + captions)
+
+
+def pair_tiles(images: Tensor, captions: Tensor, lengths: Tensor, rows: int, device: torch.device) -> Iterator[Tile]:
+    """Image k against caption k alone, for indices (P,) on the CPU; the result is (P,)."""
+    starts = lengths.cumsum(0) - lengths
+    for pairs, words in _group_by_length(lengths[captions], starts[captions], rows):
+        yield Tile(images[pairs].to(device), words[:, None].to(device), pairs[:, None].to(device))
+
+
+def _group_by_length(lengths: Tensor, starts: Tensor, words: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Indices (c,) of entries that have one length n, at most `words` words in all, and the words' indices (c, n)."""
+    ordered, order = lengths.sort(stable=True)
+    for group in order.split(ordered.unique_consecutive(return_counts=True)[1].tolist()):
+        length = int(lengths[group[0]])
+        for entries in group.split(max(1, words // length)):
+            yield entries, starts[entries, None] + torch.arange(length)
