@@ -118,8 +118,16 @@ class CheckpointSettings(ComputeSettings):
     bert: str = flag("", "BERT's name or folder; a checkpoint of this project carries its own")
     batch_size: int = flag(128, "images or captions encoded at a time")
     workers: int = flag(10, "processes that read features; never more than there are cores")
+    rerank: str = flag(
+        "", "score all pairs coarsely, the best K of each query exactly: K, or auto (default: all pairs exactly)"
+    )
 
     def __post_init__(self):
+        _refuse(
+            self.rerank not in ("", "auto")
+            and not (self.rerank.isascii() and self.rerank.isdigit() and int(self.rerank)),
+            f"--rerank {self.rerank}: expected a number above 0, or auto",
+        )
         _refuse(self.batch_size <= 0, f"--batch_size {self.batch_size}: must be above 0")
         _refuse(self.workers < 0, f"--workers {self.workers}: must not be negative")
 
@@ -132,6 +140,10 @@ class EvaluationSettings(CheckpointSettings):
     fold5: bool = flag(False, "mean over five equal consecutive folds, and the full split")
     save_sims: str = flag("", "write the scores to this .npy file (float32, images x captions)")
     json: str = flag("", "write the results to this file")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse(self.rerank and self.save_sims, "--save_sims: needs every pair's exact score, leave out --rerank")
 
 
 def parse(

@@ -3,9 +3,13 @@
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lib.config import EvaluationSettings
 from lib.data.batches import ImageBatches, loader
@@ -13,10 +17,14 @@ from lib.data.precomp import Split, open_split
 from lib.data.tokenizer import TokenizedCaptions
 from lib.errors import InputError
 from lib.evaluation import report
-from lib.evaluation.matcher import Matcher, load_matcher
-from lib.evaluation.metrics import chance_metrics, fold_metrics, mean_metrics, retrieval_metrics
+from lib.evaluation.matcher import Embeddings, Matcher, load_matcher, score_blocks, score_pairs_in_chunks
+from lib.evaluation.metrics import FOLDS, chance_metrics, mean_metrics, retrieval_metrics
+from lib.evaluation.ranks import Part, Ranks, count_ranks, folds, whole
+from lib.evaluation.rerank import Reranker
 from lib.files import replacing
 from lib.record import quote, read_record
+
+Blocks = Iterator[tuple[int, Tensor]]  # first image, scores (images, captions)
 
 
 @dataclasses.dataclass
@@ -26,8 +34,8 @@ class Timing:
     load_s: float = 0.0
     encode_s: float = 0.0
     compile_s: float = 0.0
-    similarity_s: float = 0.0
-    rank_s: float = 0.0
+    similarity_s: float = 0.0  # all pairs, exactly or coarsely
+    rank_s: float = 0.0  # with --rerank the exact scores too
 
 
 def evaluate(settings: EvaluationSettings) -> dict:
@@ -38,50 +46,109 @@ def evaluate(settings: EvaluationSettings) -> dict:
     started = time.perf_counter()
     matcher = load_matcher(settings.checkpoint, settings.bert, settings.device, settings.precision)
     split = _open_split(settings, matcher)
+    parts = [whole(len(split.features), len(split.captions))]
+    if settings.fold5:
+        parts += folds(FOLDS, len(split.features), split.image_of_caption)
     captions = matcher.tokenizer.tokenize(split.captions)
     timing = Timing(load_s=time.perf_counter() - started)
     print(_heading(matcher, split))
 
-    scores = score_split(matcher, split, captions, settings.batch_size, settings.workers, timing)
-    started = time.perf_counter()
-    results = measure(scores, split, settings.fold5)
-    timing.rank_s = time.perf_counter() - started
-    results["timing"] = dataclasses.asdict(timing)
+    embeddings = embed_split(matcher, split, captions, settings.batch_size, settings.workers, timing)
+    rerank = None
+    if settings.rerank:
+        ranks, rerank = rank_coarse_to_fine(matcher, embeddings, split, parts, settings.rerank, timing)
+    else:
+        ranks = rank_exactly(matcher, embeddings, split, parts, timing, settings.save_sims)
+    results = {**measure(split, ranks), "rerank": rerank, "timing": dataclasses.asdict(timing)}
 
     seconds = ", ".join(f"{name.removesuffix('_s')} {value:.1f}" for name, value in results["timing"].items())
     print(f"seconds     {seconds}\n\n{_table(results, split)}")
-    if settings.save_sims:
-        with replacing(settings.save_sims) as file:
-            np.save(file, scores)
     if settings.json:
         with replacing(settings.json) as file:
             file.write(json.dumps(results, indent=2).encode() + b"\n")
     return results
 
 
-def score_split(
+def embed_split(
     matcher: Matcher, split: Split, captions: TokenizedCaptions, batch_size: int, workers: int, timing: Timing
-) -> np.ndarray:
-    """Scores (images, captions), float32, of a whole split; every image and caption is encoded once."""
+) -> Embeddings:
+    """Encode every image and caption of a split once."""
     started = time.perf_counter()
     batches = loader(ImageBatches(split.features, batch_size), workers, matcher.compute.device)
     images = matcher.embed_images(batches, total=len(batches))
     words, lengths = matcher.embed_captions(captions, batch_size)
     matcher.compute.synchronize()
-    timing.encode_s, started = time.perf_counter() - started, time.perf_counter()
-    scores = matcher.score_embeddings(images, words, lengths)
-    timing.similarity_s = time.perf_counter() - started
-    return scores.numpy()
+    timing.encode_s = time.perf_counter() - started
+    return Embeddings(images, words, lengths)
 
 
-def measure(scores: np.ndarray, split: Split, fold5: bool = False) -> dict:
-    """All metrics of a split's scores; with fold5 those at the top are the folds' means, `full` the whole split's."""
-    full = retrieval_metrics(scores, split.image_of_caption)
-    sizes = {"split": split.name, "images": scores.shape[0], "captions": scores.shape[1]}
-    if not fold5:
+def rank_exactly(
+    matcher: Matcher, embeddings: Embeddings, split: Split, parts: list[Part], timing: Timing, save_sims: str = ""
+) -> list[Ranks]:
+    """The ranks of each part from exact scores of all pairs, which go to a file where one is named."""
+    started = time.perf_counter()
+    scorer = matcher.scorer()
+    image_of_caption = torch.from_numpy(split.image_of_caption)
+    true_scores = scorer.pairs(*embeddings, image_of_caption, torch.arange(len(image_of_caption)))
+    image_of_caption = image_of_caption.to(true_scores.device)
+    blocks = _clock(score_blocks(scorer, *embeddings), timing)
+    blocks = _put_true_scores(blocks, true_scores, image_of_caption)
+    if save_sims:
+        blocks = _write_scores(blocks, save_sims, (len(split.features), len(split.captions)))
+    ranks = count_ranks(blocks, true_scores, image_of_caption, parts)
+    timing.rank_s = time.perf_counter() - started - timing.similarity_s
+    return ranks
+
+
+def rank_coarse_to_fine(
+    matcher: Matcher, embeddings: Embeddings, split: Split, parts: list[Part], rerank: str, timing: Timing
+) -> tuple[list[Ranks], dict]:
+    """The ranks of each part from coarse scores of all pairs and exact ones of the best; K, and how many were exact."""
+    started = time.perf_counter()
+    coarse = torch.cat([scores for _, scores in score_blocks(matcher.scorer(coarse=True), *embeddings)])
+    timing.similarity_s, started = time.perf_counter() - started, time.perf_counter()
+    score_pairs = partial(score_pairs_in_chunks, matcher.scorer(), *embeddings)
+    reranker = Reranker(coarse, score_pairs, split.image_of_caption, parts)
+    ranks, k = reranker.ranks_until_they_stay() if rerank == "auto" else (reranker.ranks(int(rerank)), int(rerank))
+    timing.rank_s = time.perf_counter() - started
+    return ranks, {"k": k, "exact_pairs": len(reranker.known), "pairs": coarse.numel()}
+
+
+def measure(split: Split, ranks: list[Ranks]) -> dict:
+    """All metrics; with ranks of folds after those of the whole split, those at the top are the folds' means."""
+    full, *of_folds = [retrieval_metrics(one) for one in ranks]
+    sizes = {"split": split.name, "images": len(split.features), "captions": len(split.captions)}
+    if not of_folds:
         return {**sizes, **full, "folds": []}
-    folds = fold_metrics(scores, split.image_of_caption)
-    return {**sizes, **mean_metrics(folds), "folds": folds, "full": full}
+    return {**sizes, **mean_metrics(of_folds), "folds": of_folds, "full": full}
+
+
+def _clock(blocks: Blocks, timing: Timing) -> Blocks:
+    """Blocks on their way; the time it takes to make them is added up."""
+    started = time.perf_counter()
+    for block in blocks:
+        timing.similarity_s += time.perf_counter() - started
+        yield block
+        started = time.perf_counter()
+
+
+def _put_true_scores(blocks: Blocks, true_scores: Tensor, image_of_caption: Tensor) -> Blocks:
+    """Blocks with the true pairs' scores as they were computed before, so that each pair has one score to the bit."""
+    for first, scores in blocks:
+        begin, end = torch.searchsorted(image_of_caption, image_of_caption.new_tensor([first, first + len(scores)]))
+        captions = torch.arange(begin, end, device=scores.device)
+        scores[image_of_caption[captions] - first, captions] = true_scores[captions]
+        yield first, scores
+
+
+def _write_scores(blocks: Blocks, path: str, shape: tuple[int, int]) -> Blocks:
+    """Blocks on their way, written one after the other to a .npy file."""
+    with replacing(path) as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for first, scores in blocks:
+            file.write(scores.cpu().numpy().astype("<f4", copy=False).tobytes())
+            yield first, scores
 
 
 def _open_split(settings: EvaluationSettings, matcher: Matcher) -> Split:
@@ -117,12 +184,17 @@ def _quote_run(checkpoint: Path) -> str:
 
 
 def _table(results: dict, split: Split) -> str:
+    name, note = "X-Dim", ""
+    if results["rerank"]:
+        k, exact, pairs = results["rerank"].values()
+        name = f"X-Dim, best {k} exact"
+        note = f"\n\nbest {k} of each query by exact score: {exact} of {pairs} pairs ({100 * exact / pairs:.1f} %)"
     if not results["folds"]:
-        return report.table({"X-Dim": results, "chance": chance_metrics(split.image_of_caption)})
+        return report.table({name: results, "chance": chance_metrics(split.image_of_caption)}) + note
     size = len(split.features) // len(results["folds"])
     rows = {f"fold {k}": fold for k, fold in enumerate(results["folds"], start=1)}
     rows[f"mean of {len(rows)} folds of {size}"] = results
     rows[f"chance, {size} images"] = chance_metrics(split.image_of_caption[split.image_of_caption < size])
     rows[f"all {len(split.features)} images"] = results["full"]
     rows[f"chance, {len(split.features)} images"] = chance_metrics(split.image_of_caption)
-    return report.table(rows)
+    return report.table(rows) + note

@@ -1,6 +1,7 @@
 """A trained model ready for use: features and sentences in, scores out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,19 @@ from lib.checkpoint import build_model, find_checkpoint, read_checkpoint
 from lib.compute import Compute, choose_compute
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.errors import InputError
+from lib.model.similarity import Scorer
 from lib.model.xdim import XDim
 
 SCORE_IMAGES = 64  # images scored between two moves of the progress bar
+SCORE_PAIRS = 10_000  # likewise, where pairs are scored one by one
+
+
+class Embeddings(NamedTuple):
+    """Images and captions of a split in the shared dimensions, on the device that scores them."""
+
+    images: Tensor  # (images, R, D)
+    words: Tensor  # (words, D), of all captions one after the other
+    lengths: Tensor  # (captions,) words of each, on the CPU
 
 
 class Matcher:
@@ -45,7 +56,7 @@ class Matcher:
             raise InputError("captions: expected a list of one sentence or more")
         images = self.embed_images(features.split(batch_size))
         words, lengths = self.embed_captions(self.tokenizer.tokenize(list(captions)), batch_size)
-        return self.score_embeddings(images, words, lengths)
+        return torch.cat([scores.cpu() for _, scores in score_blocks(self.scorer(), images, words, lengths)])
 
     @torch.inference_mode()
     def embed_images(self, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
@@ -60,7 +71,7 @@ class Matcher:
 
     @torch.inference_mode()
     def embed_captions(self, captions: TokenizedCaptions, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Word embeddings (words, D) of all captions one after the other, and lengths (captions,), on the device.
+        """Word embeddings (words, D) of all captions one after the other, on the device, and lengths (captions,).
 
         Captions of like length are encoded together, so that little is padded.
         """
@@ -75,17 +86,25 @@ class Matcher:
                 words = embedded.new_empty(int(lengths.sum()), embedded.shape[1])
             places = [torch.arange(length) + start for start, length in zip(starts[batch], lengths[batch], strict=True)]
             words[torch.cat(places).to(words.device)] = embedded
-        return words, lengths.to(self.compute.device)
+        return words, lengths
 
-    @torch.inference_mode()
-    def score_embeddings(self, images: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
-        """Scores (images, captions), float32 on the CPU, of embeddings as the two methods above give them."""
-        scores = torch.empty(len(images), len(lengths))
-        for first in tqdm(range(0, len(images), SCORE_IMAGES), desc="scores", leave=False, disable=None):
-            block = slice(first, first + SCORE_IMAGES)
-            with self.compute.autocast():
-                scores[block] = self.model.similarity(images[block], words, lengths).cpu()
-        return scores
+    def scorer(self, coarse: bool = False) -> Scorer:
+        """What scores embeddings in this matcher's precision; see Similarity.scorer."""
+        with self.compute.autocast():
+            return self.model.similarity.scorer(coarse)
+
+
+def score_blocks(scorer: Scorer, images: Tensor, words: Tensor, lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Scores of all pairs as (first image, scores (images, captions)), some images at a time, on their device."""
+    for first in tqdm(range(0, len(images), SCORE_IMAGES), desc="scores", leave=False, disable=None):
+        yield first, scorer.all_pairs(images[first : first + SCORE_IMAGES], words, lengths)
+
+
+def score_pairs_in_chunks(scorer: Scorer, images: Tensor, words: Tensor, lengths: Tensor, *pairs: Tensor) -> Tensor:
+    """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, some pairs at a time."""
+    chunks = zip(*(indices.split(SCORE_PAIRS) for indices in pairs), strict=True)
+    bar = tqdm(list(chunks), desc="exact scores", leave=False, disable=None)
+    return torch.cat([scorer.pairs(images, words, lengths, *chunk) for chunk in bar])
 
 
 def load_matcher(checkpoint, bert: str = "", device: str = "auto", precision: str = "") -> Matcher:

@@ -19,8 +19,9 @@ from lib.data.precomp import Split, open_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
 from lib.errors import InputError, Interrupted, TrainingStopped, reason
 from lib.evaluation import report
-from lib.evaluation.evaluate import Timing, measure, score_split
+from lib.evaluation.evaluate import Timing, embed_split, measure, rank_exactly
 from lib.evaluation.matcher import Matcher
+from lib.evaluation.ranks import whole
 from lib.loss import hinge_triplet_loss
 from lib.model.xdim import XDim
 from lib.record import RECORD, write_record
@@ -230,8 +231,10 @@ def validate(run: Run, folder: RunFolder, log: RunLog) -> None:
     matcher = Matcher(run.model, run.tokenizer, run.compute)
     try:
         with run.interruption.at_once():
-            scores = score_split(matcher, run.dev, run.dev_captions, settings.batch_size, settings.workers, Timing())
-            metrics = measure(scores, run.dev)
+            size, workers = settings.batch_size, settings.workers
+            embeddings = embed_split(matcher, run.dev, run.dev_captions, size, workers, Timing())
+            parts = [whole(len(run.dev.features), len(run.dev.captions))]
+            metrics = measure(run.dev, rank_exactly(matcher, embeddings, run.dev, parts, Timing()))
     except EndNow:  # dev is evaluated by the resumed run
         save(run, folder, log)
         end_if_asked(run, folder)

@@ -14,6 +14,7 @@ from lib import load
 from lib.checkpoint import build_model, read_checkpoint
 from lib.errors import InputError
 from lib.evaluation.metrics import retrieval_metrics
+from lib.evaluation.ranks import rank_matrix
 from lib.model.xdim import XDim
 from tests.conftest import TINY_BERT, write_data
 from tests.model import oracle
@@ -87,7 +88,8 @@ def test_folds_mean_and_full_set_equal_an_independent_computation_from_one_matri
 def test_json_has_the_documented_form(evaluated, trained_run, tmp_path):
     results = evaluated[0]
     assert (results["split"], results["images"], results["captions"]) == ("testall", 20, 100)
-    assert set(results) == {"split", "images", "captions", "i2t", "t2i", "rsum", "folds", "full", "timing"}
+    assert set(results) == {"split", "images", "captions", "i2t", "t2i", "rsum", "folds", "full", "rerank", "timing"}
+    assert results["rerank"] is None
     assert set(results["i2t"]) == {"r1", "r5", "r10", "medr", "meanr"}
     assert set(results["folds"][0]) == {"i2t", "t2i", "rsum"}
     assert set(results["timing"]) == {"load_s", "encode_s", "compile_s", "similarity_s", "rank_s"}
@@ -139,7 +141,9 @@ def test_python_interface_scores_features_and_sentences(trained_run, tiny_data, 
     scores = model.score(np.load(f"{folder}/testall_ims.npy")[::5], captions)
     assert scores.shape == (20, 100)
     np.testing.assert_allclose(scores, evaluated[1], atol=1e-6)
-    assert retrieval_metrics(scores.numpy(), np.repeat(np.arange(20), 5))["rsum"] == evaluated[0]["full"]["rsum"]
+    assert (
+        retrieval_metrics(rank_matrix(scores, np.repeat(np.arange(20), 5))[0])["rsum"] == evaluated[0]["full"]["rsum"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,20 @@ from hypothesis import given, settings
 from lib.errors import InputError
 from lib.evaluation.metrics import (
     chance_metrics,
-    fold_metrics,
-    image_to_text_ranks,
     mean_metrics,
     retrieval_metrics,
-    text_to_image_ranks,
 )
+from lib.evaluation.ranks import folds, rank_matrix
 
 NAMES = ("r1", "r5", "r10", "medr", "meanr")
 
 
 def five_each(images):
     return np.repeat(np.arange(images), 5)
+
+
+def matrix_metrics(scores, image_of_caption):
+    return retrieval_metrics(rank_matrix(scores, image_of_caption)[0])
 
 
 def figures(metrics):
@@ -29,18 +31,20 @@ def test_ranks_and_metrics_equal_the_published_code(golden, prefix):
     expected = golden("retrieval_metrics")
     scores = expected[f"{prefix}similarity"]
     image_of_caption = five_each(len(scores))
-    metrics = retrieval_metrics(scores, image_of_caption)
-    np.testing.assert_array_equal(image_to_text_ranks(scores, image_of_caption), expected[f"{prefix}i2t_ranks"])
-    np.testing.assert_array_equal(text_to_image_ranks(scores, image_of_caption), expected[f"{prefix}t2i_ranks"])
+    metrics = matrix_metrics(scores, image_of_caption)
+    (ranks,) = rank_matrix(scores, image_of_caption)
+    np.testing.assert_array_equal(ranks.i2t, expected[f"{prefix}i2t_ranks"])
+    np.testing.assert_array_equal(ranks.t2i, expected[f"{prefix}t2i_ranks"])
     for way in ("i2t", "t2i"):
         assert [metrics[way][name] for name in NAMES] == pytest.approx(expected[f"{prefix}{way}"])
 
 
 def test_folds_and_their_mean_equal_the_published_code(golden):
     expected = golden("retrieval_metrics")
-    folds = fold_metrics(expected["similarity"], five_each(50))
-    np.testing.assert_allclose([figures(fold) for fold in folds], expected["fold_metrics"])
-    np.testing.assert_allclose(figures(mean_metrics(folds)), expected["fold_mean"])
+    parts = folds(5, 50, five_each(50))
+    of_folds = [retrieval_metrics(ranks) for ranks in rank_matrix(expected["similarity"], five_each(50), parts)]
+    np.testing.assert_allclose([figures(fold) for fold in of_folds], expected["fold_metrics"])
+    np.testing.assert_allclose(figures(mean_metrics(of_folds)), expected["fold_mean"])
 
 
 def sorted_ranks(scores, image_of_caption):
@@ -67,12 +71,13 @@ def test_ranks_equal_a_sort_with_ties_against_the_query_and_any_number_of_captio
     image_of_caption = np.repeat(np.arange(len(counts)), counts)
     scores = np.random.default_rng(seed).integers(levels, size=(len(counts), sum(counts))).astype(dtype)
     i2t, t2i = sorted_ranks(scores, image_of_caption)
-    np.testing.assert_array_equal(image_to_text_ranks(scores, image_of_caption), i2t)
-    np.testing.assert_array_equal(text_to_image_ranks(scores, image_of_caption), t2i)
+    (ranks,) = rank_matrix(scores, image_of_caption)
+    np.testing.assert_array_equal(ranks.i2t, i2t)
+    np.testing.assert_array_equal(ranks.t2i, t2i)
 
 
 def test_equal_scores_everywhere_give_no_recall():
-    metrics = retrieval_metrics(np.zeros((20, 100), np.float32), five_each(20))
+    metrics = matrix_metrics(np.zeros((20, 100), np.float32), five_each(20))
     assert metrics["rsum"] == 0
     assert metrics["i2t"]["medr"] == 96
     assert metrics["t2i"]["medr"] == 20
@@ -82,17 +87,17 @@ def test_a_nan_score_is_an_error():
     scores = np.zeros((5, 25))
     scores[3, 7] = np.nan
     with pytest.raises(InputError, match="NaN"):
-        retrieval_metrics(scores, five_each(5))
+        rank_matrix(scores, five_each(5))
 
 
 def test_folds_that_do_not_divide_are_an_error():
     with pytest.raises(InputError, match="--fold5: 12 images"):
-        fold_metrics(np.zeros((12, 60)), five_each(12))
+        folds(5, 12, five_each(12))
 
 
 def test_chance_level_is_the_mean_recall_of_random_scores():
     image_of_caption, rng = five_each(20), np.random.default_rng(0)
-    drawn = [retrieval_metrics(rng.random((20, 100)), image_of_caption) for _ in range(600)]
+    drawn = [matrix_metrics(rng.random((20, 100)), image_of_caption) for _ in range(600)]
     chance = chance_metrics(image_of_caption)
     for way in ("i2t", "t2i"):
         for name in ("r1", "r5", "r10"):

@@ -63,7 +63,7 @@ def assert_equal_runs(one, other):
 
 def crash_at(monkeypatch, step, happening):
     """Let something happen as training comes to a step: before its update, or in the evaluation after its epoch."""
-    train_step, score_split = training.train_step, training.score_split
+    train_step, embed_split = training.train_step, training.embed_split
 
     def stepping(run, *args):
         if run.progress.step + 1 == step:
@@ -73,10 +73,10 @@ def crash_at(monkeypatch, step, happening):
     def scoring(*args):
         if step == "dev":
             happening(None)
-        return score_split(*args)
+        return embed_split(*args)
 
     monkeypatch.setattr(training, "train_step", stepping)
-    monkeypatch.setattr(training, "score_split", scoring)
+    monkeypatch.setattr(training, "embed_split", scoring)
 
 
 def crash(_run):
