@@ -93,24 +93,37 @@ class Scorer:
         return self._fill(regions.new_empty(len(images)), tiles, regions, words, None)
 
     def _fill(self, scores: Tensor, tiles: Iterable[Tile], regions: Tensor, words: Tensor, real: Tensor | None):
+        regions = regions.to(self.dtype)
+        indices, prepared = None, ()
         for tile in tiles:
+            if tile.words is not indices:  # tiles that share captions come one after the other
+                indices, prepared = tile.words, self.prepare(words[tile.words])
             mask = None if real is None else real[tile.images]
-            scores.view(-1)[tile.places] = self.tile(regions[tile.images], words[tile.words], mask)
+            scores.view(-1)[tile.places] = self.tile(regions[tile.images], *prepared, mask)
         return scores
 
     def rows(self, regions: Tensor) -> int:
         """(word, image) pairs of a tile."""
         return rows_of_tile(regions.device, self.dtype, regions.shape[-1])
 
-    def tile(self, regions: Tensor, words: Tensor, real: Tensor | None = None) -> Tensor:
-        """Scores (G, c) of regions (G, R, D) and words (1 or G, c, n, D), shared by all images or each its own."""
-        exact = torch.promote_types(self.dtype, torch.float32)  # of norms, exp and softmax
-        shape = (len(regions), *words.shape[1:3])  # (G, c, n)
-        queries = (words * self.delta).to(self.dtype).flatten(1, 2)  # (1|G, W, D)
-        weights = self.norm.weigh(words).to(self.dtype).flatten(1, 2)
-        regions = regions.to(self.dtype)
+    def prepare(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """What `tile` takes for words (1 or G, c, n, D): as they meet regions, and as they meet their context."""
+        return (words * self.delta).to(self.dtype), self.norm.weigh(words).to(self.dtype)
 
-        affinity = torch.einsum("gwd,grd->gwr", queries, regions).to(exact).unflatten(1, shape[1:])  # Z (G, c, n, R)
+    def tile(self, regions: Tensor, queries: Tensor, weights: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (G, c) of regions (G, R, D) and captions of n words, shared by all images (1) or each its own (G).
+
+        queries, weights: (1 or G, c, n, D), see `prepare`. real: (G, R).
+        """
+        exact = torch.promote_types(self.dtype, torch.float32)  # of norms, exp and softmax
+        shape = (len(regions), *queries.shape[1:3])  # (G, c, n)
+        queries, weights = queries.flatten(1, 2), weights.flatten(1, 2)  # (1|G, W, D)
+
+        if len(queries) == 1:  # one product for all images
+            affinity = (queries[0] @ regions.flatten(0, 1).T).unflatten(1, regions.shape[:2]).transpose(0, 1)
+        else:
+            affinity = torch.bmm(queries, regions.mT)
+        affinity = affinity.to(exact).unflatten(1, shape[1:])  # Z (G, c, n, R)
         attention = F.leaky_relu(affinity.tanh(), 0.1)
         squares = attention.square().sum(dim=2, keepdim=True)
         norms = squares.clamp(min=1e-30).sqrt()  # the clamp keeps the gradient of a masked region's zeros finite
@@ -155,12 +168,16 @@ class _AllPairs(torch.autograd.Function):
         norm = GramNorm(gram, dtype)
         for tile in tiles:
             mask = None if real is None else real[tile.images]
-            inputs = [part.detach().requires_grad_() for part in (regions[tile.images], words[tile.words])]
-            inputs += [part.detach().requires_grad_() for part in (delta, temperature)]
+            inputs = (regions[tile.images], words[tile.words], delta, temperature)
+            inputs = [part.detach().requires_grad_() for part in inputs]
             with torch.enable_grad():
-                scores = Scorer(*inputs[2:], norm, dtype).tile(*inputs[:2], mask)
+                scorer = Scorer(*inputs[2:], norm, dtype)
+                scores = scorer.tile(inputs[0].to(dtype), *scorer.prepare(inputs[1]), mask)
             parts = torch.autograd.grad(scores, inputs, gradient.view(-1)[tile.places])
-            of_regions.index_add_(0, tile.images, parts[0])
+            if isinstance(tile.images, slice):
+                of_regions[tile.images] += parts[0]
+            else:
+                of_regions.index_add_(0, tile.images, parts[0])
             of_words.index_add_(0, tile.words.flatten(), parts[1].flatten(0, 2))
             of_delta += parts[2]
             of_temperature += parts[3]

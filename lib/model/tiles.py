@@ -15,7 +15,7 @@ TILE_IMAGES = {"cpu": 4, "cuda": 32}
 class Tile(NamedTuple):
     """G images, each against c captions of n words: either the same captions for all (1) or each image its own (G)."""
 
-    images: Tensor  # (G,) indices
+    images: slice | Tensor  # consecutive ones where they share captions, else indices (G,)
     words: Tensor  # (1 or G, c, n) indices of the captions' words among all words
     places: Tensor  # (G, c) where the scores belong in the flattened result
 
@@ -29,9 +29,11 @@ def all_tiles(images: int, lengths: Tensor, rows: int, device: torch.device) -> 
     """Every image against every caption once. lengths: (C,), on the CPU; rows: (word, image) pairs of a tile."""
     images_of_tile = min(images, TILE_IMAGES.get(device.type, TILE_IMAGES["cuda"]))
     for captions, words in _group_by_length(lengths, lengths.cumsum(0) - lengths, max(1, rows // images_of_tile)):
-        captions, words = captions.to(device), words[None].to(device)
+        first, captions, words = 0, captions.to(device), words[None].to(device)
         for block in torch.arange(images, device=device).split(max(1, rows // words.numel())):
-            yield Tile(block, words, block[:, None] * len(lengths) + captions)
+            places = block[:, None] * len(lengths) + captions
+            yield Tile(slice(first, first + len(block)), words, places)
+            first += len(block)
 
 
 def pair_tiles(images: Tensor, captions: Tensor, lengths: Tensor, rows: int, device: torch.device) -> Iterator[Tile]:

@@ -261,10 +261,11 @@ def test_tiles_cover_every_pair_once_with_all_words_of_each_caption(images, leng
     lengths, seen = torch.tensor(lengths), torch.zeros(images, len(lengths), dtype=torch.long)
     starts = lengths.cumsum(0) - lengths
     for tile in tiles.all_tiles(images, lengths, rows, torch.device("cpu")):
-        assert tile.places.shape == (len(tile.images), tile.words.shape[1])
-        assert tile.words.numel() * len(tile.images) <= max(rows, tile.words.shape[2])
+        of_tile = torch.arange(images)[tile.images]
+        assert tile.places.shape == (len(of_tile), tile.words.shape[1])
+        assert tile.words.numel() * len(of_tile) <= max(rows, tile.words.shape[2])
         seen.view(-1)[tile.places] += 1
         for words, caption in zip(tile.words[0], tile.places[0] % len(lengths), strict=True):
             assert words.tolist() == list(range(starts[caption], starts[caption] + lengths[caption]))
-        assert torch.equal(tile.places // len(lengths), tile.images[:, None].expand_as(tile.places))
+        assert torch.equal(tile.places // len(lengths), of_tile[:, None].expand_as(tile.places))
     assert (seen == 1).all()

@@ -1,0 +1,105 @@
+"""What the benchmarks share: random embeddings, clocks, memory, the machine, tables."""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lib.model.similarity import Similarity
+
+REGIONS = 36
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    made.add_argument("--embed_size", type=int, default=1024, help="shared dimensions")
+    made.add_argument("--rounds", type=int, default=3, help="times that everything is measured, one after the other")
+    made.add_argument("--json", default="", help="write the figures to this file too")
+    return made
+
+
+def random_embeddings(images: int, captions: int, dims: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit vectors: regions (images, 36, dims), packed words, and lengths like those of captions, about 14 words."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(captions, generator=generator) * 4 + 14).round().clamp(5, 35).long()
+    regions = F.normalize(torch.randn(images, REGIONS, dims, generator=generator), dim=-1)
+    words = F.normalize(torch.randn(int(lengths.sum()), dims, generator=generator), dim=-1)
+    return regions.to(device), words.to(device), lengths
+
+
+def random_similarity(dims: int, device: str) -> Similarity:
+    torch.manual_seed(0)
+    return Similarity(dims).to(device)
+
+
+def clock(work: Callable[[], object], device: str) -> tuple[float, object]:
+    """Seconds that some work takes, and what it returns."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def product_rate(dims: int, dtype: torch.dtype, device: str, repeats: int = 10) -> float:
+    """Floating-point operations a second of a plain matrix product (2048, dims) x (dims, dims)."""
+    rows = 2048 if device == "cpu" else 65536
+    a, b = (torch.randn(n, dims, device=device).to(dtype) for n in (rows, dims))
+    a @ b
+    seconds, _ = clock(lambda: [a @ b for _ in range(repeats)], device)
+    return 2 * repeats * rows * dims**2 / seconds
+
+
+def peak_memory() -> float:
+    """Bytes: the most that this process has ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def median(values) -> float:
+    return statistics.median(values)
+
+
+def machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    where = name if device == "cuda" else f"{torch.get_num_threads()} threads of {name}"
+    return f"{where}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def show(title: str, columns: list[str], rows: list[list[str]], device: str) -> None:
+    """Print a table, numbers to the right, under the machine it was measured on."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    print(f"{title}\n{machine(device)}\n")
+    for row in (columns, *rows):
+        cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
+        print(f"{row[0]:<{widths[0]}}", *cells[1:], sep="  ")
+
+
+def write_json(path: str, figures: dict, device: str) -> None:
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"machine": machine(device), "cores": os.cpu_count(), **figures}, file, indent=2)
+            file.write("\n")
