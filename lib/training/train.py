@@ -29,7 +29,7 @@ from lib.training.collapse import CollapseWatch
 from lib.training.folder import RunFolder, command_to_go_on
 from lib.training.interruption import EndNow, Interruption
 from lib.training.log import RunLog
-from lib.training.optimizer import build_optimizer, learning_rate_of, set_learning_rate
+from lib.training.optimizer import build_optimizer, learning_rate_of, restore_optimizer, set_learning_rate
 from lib.training.origin import Origin, refuse_changed_data, refuse_used_folder
 from lib.training.progress import Progress
 from lib.training.randomness import random_state, restore_random_state, seed_everything
@@ -119,7 +119,7 @@ def continue_from(run: Run, origin: Origin) -> None:
     if not origin.exact:
         return
     try:
-        run.optimizer.load_state_dict(origin.content["optimizer"])
+        restore_optimizer(run.optimizer, origin.content["optimizer"])
         restore_random_state(origin.content["random_state"], run.compute.device)
     except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
         raise InputError(f"{origin.path}: its optimiser or random state does not fit ({reason(error)})") from None

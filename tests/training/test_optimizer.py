@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from lib.bert import build_bert, plain, read_config
 from lib.model.xdim import XDim
 from lib.training.collapse import WATCHED_STEPS, CollapseWatch
-from lib.training.optimizer import build_optimizer, learning_rate_of, set_learning_rate
+from lib.training.optimizer import build_optimizer, learning_rate_of, restore_optimizer, set_learning_rate
 from tests.conftest import TINY_BERT
 
 
@@ -41,6 +42,48 @@ def test_adamw_keeps_pytorchs_other_defaults(model):
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
     for group in build_optimizer(model, 5e-4).param_groups:
         assert (group["betas"], group["eps"], group["amsgrad"]) == (defaults["betas"], defaults["eps"], False)
+
+
+def take_steps(model, optimizer, first, last):
+    """Steps with gradients that only the step's number decides."""
+    for step in range(first, last):
+        torch.manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+
+def test_a_restored_optimiser_goes_on_to_the_bit(model):
+    other = copy.deepcopy(model)
+    optimizer, restored = build_optimizer(model, 5e-4), build_optimizer(other, 5e-4)
+    take_steps(model, optimizer, 0, 3)
+    other.load_state_dict(model.state_dict())
+    restore_optimizer(restored, copy.deepcopy(optimizer.state_dict()))
+    take_steps(model, optimizer, 3, 5)
+    take_steps(other, restored, 3, 5)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_the_state_of_an_unfused_adamw_goes_on_fused(model):
+    other = copy.deepcopy(model)
+    fused = build_optimizer(other, 5e-4)
+    unfused = torch.optim.AdamW(
+        [
+            {k: v for k, v in group.items() if k in ("params", "factor")}
+            for group in build_optimizer(model, 1).param_groups
+        ],
+        lr=5e-4,
+        weight_decay=1e-4,
+        fused=False,
+    )
+    take_steps(model, unfused, 0, 3)
+    other.load_state_dict(model.state_dict())
+    restore_optimizer(fused, copy.deepcopy(unfused.state_dict()))
+    assert all(group["fused"] for group in fused.param_groups)
+    take_steps(model, unfused, 3, 5)
+    take_steps(other, fused, 3, 5)
+    for one, its in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(its, one, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("epoch", "rate"), [(0, 1.0), (14, 1.0), (15, 0.1), (16, 0.1), (29, 0.1)])
