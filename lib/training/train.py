@@ -4,9 +4,11 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from lib.loss import hinge_triplet_loss
 from lib.model.xdim import XDim
 from lib.record import RECORD, write_record
 from lib.training.collapse import CollapseWatch
+from lib.training.figures import LateFigures
 from lib.training.folder import RunFolder, command_to_go_on
 from lib.training.interruption import EndNow, Interruption
 from lib.training.log import RunLog
@@ -166,16 +169,16 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
     left = Subset(batches, range(progress.batch, len(batches)))
     bar = tqdm(loader(left, settings.workers, run.compute.device), desc=f"epoch {epoch + 1}", leave=False, disable=None)
     model.train()
+    figures = LateFigures(partial(check_figures, run, watch if hardest else None, log))
     since, pairs = time.perf_counter(), 0
     for batch in bar:
-        loss, gradient_norm = train_step(run, batch, hardest)
+        enqueued = train_step(run, batch, hardest)
         progress.step += 1
         progress.batch += 1
         pairs += settings.batch_size
-        warning = watch.warning(loss) if hardest else None
-        if warning:
-            log.say(warning)
+        figures.add(progress.step, enqueued)
         if progress.step % settings.log_step == 0:
+            loss, gradient_norm = figures.settle()
             speed = pairs / (time.perf_counter() - since)
             since, pairs = time.perf_counter(), 0
             log.say(
@@ -184,12 +187,17 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
             )
             log_step(run, log, loss, gradient_norm, speed)
         if run.interruption.signal or (settings.save_steps and progress.step % settings.save_steps == 0):
+            figures.settle()
             save(run, folder, log)
             end_if_asked(run, folder)
+    figures.settle()
 
 
-def train_step(run: Run, batch, hardest: bool) -> tuple[float, float]:
-    """One optimisation step. Returns the loss and the gradient's global norm before clipping."""
+def train_step(run: Run, batch, hardest: bool) -> Tensor:
+    """One optimisation step, which a device may still be at when this returns.
+
+    Returns (2,) on the device: the loss, and the gradient's global norm before clipping.
+    """
     settings = run.settings
     features, counts, ids, lengths = (tensor.to(run.compute.device, non_blocking=True) for tensor in batch)
     with run.compute.autocast():
@@ -198,14 +206,21 @@ def train_step(run: Run, batch, hardest: bool) -> tuple[float, float]:
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
-    loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+    run.optimizer.step()  # even where they are no numbers: nothing is saved before the step's figures are checked
+    return torch.stack([loss.detach(), norm])
+
+
+def check_figures(
+    run: Run, watch: CollapseWatch | None, log: RunLog, step: int, loss: float, gradient_norm: float
+) -> None:
+    """Stop where a step's figures are no numbers; warn of a collapse."""
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         raise TrainingStopped(
-            f"step {run.progress.step + 1}: the loss is {loss_value}, its gradient's norm {norm_value}; the last "
-            f"checkpoint stays in {settings.model_name}; start again with a lower --learning_rate or in fp32"
+            f"step {step}: the loss is {loss}, its gradient's norm {gradient_norm}; the last checkpoint stays in "
+            f"{run.settings.model_name}; start again with a lower --learning_rate or in fp32"
         )
-    run.optimizer.step()
-    return loss_value, norm_value
+    if watch and (warning := watch.warning(loss)):
+        log.say(warning)
 
 
 def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, speed: float) -> None:

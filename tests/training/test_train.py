@@ -97,19 +97,73 @@ def test_clipping_bounds_the_norm_over_all_parameters_and_zero_switches_it_off(t
         assert norms == pytest.approx([float(norm) for norm in printed], abs=0.01)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_touched(
-    tiny_flags, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("step", [1, 4, 14, 15])  # of an epoch of 15
+def test_a_step_whose_figures_are_no_numbers_stops_the_run_and_nothing_is_saved_from_it_on(
+    tiny_flags, tmp_path, monkeypatch, capsys, step, what
 ):
-    monkeypatch.setattr(training, "hinge_triplet_loss", lambda scores, margin, hardest: scores.sum() * float("nan"))
-    assert train.main([*tiny_flags, "--model_name", str(tmp_path / "run")]) == 1
+    calls = []
+
+    def loss(scores, margin, hardest, plain=training.hinge_triplet_loss):
+        calls.append(None)
+        if len(calls) != step:
+            return plain(scores, margin, hardest)
+        return scores.sum() * float("nan") if what == "loss" else (scores - scores.detach()).abs().sqrt().sum()
+
+    monkeypatch.setattr(training, "hinge_triplet_loss", loss)
+    folder = tmp_path / "run"
+    assert train.main([*tiny_flags, "--model_name", str(folder), "--save_steps", "1", "--keep", "99"]) == 1
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: step 1: the loss is nan")
+    assert error.startswith(
+        f"error: step {step}: the loss is {'nan' if what == 'loss' else '0.0'}, its gradient's norm"
+    )
     assert "--learning_rate" in error
+    saved = sorted(folder.glob("step-*.pt"))
+    assert [path.name for path in saved] == [f"step-{done:08d}.pt" for done in range(1, step)]
+    assert all(weight.isfinite().all() for path in saved for weight in weights(folder, path.name).values())
+
+
+@pytest.mark.parametrize("step", [3, 15])
+def test_so_it_is_where_the_step_is_not_saved_itself(tiny_flags, tmp_path, monkeypatch, capsys, step):
+    """The figures are looked at late, but before the save of a later step or of the epoch."""
+    train_step = training.train_step
+
+    def failing(run, *args):
+        figures = train_step(run, *args)
+        return figures * float("inf") if run.progress.step + 1 == step else figures
+
+    monkeypatch.setattr(training, "train_step", failing)
+    folder = tmp_path / "run"
+    flags = ["--model_name", str(folder), "--save_steps", "4", "--log_step", "99", "--keep", "99"]
+    assert train.main([*tiny_flags, *flags]) == 1
+    assert f"step {step}: the loss is inf" in capsys.readouterr().err
+    assert {path.name for path in folder.glob("step-*.pt")} == {
+        f"step-{done:08d}.pt" for done in (4, 8, 12) if done < step
+    }
+
+
+def test_a_step_is_enqueued_before_the_figures_of_the_one_before_are_looked_at(tiny_flags, tmp_path, monkeypatch):
+    happened = []
+    train_step, check = training.train_step, training.check_figures
+
+    def stepping(run, *args):
+        happened.append(f"step {run.progress.step + 1}")
+        return train_step(run, *args)
+
+    def looking(run, watch, log, step, *figures):
+        happened.append(f"look {step}")
+        check(run, watch, log, step, *figures)
+
+    monkeypatch.setattr(training, "train_step", stepping)
+    monkeypatch.setattr(training, "check_figures", looking)
+    assert train.main([*tiny_flags, "--model_name", str(tmp_path / "run"), "--log_step", "4"]) == 0
+    assert " ".join(happened).startswith("step 1 step 2 look 1 step 3 look 2 step 4 look 3 look 4 step 5 step 6 look 5")
+    assert [what for what in happened if "look" in what] == [f"look {step}" for step in range(1, 16)]
 
 
 def test_a_collapsed_run_is_warned_of(tiny_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lib.training.collapse.WATCHED_STEPS", 10)
-    monkeypatch.setattr(training, "train_step", lambda run, batch, hardest: (2 * 0.2 * 8, 1.0))
+    monkeypatch.setattr(training, "train_step", lambda run, batch, hardest: torch.tensor([2 * 0.2 * 8, 1.0]))
     run(tiny_flags, tmp_path / "run", "--max_violation")
     assert "collapsed" in (tmp_path / "run" / "run.log").read_text()
 
