@@ -32,6 +32,9 @@ class DataSettings:
         "f30k_precomp", "data set: DATA_PATH/DATA_NAME/, or DATA_PATH/precomp/ where only that exists"
     )
     workers: int = flag(10, "processes that read features; never more than there are cores")
+    device_features: bool = flag(
+        False, "keep train's features on the device, in float16 (Flickr30K: 4.3 GB, COCO: 16.7 GB)"
+    )
 
 
 @dataclass

@@ -10,22 +10,27 @@ CHOOSE_WORD = 0.2
 MASK_CHOSEN, REPLACE_CHOSEN = 0.5, 0.1
 
 
-def drop_regions(features: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def choose_regions(images: int, regions: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Keep each region with probability 0.8, at least one of each image.
 
-    features: (B, R, img_dim). Returns the kept regions in their order, padded with zero rows to the longest of the
-    batch (B, longest, img_dim), and the counts (B,).
+    Returns the numbers of the kept regions (images, longest), ascending, -1 beyond an image's count, and the counts
+    (images,).
     """
-    keep = rng.random(features.shape[:2]) < KEEP_REGION
-    survivor = rng.integers(features.shape[1], size=len(features))
+    keep = rng.random((images, regions)) < KEEP_REGION
+    survivor = rng.integers(regions, size=images)
     emptied = ~keep.any(axis=1)
     keep[emptied, survivor[emptied]] = True
 
     counts = keep.sum(axis=1)
     order = np.argsort(~keep, axis=1, kind="stable")[:, : counts.max()]  # kept regions first
+    return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1), counts
+
+
+def gather_regions(features: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The chosen regions (B, longest, img_dim) of features (B, R, img_dim); zero rows where `order` is -1."""
     kept = np.take_along_axis(features, order[..., None], axis=1)
-    kept[np.arange(kept.shape[1]) >= counts[:, None]] = 0
-    return kept, counts
+    kept[order < 0] = 0
+    return kept
 
 
 def disturb_words(

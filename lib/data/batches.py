@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lib.data.augment import disturb_words, drop_regions
+from lib.data.augment import choose_regions, disturb_words, gather_regions
 from lib.data.precomp import FeatureFile, Split
+from lib.data.resident import places_of
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 
 
 class Batch(NamedTuple):
     """B image-caption pairs; row i of the images belongs to caption i."""
 
-    features: Tensor  # (B, R, img_dim) in the file's precision, zero rows beyond `counts`
+    features: (
+        Tensor  # (B, R, img_dim) in the file's precision, zero rows beyond `counts`; or places of ResidentFeatures
+    )
     counts: Tensor  # (B,) regions of each image
     ids: Tensor  # (B, N) token ids, 0 beyond `lengths`
     lengths: Tensor  # (B,) tokens of each caption
@@ -30,8 +33,17 @@ class EpochBatches(Dataset):
     """
 
     def __init__(
-        self, split: Split, captions: TokenizedCaptions, tokenizer: Tokenizer, batch_size: int, seed: int, epoch: int
+        self,
+        split: Split,
+        captions: TokenizedCaptions,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        resident: bool = False,
     ):
+        """resident: the features are on the device already: none are read, batches hold their places (B, R) instead."""
+        self.resident = resident
         self.split, self.captions, self.tokenizer = split, captions, tokenizer
         self.seed, self.epoch = seed, epoch
         order = self._rng(0).permutation(len(captions))
@@ -45,7 +57,12 @@ class EpochBatches(Dataset):
 
     def __getitem__(self, k: int) -> Batch:
         rng, pairs = self._rng(1 + k), self.pairs[k]
-        features, counts = drop_regions(self.split.features.read(self.split.image_of_caption[pairs]), rng)
+        images, regions = self.split.image_of_caption[pairs], self.split.features.regions
+        order, counts = choose_regions(len(images), regions, rng)
+        if self.resident:
+            features = places_of(images, order, regions)
+        else:
+            features = gather_regions(self.split.features.read(images), order)
         words = disturb_words(self.captions.select(pairs), self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
         return Batch(*map(torch.from_numpy, (features, counts, *self.tokenizer.pad(words))))
 

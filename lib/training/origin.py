@@ -12,7 +12,12 @@ from lib.training.progress import Progress
 
 OF_ONE_START = ("resume", "init_from", "allow_changes", "model_name", "logger_name")  # not taken from a checkpoint
 BUILT_IN = ("img_dim", "embed_size", "no_imgnorm", "no_txtnorm")  # in the weights: nothing can change these
-RECIPE = ("mask_padding", *(name for name in RecipeSettings.__annotations__ if name != "num_epochs"), "precision")
+RECIPE = (
+    "mask_padding",
+    *(name for name in RecipeSettings.__annotations__ if name != "num_epochs"),
+    "precision",
+    "device_features",
+)
 ORDER = ("batch_size", "seed")  # the order of pairs depends on them
 
 

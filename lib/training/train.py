@@ -18,6 +18,7 @@ from lib.compute import Compute, choose_compute
 from lib.config import TrainSettings
 from lib.data.batches import EpochBatches, loader
 from lib.data.precomp import Split, open_split
+from lib.data.resident import ResidentFeatures
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
 from lib.errors import InputError, Interrupted, TrainingStopped, reason
 from lib.evaluation import report
@@ -52,6 +53,7 @@ class Run:
     train_captions: TokenizedCaptions
     dev: Split
     dev_captions: TokenizedCaptions
+    resident: ResidentFeatures | None  # train's, where they are kept on the device
     record: dict  # of run.json, what does not change while this process trains
     progress: Progress = field(default_factory=Progress)
     interruption: Interruption = field(default_factory=Interruption)
@@ -101,7 +103,9 @@ def start(settings: TrainSettings, origin: Origin | None) -> Run:
     optimizer = build_optimizer(model, settings.learning_rate)
     captions = [tokenizer.tokenize(split.captions) for split in (train_split, dev_split)]
     record = begin_record(dataclasses.asdict(settings), data, str(compute), origin)
-    run = Run(settings, compute, model, tokenizer, optimizer, train_split, captions[0], dev_split, captions[1], record)
+    resident = ResidentFeatures(train_split.features, compute.device) if settings.device_features else None
+    splits = (train_split, captions[0], dev_split, captions[1])
+    run = Run(settings, compute, model, tokenizer, optimizer, *splits, resident, record)
     if origin is not None:
         continue_from(run, origin)
         origin.content = {}  # gigabytes at full size, which model and optimiser hold now
@@ -165,7 +169,8 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
     set_learning_rate(run.optimizer, rate)
     hardest = settings.max_violation or epoch >= settings.vse_mean_warmup_epochs
     watch = CollapseWatch(settings.margin, settings.batch_size)
-    batches = EpochBatches(run.train, run.train_captions, run.tokenizer, settings.batch_size, settings.seed, epoch)
+    data = (run.train, run.train_captions, run.tokenizer)
+    batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, settings.device_features)
     left = Subset(batches, range(progress.batch, len(batches)))
     bar = tqdm(loader(left, settings.workers, run.compute.device), desc=f"epoch {epoch + 1}", leave=False, disable=None)
     model.train()
@@ -200,6 +205,8 @@ def train_step(run: Run, batch, hardest: bool) -> Tensor:
     """
     settings = run.settings
     features, counts, ids, lengths = (tensor.to(run.compute.device, non_blocking=True) for tensor in batch)
+    if run.resident:
+        features = run.resident.gather(features)
     with run.compute.autocast():
         scores = run.model(features.float(), counts, ids, lengths)
     loss = hinge_triplet_loss(scores, settings.margin, hardest)

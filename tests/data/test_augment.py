@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data.augment import disturb_words, drop_regions
+from lib.data.augment import choose_regions, disturb_words, gather_regions
 from lib.data.tokenizer import TokenizedCaptions
 
 MASK, VOCABULARY, FIRST_WORD = 4, 50, 1000
@@ -14,6 +14,11 @@ MASK, VOCABULARY, FIRST_WORD = 4, 50, 1000
 def numbered(batch, regions, img_dim=2, dtype=np.float32):
     """Features whose numbers say which image and region they are, all above 0."""
     return np.arange(1, batch * regions * img_dim + 1, dtype=dtype).reshape(batch, regions, img_dim)
+
+
+def drop_regions(features, rng):
+    order, counts = choose_regions(*features.shape[:2], rng)
+    return gather_regions(features, order), counts
 
 
 def captions_of(pieces_of_words, captions=1):

@@ -116,7 +116,9 @@ def test_a_kill_between_a_checkpoint_and_its_second_names_loses_neither(flags, w
     assert_equal_runs(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("extra", [["--mask_padding", "--no_imgnorm", "--no_txtnorm"], ["--workers", "2"]])
+@pytest.mark.parametrize(
+    "extra", [["--mask_padding", "--no_imgnorm", "--no_txtnorm"], ["--workers", "2"], ["--device_features"]]
+)
 def test_so_does_one_with_other_settings(flags, tmp_path, monkeypatch, extra):
     command = [*flags, *extra, "--num_epochs", "2"]
     assert train.main([*command, "--model_name", str(tmp_path / "whole")]) == 0
@@ -274,6 +276,7 @@ def test_two_processes_cannot_train_into_one_folder(flags, tmp_path, capsys):
     ("change", "said"),
     [
         (["--learning_rate", "0.001"], "--learning_rate 0.001 (was 0.0005)"),
+        (["--device_features"], "--device_features True (was False)"),
         (["--batch_size", "4", "--seed", "3"], "--batch_size 4 (was 8), --seed 3 (was 0)"),
     ],
 )

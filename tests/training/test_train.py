@@ -182,6 +182,14 @@ def test_float16_features_train_like_float32_ones_within_rounding(make_data, tin
     assert losses[0] != losses[1]
 
 
+def test_features_kept_on_the_device_train_like_those_of_a_float16_file_to_the_bit(make_data, tiny_flags, tmp_path):
+    for dtype, more in ((np.float32, ["--device_features", "--workers", "2"]), (np.float16, [])):
+        make_data(tmp_path / dtype.__name__ / "tiny_precomp", dtype=dtype)
+        flags = [*tiny_flags, "--data_path", str(tmp_path / dtype.__name__)]
+        run(flags, tmp_path / f"run-{dtype.__name__}", *more)
+    assert_same(weights(tmp_path / "run-float32"), weights(tmp_path / "run-float16"))
+
+
 def test_the_loss_curve_is_the_committed_one(tiny_flags, tmp_path):
     """Any change to model, loss, recipe, order or augmentation shows here; tests/golden/README.md says how to renew it.
 
