@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lib.bert import build_bert, plain, read_config
+from lib.model import text_encoder
 from lib.model.image_encoder import ImageEncoder
 from lib.model.norm import l2_normalize
 from lib.model.text_encoder import TextEncoder
@@ -97,3 +99,53 @@ def test_a_zero_id_within_a_caption_is_not_attended_to_but_is_a_word(bert):
     assert words.shape == (5, 6)
     hidden = bert(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1]])).last_hidden_state
     torch.testing.assert_close(words, l2_normalize(encoder.linear(hidden[0])))
+
+
+@pytest.fixture
+def uneven():
+    """Token ids and lengths of 11 captions in no order of length."""
+    lengths = torch.tensor([4, 9, 3, 12, 5, 9, 3, 7, 2, 12, 6])
+    ids = torch.randint(5, 60, (11, 12), generator=torch.Generator().manual_seed(0))
+    return ids * (torch.arange(12) < lengths[:, None]), lengths
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 10, 11, 100])
+def test_encoding_in_groups_of_like_length_equals_one_padded_batch_in_values_and_gradients(
+    bert, uneven, double, monkeypatch, size
+):
+    ids, lengths = uneven
+    encoder = TextEncoder(bert, 6).double()
+    hidden = bert(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+    expected = l2_normalize(encoder.linear(hidden[torch.arange(12) < lengths[:, None]]))
+    weights = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), list(encoder.parameters()))
+
+    monkeypatch.setitem(text_encoder.GROUP, "cpu", size)
+    words = encoder(ids, lengths)
+    torch.testing.assert_close(words, expected, rtol=1e-10, atol=1e-12)
+    gradients = torch.autograd.grad((words * weights).sum(), list(encoder.parameters()))
+    for gradient, its in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, its, rtol=1e-9, atol=1e-12)
+
+
+def test_groups_hold_little_padding_and_every_caption_once(uneven):
+    _, lengths = uneven
+    groups = text_encoder.groups_of_like_length(lengths, 3)
+    assert torch.equal(torch.cat(groups).sort().values, torch.arange(11))
+    assert [lengths[group].tolist() for group in groups] == [[2, 3, 3], [4, 5, 6], [7, 9, 9], [12, 12]]
+
+
+def test_bert_attends_with_sdpa_and_without_a_mask_where_nothing_is_padded(bert, uneven, monkeypatch):
+    masks = []
+
+    def spy(*args, attn_mask=None, plain=functional.scaled_dot_product_attention, **options):
+        masks.append(attn_mask)
+        return plain(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    encoder = TextEncoder(bert, 6)
+    ids, lengths = uneven
+    for chosen in (lengths >= 9, lengths == 9):
+        encoder(ids[chosen], lengths[chosen])
+    layers = bert.config.num_hidden_layers
+    assert [mask is None for mask in masks] == [False] * layers + [True] * layers
