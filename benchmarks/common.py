@@ -66,8 +66,10 @@ def product_rate(dims: int, dtype: torch.dtype, device: str, repeats: int = 10) 
     return 2 * repeats * rows * dims**2 / seconds
 
 
-def peak_memory() -> float:
-    """Bytes: the most that this process has ever held."""
+def peak_memory(device: str) -> float:
+    """Bytes: the most that this process has ever held on a device."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

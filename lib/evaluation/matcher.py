@@ -81,7 +81,7 @@ class Matcher:
         for batch in tqdm(lengths.argsort(stable=True).split(batch_size), desc="captions", leave=False, disable=None):
             batch_ids = ids[batch, : lengths[batch].max()].to(self.compute.device)
             with self.compute.autocast():
-                embedded = self.model.encode_captions(batch_ids, lengths[batch].to(self.compute.device))
+                embedded = self.model.encode_captions(batch_ids, lengths[batch])
             if words is None:
                 words = embedded.new_empty(int(lengths.sum()), embedded.shape[1])
             places = [torch.arange(length) + start for start, length in zip(starts[batch], lengths[batch], strict=True)]

@@ -204,11 +204,11 @@ def train_step(run: Run, batch, hardest: bool) -> Tensor:
     Returns (2,) on the device: the loss, and the gradient's global norm before clipping.
     """
     settings = run.settings
-    features, counts, ids, lengths = (tensor.to(run.compute.device, non_blocking=True) for tensor in batch)
+    features, counts, ids = (tensor.to(run.compute.device, non_blocking=True) for tensor in batch[:3])
     if run.resident:
         features = run.resident.gather(features)
     with run.compute.autocast():
-        scores = run.model(features.float(), counts, ids, lengths)
+        scores = run.model(features.float(), counts, ids, batch.lengths)  # from lengths Python takes shapes
     loss = hinge_triplet_loss(scores, settings.margin, hardest)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()

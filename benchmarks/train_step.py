@@ -1,0 +1,124 @@
+"""A training step of the similarity, forward and backward, against automatic differentiation of a loop over captions.
+
+    python benchmarks/train_step.py
+
+A round measures every way once, one after the other; a ratio is the median of the rounds' ratios. Memory is what a
+process holds at most above what it held before the step, each way in a process of its own.
+"""
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from benchmarks.loop import loop_scores
+from lib.loss import hinge_triplet_loss
+
+MARGIN = 0.2
+WAYS = {  # name: (by the loop, hardest negatives, bfloat16)
+    "loop, all negatives": (True, False, False),
+    "float32, all negatives": (False, False, False),
+    "bfloat16, all negatives": (False, False, True),
+    "loop, hardest negatives": (True, True, False),
+    "float32, hardest negatives": (False, True, False),
+    "bfloat16 search, hardest negatives": (False, True, True),
+}
+
+
+class Step:
+    """A batch of random pairs and the step of one way."""
+
+    def __init__(self, batch_size: int, dims: int, device: str):
+        regions, words, self.lengths = common.random_embeddings(batch_size, batch_size, dims, device)
+        self.similarity = common.random_similarity(dims, device)
+        self.inputs = [regions.requires_grad_(), words.requires_grad_(), *self.similarity.parameters()]
+        self.device = device
+
+    def scores(self, loop: bool, half: bool) -> Tensor:
+        if loop:
+            dependency, temperature = self.similarity.gate(), self.similarity.log_temperature.exp()
+            return loop_scores(*self.inputs[:2], self.lengths, dependency, temperature)
+        with torch.autocast(self.device, torch.bfloat16, enabled=half):
+            return self.similarity(*self.inputs[:2], self.lengths)
+
+    def gradients(self, loop: bool, hardest: bool, half: bool) -> tuple[Tensor, ...]:
+        """Gradients of the loss in embeddings and parameters, and last in the scores."""
+        scores = self.scores(loop, half)
+        loss = hinge_triplet_loss(scores, MARGIN, hardest)
+        return torch.autograd.grad(loss, [*self.inputs, scores])
+
+    def loop_gradients(self, of_scores: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The loop's gradients in embeddings and parameters, for each of some gradients in the scores."""
+        scores = self.scores(loop=True, half=False)
+        return [torch.autograd.grad(scores, self.inputs, one, retain_graph=True) for one in of_scores]
+
+
+def main() -> None:
+    flags = common.parser(__doc__.splitlines()[0])
+    flags.add_argument("--batch_size", type=int, default=128, help="pairs")
+    settings = flags.parse_args()
+    step = Step(settings.batch_size, settings.embed_size, settings.device)
+    memory = {name: measure_memory(settings, way) for name, way in WAYS.items()}
+    seconds, results = [], {}
+    for _ in range(settings.rounds):
+        measured = {
+            name: common.clock(lambda way=way: step.gradients(*way), settings.device) for name, way in WAYS.items()
+        }
+        seconds.append({name: one[0] for name, one in measured.items()})
+        results = {name: one[1] for name, one in measured.items() if not WAYS[name][0]}
+    report(settings, seconds, memory, compare(step, results))
+
+
+def compare(step: Step, results: dict[str, tuple[Tensor, ...]]) -> dict[str, float]:
+    """Each way's largest difference from the loop's gradients for the same negatives, relative to the largest entry."""
+    expected = step.loop_gradients([gradients[-1] for gradients in results.values()])
+    return {
+        name: max(
+            ((ours - theirs).abs().max() / theirs.abs().max()).item()
+            for ours, theirs in zip(gradients[:-1], plain, strict=True)
+        )
+        for (name, gradients), plain in zip(results.items(), expected, strict=True)
+    }
+
+
+def measure_memory(settings, way: tuple[bool, bool, bool]) -> float:
+    """Bytes that a step takes at most, measured in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_memory, (settings.batch_size, settings.embed_size, settings.device, way))
+
+
+def _memory(batch_size: int, dims: int, device: str, way: tuple[bool, bool, bool]) -> float:
+    Step(2, 64, device).gradients(*way)  # libraries are loaded on first use
+    step = Step(batch_size, dims, device)
+    before = common.peak_memory(device)
+    step.gradients(*way)
+    return common.peak_memory(device) - before
+
+
+def report(settings, seconds: list[dict], memory: dict, differences: dict) -> None:
+    rows, figures = [], {}
+    for name, (loop, hardest, _) in WAYS.items():
+        reference = f"loop, {'hardest' if hardest else 'all'} negatives"
+        took = common.median(one[name] for one in seconds)
+        faster = common.median(one[reference] / one[name] for one in seconds)
+        less = memory[reference] / memory[name]
+        difference = "" if loop else f"{differences[name]:.1e}"
+        rows.append([name, f"{took:.2f}", f"{faster:.2f}", f"{memory[name] / 1e9:.2f}", f"{less:.0f}", difference])
+        figures[name] = {"seconds": took, "times_faster": faster, "bytes": memory[name]}
+        figures[name]["gradient_difference"] = differences.get(name)
+    title = (
+        f"similarity, {settings.batch_size} pairs, {common.REGIONS} regions, {settings.embed_size} dimensions, forward "
+        f"and backward, median of {len(seconds)} rounds"
+    )
+    columns = ["", "seconds", "times faster", "GB", "times less", "largest difference of gradients"]
+    common.show(title, columns, rows, settings.device)
+    common.write_json(settings.json, {"figures": figures, "seconds": seconds}, settings.device)
+
+
+if __name__ == "__main__":
+    main()
