@@ -69,7 +69,7 @@ class Reranker:
 
     def _rank(self, pairs: Tensor, is_true: Tensor, coarse_ranks: np.ndarray) -> np.ndarray:
         """Ranks (queries,) from candidates (queries, k); the coarse rank where no true item is among them."""
-        scores = self.exact[torch.searchsorted(self.known, pairs)]
+        scores = self.exact[torch.searchsorted(self.known, pairs.contiguous())]
         best = scores.masked_fill(~is_true, float("-inf")).amax(dim=1, keepdim=True)
         ranks = ((scores >= best) & ~is_true).sum(dim=1).cpu().numpy()
         return np.where(is_true.any(dim=1).cpu().numpy(), ranks, coarse_ranks)

@@ -71,7 +71,7 @@ class _GramNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gram: Tensor, upper: Tensor) -> Tensor:
         product = x @ gram
-        squares = torch.linalg.vecdot(x, product).to(upper.dtype)
+        squares = torch.linalg.vecdot(x.to(upper.dtype), product.to(upper.dtype))
         norms = squares.clamp(min=1e-30).sqrt()  # a correspondence of zeros must not divide by zero
         ctx.save_for_backward(x, product, norms)
         ctx.upper = upper

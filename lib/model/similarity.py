@@ -27,7 +27,7 @@ from lib.model.norm import EPSILON
 from lib.model.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
 
 # Pairs are scored one by one where the loss depends on no more than this share of them.
-FEW_PAIRS = 0.25
+FEW_PAIRS = 0.4
 
 
 class Similarity(nn.Module):
@@ -153,35 +153,46 @@ class _AllPairs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         regions, words, delta, gram, temperature, lengths, real = ctx.saved_tensors
-        needed = gradient.nonzero(as_tuple=True)
-        few = len(needed[0]) <= FEW_PAIRS * gradient.numel()
-        dtype = regions.dtype if few else ctx.dtype  # exact products cost little where few pairs remain
-        rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
-        if few:
-            gradient = gradient[needed]
-            tiles = pair_tiles(needed[0].cpu(), needed[1].cpu(), lengths.cpu(), rows, regions.device)
-        else:
-            tiles = all_tiles(len(regions), lengths.cpu(), rows, regions.device)
+        inputs = (regions, words, delta, temperature)
+        totals = [torch.zeros_like(tensor) for tensor in inputs]
+        with torch.autocast(regions.device.type, enabled=False):
+            tiles, gradient, dtype = _tiles_with_gradient(gradient, regions, lengths.cpu(), ctx.dtype)
+            norm = GramNorm(gram, dtype)
+            for tile in tiles:
+                mask = None if real is None else real[tile.images]
+                _differentiate(tile, inputs, mask, norm, dtype, gradient[tile.places], totals)
+            return *totals[:3], norm.gradient(), totals[3], None, None, None, None
 
-        of_regions, of_words = torch.zeros_like(regions), torch.zeros_like(words)
-        of_delta, of_temperature = torch.zeros_like(delta), torch.zeros_like(temperature)
-        norm = GramNorm(gram, dtype)
-        for tile in tiles:
-            mask = None if real is None else real[tile.images]
-            inputs = (regions[tile.images], words[tile.words], delta, temperature)
-            inputs = [part.detach().requires_grad_() for part in inputs]
-            with torch.enable_grad():
-                scorer = Scorer(*inputs[2:], norm, dtype)
-                scores = scorer.tile(inputs[0].to(dtype), *scorer.prepare(inputs[1]), mask)
-            parts = torch.autograd.grad(scores, inputs, gradient.view(-1)[tile.places])
-            if isinstance(tile.images, slice):
-                of_regions[tile.images] += parts[0]
-            else:
-                of_regions.index_add_(0, tile.images, parts[0])
-            of_words.index_add_(0, tile.words.flatten(), parts[1].flatten(0, 2))
-            of_delta += parts[2]
-            of_temperature += parts[3]
-        return of_regions, of_words, of_delta, norm.gradient(), of_temperature, None, None, None, None
+
+def _tiles_with_gradient(
+    gradient: Tensor, regions: Tensor, lengths: Tensor, dtype: torch.dtype
+) -> tuple[Iterable[Tile], Tensor, torch.dtype]:
+    """Tiles of the pairs to differentiate, the scores' gradients that their places mean, the type of the products."""
+    images, captions = gradient.nonzero(as_tuple=True)
+    if len(images) > FEW_PAIRS * gradient.numel():
+        rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
+        return all_tiles(len(regions), lengths, rows, regions.device), gradient.flatten(), dtype
+    dtype = regions.dtype  # exact products cost little where few pairs remain
+    rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
+    tiles = pair_tiles(images.cpu(), captions.cpu(), lengths, rows, regions.device)
+    return tiles, gradient[images, captions], dtype
+
+
+def _differentiate(tile: Tile, inputs, mask, norm: GramNorm, dtype, gradient: Tensor, totals: list[Tensor]) -> None:
+    """Score a tile again and add its gradients in regions, words, delta and temperature to the totals."""
+    parts = (inputs[0][tile.images], inputs[1][tile.words], *inputs[2:])
+    regions, words, delta, temperature = parts = [part.detach().requires_grad_() for part in parts]
+    with torch.enable_grad():
+        scorer = Scorer(delta, temperature, norm, dtype)
+        scores = scorer.tile(regions.to(dtype), *scorer.prepare(words), mask)
+    of_regions, of_words, *others = torch.autograd.grad(scores, parts, gradient)
+    if isinstance(tile.images, slice):
+        totals[0][tile.images] += of_regions
+    else:
+        totals[0].index_add_(0, tile.images, of_regions)
+    totals[1].index_add_(0, tile.words.flatten(), of_words.flatten(0, 2))
+    for total, other in zip(totals[2:], others, strict=True):
+        total += other
 
 
 def product_dtype(like: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lib import load
 from lib.checkpoint import build_model, read_checkpoint
 from lib.errors import InputError
 from lib.evaluation.metrics import retrieval_metrics
-from lib.evaluation.ranks import rank_matrix
+from lib.evaluation.ranks import folds, rank_matrix
 from lib.model.xdim import XDim
 from tests.conftest import TINY_BERT, write_data
 from tests.model import oracle
@@ -97,6 +98,59 @@ def test_json_has_the_documented_form(evaluated, trained_run, tmp_path):
     plain = json.loads((tmp_path / "plain.json").read_text())
     assert plain["folds"] == []
     assert "full" not in plain
+
+
+def test_saved_scores_give_the_reported_ranks(evaluated):
+    results, scores = evaluated
+    parts = folds(5, 20, np.repeat(np.arange(20), 5))
+    metrics = [retrieval_metrics(ranks) for ranks in rank_matrix(scores, np.repeat(np.arange(20), 5), parts)]
+    assert metrics == results["folds"]
+
+
+def test_coarse_to_fine_with_every_pair_exact_reports_what_exact_scores_do(trained_run, evaluated, tmp_path, capsys):
+    flags = ["--checkpoint", str(trained_run), "--split", "testall", "--fold5", *FLAGS]
+    assert eval_program.main([*flags, "--rerank", "100", "--json", str(tmp_path / "rerank.json")]) == 0
+    results = json.loads((tmp_path / "rerank.json").read_text())
+    assert results["rerank"] == {"k": 100, "exact_pairs": 2000, "pairs": 2000}
+    for name in ("i2t", "t2i", "rsum", "folds", "full"):
+        assert results[name] == evaluated[0][name]
+    assert "best 100 of each query by exact score: 2000 of 2000 pairs (100.0 %)" in capsys.readouterr().out
+
+
+def test_coarse_to_fine_says_how_many_scores_were_exact(trained_run, tmp_path, capsys):
+    flags = ["--checkpoint", str(trained_run), *FLAGS]
+    assert test_program.main([*flags, "--rerank", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "X-Dim, best 1 exact" in out
+    pairs = int(re.search(r"score: (\d+) of 500 pairs", out)[1])
+    assert 50 <= pairs <= 60
+    assert test_program.main([*flags, "--rerank", "auto"]) == 0
+    assert re.search(r"X-Dim, best (20|40|80) exact", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--rerank", "0"], "--rerank 0"),
+        (["--rerank", "some"], "--rerank some"),
+        (["--rerank", "-1"], "--rerank"),
+        (["--rerank", "²"], "--rerank ²"),
+        (["--rerank", "5", "--save_sims", "x.npy"], "--save_sims"),
+    ],
+)
+def test_wrong_uses_of_rerank_are_refused(flags, complaint, capsys):
+    assert eval_program.main(flags) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_scores_that_are_not_numbers_leave_no_file_behind(trained_run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        "lib.evaluation.matcher.Scorer.all_pairs", lambda self, images, *_: torch.full((len(images), 50), torch.nan)
+    )
+    flags = ["--checkpoint", str(trained_run), "--split", "dev", *FLAGS]
+    assert eval_program.main([*flags, "--save_sims", str(tmp_path / "sims.npy")]) == 2
+    assert "NaN" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_image_is_encoded_once(trained_run, monkeypatch):

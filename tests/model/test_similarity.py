@@ -235,6 +235,36 @@ def test_float32_and_bfloat16_scores_stay_near_float64():
     assert (half - expected).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("share", [0.1, 1])
+@pytest.mark.parametrize(
+    ("half_open", "autocast", "tolerance"),
+    [(False, False, 1e-4), (True, False, 1e-4), (False, True, 0.1), (True, True, 0.3)],
+)
+def test_float32_and_bfloat16_gradients_stay_near_float64(share, half_open, autocast, tolerance):
+    exact = random_similarity(64, half_open)
+    inputs = random_inputs(12, [5, 9, 14] * 4, 11, 64)
+    weights = torch.zeros(144, dtype=torch.float64)
+    weights[: round(144 * share)] = 1
+    weights = weights[torch.randperm(144, generator=torch.Generator().manual_seed(4))].view(12, 12)
+    expected = gradients(exact, exact(*inputs) * weights, *inputs[:2])
+    single = exact.float()
+    regions, words = (tensor.detach().float().requires_grad_() for tensor in inputs[:2])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = single(regions, words, inputs[2])
+    for ours, plain in zip(gradients(single, scores * weights, regions, words), expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close_to_largest(ours.double(), plain, 1e-4 if share < 1 else tolerance)  # few pairs: in float32
+
+
+def test_a_backward_pass_under_autocast_is_one_outside_it():
+    model = random_similarity(12).float()
+    inputs = [part.detach().float().requires_grad_() for part in random_inputs(4, [3, 8], 6, 12)[:2]]
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(*inputs, torch.tensor([3, 8]))
+        within = torch.autograd.grad(scores.sum(), inputs, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(within, torch.autograd.grad(scores.sum(), inputs), strict=True))
+
+
 def test_a_sharp_gate_keeps_values_and_gradients_finite():
     similarity = random_similarity(16)
     with torch.no_grad():
