@@ -1,15 +1,37 @@
-"""The norm ||x D^T|| of correspondences x under the dependency matrix D, the one costly part of the similarity.
+"""The norm of correspondences under the dependency matrix D, the one costly part of the similarity.
 
-It depends on D only through K = D^T D, so any factor F with F^T F = K serves. Each class below is called with
-x (rows, D) and returns (rows,), in float32 at least.
+For a word's attention A over the regions V of an image and the word's own embedding t, the correspondence is
+x = (A V) * t and its norm ||x D^T||. It depends on D only through K = D^T D, so any factor F with F^T F = K serves.
+
+Each class below is called with attention (G, W, R), regions (G, R, D) and weights (1 or G, W, D), the words as its
+`weigh` has made them. It returns (G, W), in float32 at least: the norms and the formulas' guard against a division by
+zero, ||x D^T|| + 1e-8 (||A V|| + 1e-8).
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Rows of a triangular factor that are multiplied at once: the fewer, the less of the zero half is touched.
+from lib.model.norm import EPSILON
+
+# Columns of a triangular product that are multiplied at once: the fewer, the less of the zero half is touched.
 BLOCK = 128
+
+
+class Scratch:
+    """Memory that tiles use one after the other: on a CPU fresh pages cost more time than what is computed in them."""
+
+    def __init__(self):
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor of a shape, of the type and device of `like`; the last one of that name is lost."""
+        buffer, size = self._buffers.get(name), math.prod(shape)
+        if buffer is None or len(buffer) < size or buffer.dtype != like.dtype:
+            buffer = self._buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
 
 
 class FactorNorm:
@@ -20,16 +42,21 @@ class FactorNorm:
         factor = torch.linalg.qr(dependency.double(), mode="r").R if triangular else dependency
         step = BLOCK if triangular else len(factor)
         self.blocks = [factor[i : i + step, i * triangular :].to(dtype).T for i in range(0, len(factor), step)]
+        self.scratch = Scratch()
 
     def weigh(self, words: Tensor) -> Tensor:
         return words
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
+        x, guard = _correspond(attention, regions, weights, self.scratch)
         exact = torch.promote_types(x.dtype, torch.float32)
         squares = x.new_zeros(len(x), dtype=exact)
         for columns in self.blocks:
-            squares += torch.linalg.vector_norm(x[:, -len(columns) :] @ columns, dim=-1, dtype=exact).square_()
-        return squares.sqrt_()
+            product = torch.mm(
+                x[:, -len(columns) :], columns, out=self.scratch("product", x, len(x), columns.shape[1])
+            )
+            squares += torch.linalg.vector_norm(product, dim=-1, dtype=exact).square_()
+        return squares.sqrt_().view(attention.shape[:2]) + guard
 
 
 class DiagonalNorm:
@@ -37,52 +64,88 @@ class DiagonalNorm:
 
     def __init__(self, dependency: Tensor):
         self.scale = dependency.norm(dim=0)
+        self.scratch = Scratch()
 
     def weigh(self, words: Tensor) -> Tensor:
         """Words scaled so that x, which holds them as a factor, needs no scaling of its own."""
         return words * self.scale
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
+        x, guard = _correspond(attention, regions, weights, self.scratch)
+        norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return norms.view(attention.shape[:2]) + guard
 
 
 class GramNorm:
     """sqrt((x K) . x) with gradients: that in x is a multiple of x K, which is there already, that in K is x^T x.
 
-    K's gradient is summed up over all calls: `gradient()` gives it after the backward passes.
+    K's gradient is summed up over all calls: `gradient()` gives it after the backward passes. Each call must be
+    differentiated before the next, which uses the same memory.
     """
 
     def __init__(self, gram: Tensor, dtype: torch.dtype):
         self.gram = gram.to(dtype)
         self.upper = torch.zeros_like(gram)  # blocks on and above the diagonal
+        self.scratch = Scratch()
 
     def weigh(self, words: Tensor) -> Tensor:
         return words
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return _GramNorm.apply(x, self.gram, self.upper)
+    def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
+        return _GramNorm.apply(attention, regions, weights, self)
 
     def gradient(self) -> Tensor:
         """Gradient (D, D) of all that was computed and differentiated so far, in K."""
-        return self.upper.triu() + self.upper.triu(1).T
+        return 0.5 * (self.upper.triu() + self.upper.triu(1).T)
 
 
 class _GramNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gram: Tensor, upper: Tensor) -> Tensor:
-        product = x @ gram
-        squares = torch.linalg.vecdot(x.to(upper.dtype), product.to(upper.dtype))
+    def forward(ctx, attention: Tensor, regions: Tensor, weights: Tensor, norm: GramNorm) -> Tensor:
+        context = _attend(attention, regions, norm.scratch)
+        guard = _guard(context)
+        x = torch.mul(context, weights, out=norm.scratch("x", context, *context.shape)).flatten(0, 1)
+        product = torch.mm(x, norm.gram, out=norm.scratch("product", x, *x.shape))
+        each = torch.mul(x, product, out=norm.scratch("each", x, *x.shape))
+        squares = each.sum(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
         norms = squares.clamp(min=1e-30).sqrt()  # a correspondence of zeros must not divide by zero
-        ctx.save_for_backward(x, product, norms)
-        ctx.upper = upper
-        return norms
+        ctx.save_for_backward(attention, regions, weights, norms)
+        ctx.norm, ctx.context, ctx.x, ctx.product, ctx.each = norm, context, x, product, each
+        return norms.view(attention.shape[:2]) + guard
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        x, product, norms = ctx.saved_tensors
-        scale = (gradient / norms)[:, None]
-        half = x * (0.5 * scale).to(x.dtype)
+        attention, regions, weights, norms = ctx.saved_tensors
+        context, x, product, upper = ctx.context, ctx.x, ctx.product, ctx.norm.upper
+        scale = (gradient.flatten() / norms)[:, None].to(x.dtype)
+        scaled = torch.mul(x, scale, out=ctx.each)
         for i in range(0, x.shape[1], BLOCK):
-            ctx.upper[i : i + BLOCK, i:] += half[:, i : i + BLOCK].T @ x[:, i:]
-        return product * scale.to(x.dtype), None, None
+            upper[i : i + BLOCK, i:] += scaled[:, i : i + BLOCK].T @ x[:, i:]
+        of_x = product.mul_(scale).view_as(context)
+        of_weights = torch.mul(of_x, context, out=ctx.each.view_as(context))
+        of_weights = of_weights.sum(dim=0, keepdim=True) if len(weights) == 1 else of_weights.clone()
+        of_context = of_x.mul_(weights)
+        if x.dtype == torch.float64:
+            of_context += EPSILON * gradient[..., None] * context / context.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        return torch.bmm(of_context, regions.mT), torch.bmm(attention.mT, of_context), of_weights, None
+
+
+def _correspond(attention: Tensor, regions: Tensor, weights: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor | float]:
+    """Correspondences x (rows, D), and the guard against a division by zero."""
+    context = _attend(attention, regions, scratch)
+    guard = _guard(context)
+    return context.mul_(weights).flatten(0, 1), guard
+
+
+def _attend(attention: Tensor, regions: Tensor, scratch: Scratch) -> Tensor:
+    """The words' context A V (G, W, D), not normalised."""
+    shape = (*attention.shape[:2], regions.shape[-1])
+    return torch.bmm(attention, regions, out=scratch("context", regions, *shape))
+
+
+def _guard(context: Tensor) -> Tensor | float:
+    """1e-8 (||A V|| + 1e-8), where the precision can tell the first term from nothing."""
+    if context.dtype == torch.float64:
+        return EPSILON * (context.norm(dim=-1) + EPSILON)
+    return EPSILON**2

@@ -132,12 +132,8 @@ class Scorer:
             attention = attention.masked_fill(~real[:, None, None], float("-inf"))
         attention = attention.softmax(dim=-1)
 
-        context = torch.bmm(attention.flatten(1, 2).to(self.dtype), regions)  # A V (G, W, D), not normalised
-        guard = EPSILON**2
-        if exact == torch.float64:  # float32 cannot tell the difference
-            guard = EPSILON * (context.norm(dim=-1).view(shape) + EPSILON)
-        dependent = self.norm((context * weights).flatten(0, 1)).view(shape)
-        return ((attention * affinity).sum(dim=-1) / (dependent + guard)).mean(dim=-1)
+        dependent = self.norm(attention.flatten(1, 2).to(self.dtype), regions, weights).view(shape)
+        return ((attention * affinity).sum(dim=-1) / dependent).mean(dim=-1)
 
 
 class _AllPairs(torch.autograd.Function):

@@ -183,17 +183,18 @@ def test_hardest_negatives_differentiate_no_more_than_three_pairs_a_row(monkeypa
 @pytest.mark.parametrize("triangular", [True, False])
 def test_factor_norm_is_the_norm_of_the_correspondence_with_its_dependencies(dtype, half_open, triangular):
     dependency = random_similarity(300, half_open).gate().detach()
-    x = torch.randn(50, 300, dtype=torch.float64)
-    actual = FactorNorm(dependency.to(dtype), dtype, triangular)(x.to(dtype))
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(actual.double(), (x @ dependency.T).norm(dim=1), rtol=tolerance, atol=0)
+    attention, regions, words = (torch.randn(*shape, dtype=dtype) for shape in ((2, 25, 3), (2, 3, 300), (1, 25, 300)))
+    actual = FactorNorm(dependency.to(dtype), dtype, triangular)(attention, regions, words)
+    x = attention.double() @ regions.double() * words.double()
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-5  # the guard is about 1e-8 of the norm
+    torch.testing.assert_close(actual.double(), (x @ dependency.T).norm(dim=-1), rtol=tolerance, atol=0)
 
 
 def test_gram_norm_of_nothing_is_almost_nothing_and_has_finite_gradients():
-    x = torch.zeros(2, 6, requires_grad=True)
+    words = torch.zeros(1, 2, 6, requires_grad=True)
     norm = GramNorm(torch.eye(6), torch.float32)
-    norm(x).sum().backward()
-    assert not x.grad.any()
+    norm(torch.ones(1, 2, 3), torch.ones(1, 3, 6), words).sum().backward()
+    assert not words.grad.any()
     assert not norm.gradient().any()
 
 

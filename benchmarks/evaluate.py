@@ -1,0 +1,137 @@
+"""The whole evaluation command, eval.py, with BERT-base and random features: seconds of each part, and memory.
+
+    python benchmarks/evaluate.py
+
+Makes a data set of random features and captions of random words in a temporary folder, trains one step to have a
+checkpoint, and evaluates it in each way in a process of its own. Memory counts all processes of the command and is
+given above the size of the features, whose file is mapped into memory; it is read from /proc, so on Linux only.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import common
+
+IMG_DIM = 2048
+WAYS = {
+    "float32": [],
+    "bfloat16": ["--precision", "bf16"],
+    "float32, best 20 exact": ["--rerank", "20"],
+    "float32, best K exact": ["--rerank", "auto"],
+}
+
+
+def main() -> None:
+    flags = common.parser(__doc__.splitlines()[0])
+    flags.add_argument("--images", type=int, default=200, help="images; five captions each")
+    flags.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to evaluate")
+    settings = flags.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_data(Path(folder), settings.images)
+        bert = write_bert(Path(folder))
+        train(settings, data, bert)
+        results = {name: evaluate(settings, data, WAYS[name]) for name in settings.ways}
+    report(settings, results)
+
+
+def write_data(folder: Path, images: int) -> Path:
+    """Random unit-free features and captions of 3 to 20 words, as dev, test and train."""
+    data, rng = folder / "random_precomp", np.random.default_rng(0)
+    data.mkdir()
+    for split, count in (("train", 8), ("dev", 8), ("test", images)):
+        features = np.lib.format.open_memmap(
+            data / f"{split}_ims.npy", "w+", np.float32, (count, common.REGIONS, IMG_DIM)
+        )
+        for image in features:
+            image[:] = rng.standard_normal(image.shape, dtype=np.float32)
+        lengths = np.clip(rng.normal(11, 4, 5 * count).round().astype(int), 3, 20)
+        captions = [" ".join(f"word{number}" for number in rng.integers(2000, size=length)) for length in lengths]
+        (data / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    return data
+
+
+def write_bert(folder: Path) -> Path:
+    """BERT-base's configuration and a vocabulary of its size; weights start at random."""
+    from transformers import BertConfig
+
+    bert = folder / "bert"
+    BertConfig().save_pretrained(bert)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(30_517))]
+    (bert / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return bert
+
+
+def train(settings, data: Path, bert: Path) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "train.py"), "--data_path", str(data.parent), "--data_name", data.name),
+            *("--bert", str(bert), "--embed_size", str(settings.embed_size), "--batch_size", "8", "--num_epochs", "1"),
+            *("--model_name", str(data.parent / "run"), "--device", settings.device, "--workers", "0"),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def evaluate(settings, data: Path, flags: list[str]) -> dict:
+    """Run eval.py on the test split: its own timing and results, the whole command's seconds and its memory."""
+    written = data.parent / "results.json"
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "eval.py"), "--checkpoint", str(data.parent / "run"), *flags),
+            *("--device", settings.device, "--json", str(written)),
+        ],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, held_by_session(process.pid))
+        time.sleep(0.1)
+    if process.returncode:
+        sys.exit(process.returncode)
+    results = json.loads(written.read_text())
+    features = (data / "test_ims.npy").stat().st_size
+    return {**results, "command_s": time.perf_counter() - started, "bytes_above_features": peak - features}
+
+
+def held_by_session(session: int) -> int:
+    """Bytes of memory that the processes of a session hold, what they share counted once."""
+    held = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((process / "stat").read_text().rsplit(")", 1)[1].split()[3]) == session:
+                lines = (process / "smaps_rollup").read_text().splitlines()
+                held += next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        except (OSError, StopIteration):
+            continue  # it has just ended
+    return held
+
+
+def report(settings, results: dict[str, dict]) -> None:
+    columns = ["", "command s", "load s", "encode s", "similarity s", "rank s", "exact pairs", "GB above the features"]
+    rows = []
+    for name, one in results.items():
+        exact = 1.0 if one["rerank"] is None else one["rerank"]["exact_pairs"] / one["rerank"]["pairs"]
+        name = name.replace("best K", f"best {one['rerank']['k']} (auto)") if one["rerank"] else name
+        seconds = [one["command_s"], *(one["timing"][f"{part}_s"] for part in ("load", "encode", "similarity", "rank"))]
+        memory = f"{one['bytes_above_features'] / 1e9:.2f}"
+        rows.append([name, *(f"{value:.1f}" for value in seconds), f"{100 * exact:.1f} %", memory])
+    captions = 5 * settings.images
+    title = f"eval.py, {settings.images} images x {captions} captions, BERT-base, {settings.embed_size} dimensions"
+    common.show(title, columns, rows, settings.device)
+    common.write_json(settings.json, {"figures": results}, settings.device)
+
+
+if __name__ == "__main__":
+    main()
