@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import common
+from benchmarks import common  # noqa: E402
 
 IMG_DIM = 2048
 WAYS = {

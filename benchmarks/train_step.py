@@ -8,6 +8,7 @@ process holds at most above what it held before the step, each way in a process 
 
 import multiprocessing
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.loop import loop_scores
 from lib.loss import hinge_triplet_loss
+from lib.training.train import batch_loss
 
 MARGIN = 0.2
 WAYS = {  # name: (by the loop, hardest negatives, bfloat16)
@@ -39,23 +41,27 @@ class Step:
         self.inputs = [regions.requires_grad_(), words.requires_grad_(), *self.similarity.parameters()]
         self.device = device
 
-    def scores(self, loop: bool, half: bool) -> Tensor:
+    def loss(self, loop: bool, hardest: bool, half: bool) -> Tensor:
         if loop:
-            dependency, temperature = self.similarity.gate(), self.similarity.log_temperature.exp()
-            return loop_scores(*self.inputs[:2], self.lengths, dependency, temperature)
+            return hinge_triplet_loss(self.loop_scores(), MARGIN, hardest)
         with torch.autocast(self.device, torch.bfloat16, enabled=half):
-            return self.similarity(*self.inputs[:2], self.lengths)
+            return batch_loss(self.similarity, (*self.inputs[:2], self.lengths), MARGIN, hardest)
 
     def gradients(self, loop: bool, hardest: bool, half: bool) -> tuple[Tensor, ...]:
-        """Gradients of the loss in embeddings and parameters, and last in the scores."""
-        scores = self.scores(loop, half)
-        loss = hinge_triplet_loss(scores, MARGIN, hardest)
-        return torch.autograd.grad(loss, [*self.inputs, scores])
+        """Gradients of the loss in embeddings and parameters."""
+        return torch.autograd.grad(self.loss(loop, hardest, half), self.inputs)
 
-    def loop_gradients(self, of_scores: list[Tensor]) -> list[tuple[Tensor, ...]]:
-        """The loop's gradients in embeddings and parameters, for each of some gradients in the scores."""
-        scores = self.scores(loop=True, half=False)
-        return [torch.autograd.grad(scores, self.inputs, one, retain_graph=True) for one in of_scores]
+    def loop_scores(self) -> Tensor:
+        dependency, temperature = self.similarity.gate(), self.similarity.log_temperature.exp()
+        return loop_scores(*self.inputs[:2], self.lengths, dependency, temperature)
+
+    def same_negatives(self, hardest: bool, half: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Gradients of the loss in ours and in the loop's scores, both for the negatives that our scores choose."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=half):
+            scores = self.similarity(*self.inputs[:2], self.lengths)
+        (of_scores,) = torch.autograd.grad(hinge_triplet_loss(scores, MARGIN, hardest), scores, retain_graph=True)
+        ours = torch.autograd.grad(scores, self.inputs, of_scores)
+        return ours, torch.autograd.grad(self.loop_scores(), self.inputs, of_scores)
 
 
 def main() -> None:
@@ -64,25 +70,27 @@ def main() -> None:
     settings = flags.parse_args()
     step = Step(settings.batch_size, settings.embed_size, settings.device)
     memory = {name: measure_memory(settings, way) for name, way in WAYS.items()}
-    seconds, results = [], {}
-    for _ in range(settings.rounds):
-        measured = {
-            name: common.clock(lambda way=way: step.gradients(*way), settings.device) for name, way in WAYS.items()
-        }
-        seconds.append({name: one[0] for name, one in measured.items()})
-        results = {name: one[1] for name, one in measured.items() if not WAYS[name][0]}
-    report(settings, seconds, memory, compare(step, results))
+    seconds = [
+        {name: common.clock(partial(step.gradients, *way), settings.device)[0] for name, way in WAYS.items()}
+        for _ in range(settings.rounds)
+    ]
+    report(settings, seconds, memory, compare(step))
 
 
-def compare(step: Step, results: dict[str, tuple[Tensor, ...]]) -> dict[str, float]:
-    """Each way's largest difference from the loop's gradients for the same negatives, relative to the largest entry."""
-    expected = step.loop_gradients([gradients[-1] for gradients in results.values()])
+def compare(step: Step) -> dict[str, float]:
+    """Each way's largest difference from the loop's gradients, relative to the largest entry of each.
+
+    A bfloat16 search may choose other hardest negatives, whose gradients are others: there the loop gets the same ones.
+    """
+    plain = step.gradients(True, False, False)
+    both = {
+        name: step.same_negatives(hardest, half) if hardest else (step.gradients(loop, hardest, half), plain)
+        for name, (loop, hardest, half) in WAYS.items()
+        if not loop
+    }
     return {
-        name: max(
-            ((ours - theirs).abs().max() / theirs.abs().max()).item()
-            for ours, theirs in zip(gradients[:-1], plain, strict=True)
-        )
-        for (name, gradients), plain in zip(results.items(), expected, strict=True)
+        name: max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*pair, strict=True))
+        for name, pair in both.items()
     }
 
 

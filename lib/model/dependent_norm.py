@@ -52,9 +52,7 @@ class FactorNorm:
         exact = torch.promote_types(x.dtype, torch.float32)
         squares = x.new_zeros(len(x), dtype=exact)
         for columns in self.blocks:
-            product = torch.mm(
-                x[:, -len(columns) :], columns, out=self.scratch("product", x, len(x), columns.shape[1])
-            )
+            product = torch.mm(x[:, -len(columns) :], columns, out=self.scratch("product", x, len(x), columns.shape[1]))
             squares += torch.linalg.vector_norm(product, dim=-1, dtype=exact).square_()
         return squares.sqrt_().view(attention.shape[:2]) + guard
 

@@ -10,11 +10,12 @@ Two identities save work without changing a score. With x = (A V) * T before C's
 x D^T is sum_r A_r Z_r, which the attention already has; and C's scale cancels between numerator and norm up to the 1e-8
 that guards each division:  word score = sum_r A_r Z_r / (||x D^T|| + 1e-8 (||A V|| + 1e-8)).
 
-What remains is ||x D^T||, about D^2/2 multiply-adds for a word and an image (dependent_norm.py). With gradients, all
-pairs are scored without first; those that the loss turns out to depend on are then scored once more and differentiated.
+What remains is ||x D^T||, about D^2/2 multiply-adds for a word and an image (dependent_norm.py). The backward pass of
+scores differentiates those that the loss turns out to depend on, scoring them once more; a sum over all negatives is
+differentiated while it is computed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from lib.model.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
 
 # Pairs are scored one by one where the loss depends on no more than this share of them.
 FEW_PAIRS = 0.4
+
+PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Similarity(nn.Module):
@@ -47,21 +50,28 @@ class Similarity(nn.Module):
         """
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
-            dependency = self.gate()
+            dependency, *of_gate = self._of_gate()
             # A GPU multiplies by all of D in less time than it takes to find a triangular factor for one step.
             norm = FactorNorm(dependency.detach(), dtype, triangular=regions.device.type == "cpu")
-            temperature = self.log_temperature.exp()
-            return _AllPairs.apply(
-                regions,
-                words,
-                dependency.sum(dim=0),
-                dependency.T @ dependency,
-                temperature,
-                lengths,
-                real,
-                norm,
-                dtype,
-            )
+            return _AllPairs.apply(regions, words, *of_gate, lengths, real, dtype, norm)
+
+    def sum_over_negatives(
+        self, loss: PairLoss, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None
+    ) -> Tensor:
+        """Sum of a loss over all wrong pairs, where image k belongs to caption k; each pair is scored but once.
+
+        loss: of scores (G, c), the true scores of their images (G, 1) and the true scores of their captions (c,), one
+        number for each pair (G, c), differentiable. The others: as in `forward`. Returns a scalar, differentiable.
+        """
+        dtype = product_dtype(regions)
+        with torch.autocast(regions.device.type, enabled=False):
+            _, *of_gate = self._of_gate()
+            return _SumOverNegatives.apply(regions, words, *of_gate, lengths, real, dtype, loss)
+
+    def _of_gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The dependency matrix D, its column sums, K = D^T D, and the attention's temperature."""
+        dependency = self.gate()
+        return dependency, dependency.sum(dim=0), dependency.T @ dependency, self.log_temperature.exp()
 
     @torch.no_grad()
     def scorer(self, coarse: bool = False) -> "Scorer":
@@ -87,10 +97,18 @@ class Scorer:
         return self._fill(regions.new_empty(len(regions), len(lengths)), tiles, regions, words, real)
 
     @torch.no_grad()
-    def pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, images: Tensor, captions: Tensor) -> Tensor:
+    def pairs(
+        self,
+        regions: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        images: Tensor,
+        captions: Tensor,
+        real: Tensor | None = None,
+    ) -> Tensor:
         """Scores (P,) of image k and caption k, for indices (P,) of both."""
         tiles = pair_tiles(images.cpu(), captions.cpu(), lengths.cpu(), self.rows(regions), regions.device)
-        return self._fill(regions.new_empty(len(images)), tiles, regions, words, None)
+        return self._fill(regions.new_empty(len(images)), tiles, regions, words, real)
 
     def _fill(self, scores: Tensor, tiles: Iterable[Tile], regions: Tensor, words: Tensor, real: Tensor | None):
         regions = regions.to(self.dtype)
@@ -140,7 +158,7 @@ class _AllPairs(torch.autograd.Function):
     """Scores of all pairs, of which the backward pass differentiates those that have a gradient, tile by tile."""
 
     @staticmethod
-    def forward(ctx, regions, words, delta, gram, temperature, lengths, real, norm, dtype):
+    def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, norm):
         ctx.save_for_backward(regions, words, delta, gram, temperature, lengths, real)
         ctx.dtype = dtype
         return Scorer(delta, temperature, norm, dtype).all_pairs(regions, words, lengths, real)
@@ -148,16 +166,58 @@ class _AllPairs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        regions, words, delta, gram, temperature, lengths, real = ctx.saved_tensors
-        inputs = (regions, words, delta, temperature)
-        totals = [torch.zeros_like(tensor) for tensor in inputs]
-        with torch.autocast(regions.device.type, enabled=False):
-            tiles, gradient, dtype = _tiles_with_gradient(gradient, regions, lengths.cpu(), ctx.dtype)
-            norm = GramNorm(gram, dtype)
+        *inputs, lengths, real = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            tiles, gradient, dtype = _tiles_with_gradient(gradient, inputs[0], lengths.cpu(), ctx.dtype)
+            differentiator = _Differentiator(*inputs, real, dtype)
             for tile in tiles:
-                mask = None if real is None else real[tile.images]
-                _differentiate(tile, inputs, mask, norm, dtype, gradient[tile.places], totals)
-            return *totals[:3], norm.gradient(), totals[3], None, None, None, None
+                differentiator.add(tile, lambda _, tile=tile: gradient[tile.places])
+            return *differentiator.gradients(), None, None, None, None
+
+
+class _SumOverNegatives(torch.autograd.Function):
+    """A loss summed over all wrong pairs; its gradients are computed along with it."""
+
+    @staticmethod
+    def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, loss):
+        inputs = (regions, words, delta, gram, temperature, real)
+        exact = regions.dtype  # of the true pairs, which are few
+        lengths, pairs = lengths.cpu(), torch.arange(len(regions))
+        scorer = Scorer(delta, temperature, GramNorm(gram, exact), exact)
+        negatives = _Negatives(loss, scorer.pairs(regions, words, lengths, pairs, pairs, real))
+        wrong, true = _Differentiator(*inputs, dtype), _Differentiator(*inputs, exact)
+        rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
+        for tile in all_tiles(len(regions), lengths, rows, regions.device):
+            wrong.add(tile, lambda scores, tile=tile: negatives.add(scores, tile.places))
+        for tile in pair_tiles(pairs, pairs, lengths, scorer.rows(regions), regions.device):
+            true.add(tile, lambda _, tile=tile: negatives.of_true[tile.places])
+        ctx.save_for_backward(*(a + b for a, b in zip(wrong.gradients(), true.gradients(), strict=True)))
+        return negatives.sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return *(gradient * one for one in ctx.saved_tensors), None, None, None, None
+
+
+class _Negatives:
+    """Adds up a loss over wrong pairs, and its gradients in the scores of the true ones."""
+
+    def __init__(self, loss: PairLoss, true: Tensor):
+        """true: (B,) scores of image k and caption k."""
+        self.loss, self.true = loss, true
+        self.sum, self.of_true = true.new_zeros(()), torch.zeros_like(true)
+
+    def add(self, scores: Tensor, places: Tensor) -> Tensor:
+        """The gradient in scores (G, c) of pairs, given as places in the flattened matrix of all scores."""
+        images, captions = places[:, 0] // len(self.true), places[0] % len(self.true)
+        with torch.enable_grad():
+            parts = [part.detach().requires_grad_() for part in (scores, self.true[images, None], self.true[captions])]
+            loss = self.loss(*parts).masked_fill(images[:, None] == captions, 0).sum()
+        of_scores, of_images, of_captions = torch.autograd.grad(loss, parts)
+        self.sum += loss.detach()
+        self.of_true.index_add_(0, images, of_images[:, 0]).index_add_(0, captions, of_captions)
+        return of_scores
 
 
 def _tiles_with_gradient(
@@ -174,21 +234,35 @@ def _tiles_with_gradient(
     return tiles, gradient[images, captions], dtype
 
 
-def _differentiate(tile: Tile, inputs, mask, norm: GramNorm, dtype, gradient: Tensor, totals: list[Tensor]) -> None:
-    """Score a tile again and add its gradients in regions, words, delta and temperature to the totals."""
-    parts = (inputs[0][tile.images], inputs[1][tile.words], *inputs[2:])
-    regions, words, delta, temperature = parts = [part.detach().requires_grad_() for part in parts]
-    with torch.enable_grad():
-        scorer = Scorer(delta, temperature, norm, dtype)
-        scores = scorer.tile(regions.to(dtype), *scorer.prepare(words), mask)
-    of_regions, of_words, *others = torch.autograd.grad(scores, parts, gradient)
-    if isinstance(tile.images, slice):
-        totals[0][tile.images] += of_regions
-    else:
-        totals[0].index_add_(0, tile.images, of_regions)
-    totals[1].index_add_(0, tile.words.flatten(), of_words.flatten(0, 2))
-    for total, other in zip(totals[2:], others, strict=True):
-        total += other
+class _Differentiator:
+    """Scores tiles and adds up their gradients in regions, words, delta, K and the temperature."""
+
+    def __init__(self, regions, words, delta, gram, temperature, real: Tensor | None, dtype: torch.dtype):
+        self.inputs, self.real, self.dtype = (regions.to(dtype), words, delta, temperature), real, dtype
+        self.totals = [torch.zeros_like(tensor) for tensor in (regions, words, delta, temperature)]
+        self.norm = GramNorm(gram, dtype)
+
+    def add(self, tile: Tile, gradient_of: Callable[[Tensor], Tensor]) -> None:
+        """gradient_of: takes the tile's scores (G, c), returns the loss's gradient in them."""
+        mask = None if self.real is None else self.real[tile.images]
+        parts = (self.inputs[0][tile.images], self.inputs[1][tile.words], *self.inputs[2:])
+        regions, words, delta, temperature = parts = [part.detach().requires_grad_() for part in parts]
+        with torch.enable_grad():
+            scorer = Scorer(delta, temperature, self.norm, self.dtype)
+            scores = scorer.tile(regions, *scorer.prepare(words), mask)
+        of_regions, of_words, *others = torch.autograd.grad(scores, parts, gradient_of(scores.detach()))
+        if isinstance(tile.images, slice):
+            self.totals[0][tile.images] += of_regions
+        else:
+            self.totals[0].index_add_(0, tile.images, of_regions)
+        self.totals[1].index_add_(0, tile.words.flatten(), of_words.flatten(0, 2))
+        for total, other in zip(self.totals[2:], others, strict=True):
+            total += other
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of all tiles added so far, in regions, words, delta, K and temperature."""
+        *before, of_temperature = self.totals
+        return *before, self.norm.gradient(), of_temperature
 
 
 def product_dtype(like: Tensor) -> torch.dtype:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 # The largest tensor of a tile, (word, image) pairs x D numbers: it stays in a CPU's cache, it fills a GPU.
-TILE_BYTES = {"cpu": 2**22, "cuda": 2**27}
+TILE_BYTES = {"cpu": 2**23, "cuda": 2**27}
 # Images of a tile, where there are as many.
-TILE_IMAGES = {"cpu": 4, "cuda": 32}
+TILE_IMAGES = {"cpu": 8, "cuda": 32}
 
 
 class Tile(NamedTuple):

@@ -43,9 +43,14 @@ class XDim(nn.Module):
         features: (B, R, img_dim), padded with zero rows. counts: (B,) real regions of each image.
         ids: (B, N) token ids, padded with 0. lengths: (B,) tokens of each caption.
         """
-        regions = self.encode_images(features, counts)
-        words = self.encode_captions(ids, lengths)
-        return self.similarity(regions, words, lengths, self._real(features, counts))
+        return self.similarity(*self.embed(features, counts, ids, lengths))
+
+    def embed(
+        self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What the similarity takes of a batch: region and word embeddings, lengths, and which regions take part."""
+        regions, words = self.encode_images(features, counts), self.encode_captions(ids, lengths)
+        return regions, words, lengths, self._real(features, counts)
 
     def encode_images(self, features: Tensor, counts: Tensor) -> Tensor:
         """Region embeddings (B, R, D) of features (B, R, img_dim)."""

@@ -25,7 +25,8 @@ from lib.evaluation import report
 from lib.evaluation.evaluate import Timing, embed_split, measure, rank_exactly
 from lib.evaluation.matcher import Matcher
 from lib.evaluation.ranks import whole
-from lib.loss import hinge_triplet_loss
+from lib.loss import hinge_triplet_loss, violations
+from lib.model.similarity import Similarity
 from lib.model.xdim import XDim
 from lib.record import RECORD, write_record
 from lib.training.collapse import CollapseWatch
@@ -208,13 +209,20 @@ def train_step(run: Run, batch, hardest: bool) -> Tensor:
     if run.resident:
         features = run.resident.gather(features)
     with run.compute.autocast():
-        scores = run.model(features.float(), counts, ids, batch.lengths)  # from lengths Python takes shapes
-    loss = hinge_triplet_loss(scores, settings.margin, hardest)
+        embeddings = run.model.embed(features.float(), counts, ids, batch.lengths)  # from lengths Python takes shapes
+        loss = batch_loss(run.model.similarity, embeddings, settings.margin, hardest)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
     run.optimizer.step()  # even where they are no numbers: nothing is saved before the step's figures are checked
     return torch.stack([loss.detach(), norm])
+
+
+def batch_loss(similarity: Similarity, embeddings: tuple, margin: float, hardest: bool) -> Tensor:
+    """The hinge triplet loss of a batch, by the way that scores and differentiates least."""
+    if hardest:
+        return hinge_triplet_loss(similarity(*embeddings), margin, hardest=True)
+    return similarity.sum_over_negatives(partial(violations, margin=margin), *embeddings)
 
 
 def check_figures(

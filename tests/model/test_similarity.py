@@ -1,12 +1,14 @@
 """The similarity over tiles against the published code's figures and against the formulas as they are written."""
 
+from functools import partial
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch.nn import functional as F
 
-from lib.loss import hinge_triplet_loss
+from lib.loss import hinge_triplet_loss, violations
 from lib.model import dependent_norm, similarity, tiles
 from lib.model.dependent_norm import FactorNorm, GramNorm
 from lib.model.similarity import Similarity
@@ -58,17 +60,20 @@ def gradients(similarity, scores, *inputs):
     return torch.autograd.grad((scores * weights).sum(), [*inputs, *similarity.parameters()])
 
 
+def summed_loss(similarity, *inputs):
+    """The loss over all negatives, by the way that training takes it."""
+    return similarity.sum_over_negatives(partial(violations, margin=0.2), *inputs)
+
+
 @pytest.mark.parametrize("regime", ["init", "trained"])
-@pytest.mark.parametrize("hardest", [False, True])
+@pytest.mark.parametrize("way", ["sum", "max", "sum of scores"])
 @pytest.mark.parametrize("tile_bytes", [2**22, 10_000])
 @pytest.mark.parametrize("few_pairs", [0, 1])
-def test_scores_loss_and_gradients_equal_the_published_code(
-    golden, monkeypatch, regime, hardest, tile_bytes, few_pairs
-):
+def test_scores_loss_and_gradients_equal_the_published_code(golden, monkeypatch, regime, way, tile_bytes, few_pairs):
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
     monkeypatch.setattr(dependent_norm, "BLOCK", 24)
     monkeypatch.setattr(similarity, "FEW_PAIRS", few_pairs)
-    figures, loss_name = golden(f"similarity_{regime}"), "max" if hardest else "sum"
+    figures, loss_name = golden(f"similarity_{regime}"), way[:3]
     model = Similarity(64).double()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -79,8 +84,9 @@ def test_scores_loss_and_gradients_equal_the_published_code(
     words = torch.from_numpy(figures["words"]).requires_grad_()
     lengths = torch.from_numpy(figures["lengths"])
 
-    scores = model(regions, words[torch.arange(words.shape[1]) < lengths[:, None]], lengths)
-    loss = hinge_triplet_loss(scores, 0.2, hardest)
+    inputs = regions, words[torch.arange(words.shape[1]) < lengths[:, None]], lengths
+    scores = model(*inputs)
+    loss = summed_loss(model, *inputs) if way == "sum" else hinge_triplet_loss(scores, 0.2, way == "max")
     loss.backward()
 
     assert_close_to_largest(scores, figures["similarity"], 1e-10)
@@ -113,6 +119,63 @@ def test_tiles_equal_the_formulas_values_and_gradients(
     assert_close_to_largest(actual, expected, 1e-12)
     for ours, plain in zip(gradients(model, actual, *inputs[:2]), gradients(model, expected, *inputs[:2]), strict=True):
         assert_close_to_largest(ours, plain, 1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "regions", "dims", "tile_bytes", "block"),
+    [
+        ([3], 2, 8, 2**22, 128),
+        ([1, 9, 2, 30, 4, 9], 7, 12, 5000, 5),
+        ([70, 1], 36, 16, 2000, 16),
+        ([2] * 7, 1, 10, 1, 3),
+    ],
+)
+def test_a_loss_summed_over_negatives_equals_that_of_the_formulas_values_and_gradients(
+    monkeypatch, lengths, regions, dims, tile_bytes, block, masked
+):
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
+    monkeypatch.setattr(dependent_norm, "BLOCK", block)
+    model = random_similarity(dims)
+    inputs = random_inputs(len(lengths), lengths, regions, dims)
+    counts = [1 + k % regions for k in range(len(lengths))] if masked else None
+    real = torch.arange(regions) < torch.tensor(counts)[:, None] if masked else None
+    actual = 3 * summed_loss(model, *inputs, real)
+    expected = 3 * hinge_triplet_loss(oracle_scores(model, *inputs, counts), 0.2, hardest=False)
+    assert_close_to_largest(actual, expected, 1e-12)
+    parts = [*inputs[:2], *model.parameters()]
+    for ours, plain in zip(torch.autograd.grad(actual, parts), torch.autograd.grad(expected, parts), strict=True):
+        assert_close_to_largest(ours, plain, 1e-10)
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 0.3)])
+def test_a_summed_loss_in_float32_and_bfloat16_stays_near_float64(autocast, tolerance):
+    exact = random_similarity(64)
+    inputs = random_inputs(12, [5, 9, 14] * 4, 11, 64)
+    expected = summed_loss(exact, *inputs)
+    plain = torch.autograd.grad(expected, [*inputs[:2], *exact.parameters()])
+    single = exact.float()
+    regions, words = (tensor.detach().float().requires_grad_() for tensor in inputs[:2])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual = summed_loss(single, regions, words, inputs[2])
+    assert actual.dtype == torch.float32
+    assert actual.item() == pytest.approx(expected.item(), rel=0.02 if autocast else 1e-5)
+    ours = torch.autograd.grad(actual, [regions, words, *single.parameters()])
+    for one, other in zip(ours, plain, strict=True):
+        assert one.dtype == torch.float32
+        assert_close_to_largest(one.double(), other, tolerance)
+
+
+def test_a_summed_loss_scores_wrong_pairs_once_and_true_ones_with_their_gradient(monkeypatch):
+    scored = []
+
+    def count(self, regions, queries, *others, tile=similarity.Scorer.tile):
+        scored.append(len(regions) * queries.shape[1])
+        return tile(self, regions, queries, *others)
+
+    monkeypatch.setattr(similarity.Scorer, "tile", count)
+    summed_loss(random_similarity(12), *random_inputs(16, [3, 8, 1, 5] * 4, 6, 12)).backward()
+    assert sum(scored) == 16 + 16 * 16 + 16
 
 
 @settings(deadline=None, max_examples=25)

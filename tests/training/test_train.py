@@ -112,7 +112,8 @@ def test_a_step_whose_figures_are_no_numbers_stops_the_run_and_nothing_is_saved_
 
     monkeypatch.setattr(training, "hinge_triplet_loss", loss)
     folder = tmp_path / "run"
-    assert train.main([*tiny_flags, "--model_name", str(folder), "--save_steps", "1", "--keep", "99"]) == 1
+    flags = ["--model_name", str(folder), "--save_steps", "1", "--keep", "99", "--max_violation"]
+    assert train.main([*tiny_flags, *flags]) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith(
         f"error: step {step}: the loss is {'nan' if what == 'loss' else '0.0'}, its gradient's norm"
