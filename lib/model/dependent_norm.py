@@ -49,12 +49,12 @@ class FactorNorm:
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         x, guard = _correspond(attention, regions, weights, self.scratch)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        squares = x.new_zeros(len(x), dtype=exact)
-        for columns in self.blocks:
-            product = torch.mm(x[:, -len(columns) :], columns, out=self.scratch("product", x, len(x), columns.shape[1]))
-            squares += torch.linalg.vector_norm(product, dim=-1, dtype=exact).square_()
-        return squares.sqrt_().view(attention.shape[:2]) + guard
+        norms = x.new_empty(len(self.blocks), len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        for columns, norm in zip(self.blocks, norms, strict=True):
+            product = self.scratch("product", x, len(x), columns.shape[1])
+            torch.mm(x[:, -len(columns) :], columns, out=product)
+            torch.linalg.vector_norm(product, dim=-1, dtype=norm.dtype, out=norm)
+        return norms.square_().sum(dim=0).sqrt().view(attention.shape[:2]) + guard
 
 
 class DiagonalNorm:

@@ -145,7 +145,7 @@ class Scorer:
         attention = F.leaky_relu(affinity.tanh(), 0.1)
         squares = attention.square().sum(dim=2, keepdim=True)
         norms = squares.clamp(min=1e-30).sqrt()  # the clamp keeps the gradient of a masked region's zeros finite
-        attention = self.temperature * attention / (norms + EPSILON)
+        attention = attention * (self.temperature / (norms + EPSILON))
         if real is not None:
             attention = attention.masked_fill(~real[:, None, None], float("-inf"))
         attention = attention.softmax(dim=-1)
