@@ -3,8 +3,8 @@
     python benchmarks/similarity.py
 
 Times are a pair's: the loop is measured on all images and some captions, exact scores, as in an evaluation, on some
-images and all captions, the coarse-to-fine ranking on all of both. A round measures everything once; a ratio is the median of
-the rounds' ratios. The machine's rate of products is the best of several sizes, before and after.
+images and all captions, the coarse-to-fine ranking on all of both. A round measures everything once; a ratio is the
+median of the rounds' ratios. The machine's rate of products is the best of several sizes, before and after.
 """
 
 import sys

@@ -224,14 +224,14 @@ def _tiles_with_gradient(
     gradient: Tensor, regions: Tensor, lengths: Tensor, dtype: torch.dtype
 ) -> tuple[Iterable[Tile], Tensor, torch.dtype]:
     """Tiles of the pairs to differentiate, the scores' gradients that their places mean, the type of the products."""
-    images, captions = gradient.nonzero(as_tuple=True)
+    images, captions = gradient.nonzero().cpu().unbind(dim=1)
     if len(images) > FEW_PAIRS * gradient.numel():
         rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
         return all_tiles(len(regions), lengths, rows, regions.device), gradient.flatten(), dtype
     dtype = regions.dtype  # exact products cost little where few pairs remain
     rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
-    tiles = pair_tiles(images.cpu(), captions.cpu(), lengths, rows, regions.device)
-    return tiles, gradient[images, captions], dtype
+    chosen = gradient[gradient != 0]  # in the same order
+    return pair_tiles(images, captions, lengths, rows, regions.device), chosen, dtype
 
 
 class _Differentiator:

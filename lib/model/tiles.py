@@ -28,8 +28,9 @@ def rows_of_tile(device: torch.device, dtype: torch.dtype, dims: int) -> int:
 def all_tiles(images: int, lengths: Tensor, rows: int, device: torch.device) -> Iterator[Tile]:
     """Every image against every caption once. lengths: (C,), on the CPU; rows: (word, image) pairs of a tile."""
     images_of_tile = min(images, TILE_IMAGES.get(device.type, TILE_IMAGES["cuda"]))
-    for captions, words in _group_by_length(lengths, lengths.cumsum(0) - lengths, max(1, rows // images_of_tile)):
-        first, captions, words = 0, captions.to(device), words[None].to(device)
+    starts = lengths.cumsum(0) - lengths
+    for captions, words in _group_by_length(lengths, starts, max(1, rows // images_of_tile), device):
+        first, words = 0, words[None]
         for block in torch.arange(images, device=device).split(max(1, rows // words.numel())):
             places = block[:, None] * len(lengths) + captions
             yield Tile(slice(first, first + len(block)), words, places)
@@ -38,15 +39,30 @@ def all_tiles(images: int, lengths: Tensor, rows: int, device: torch.device) -> 
 
 def pair_tiles(images: Tensor, captions: Tensor, lengths: Tensor, rows: int, device: torch.device) -> Iterator[Tile]:
     """Image k against caption k alone, for indices (P,) on the CPU; the result is (P,)."""
-    starts = lengths.cumsum(0) - lengths
-    for pairs, words in _group_by_length(lengths[captions], starts[captions], rows):
-        yield Tile(images[pairs].to(device), words[:, None].to(device), pairs[:, None].to(device))
+    starts, images = lengths.cumsum(0) - lengths, _upload(images, device)
+    for pairs, words in _group_by_length(lengths[captions], starts[captions], rows, device):
+        yield Tile(images[pairs], words[:, None], pairs[:, None])
 
 
-def _group_by_length(lengths: Tensor, starts: Tensor, words: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices (c,) of entries that have one length n, at most `words` words in all, and the words' indices (c, n)."""
+def _group_by_length(
+    lengths: Tensor, starts: Tensor, words: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Indices (c,) of entries that have one length n, at most `words` words in all, and the words' indices (c, n).
+
+    All indices go to the device at once: were each group's sent alone, Python would wait for the device each time.
+    """
     ordered, order = lengths.sort(stable=True)
-    for group in order.split(ordered.unique_consecutive(return_counts=True)[1].tolist()):
-        length = int(lengths[group[0]])
-        for entries in group.split(max(1, words // length)):
-            yield entries, starts[entries, None] + torch.arange(length)
+    ends = ordered.cumsum(0)
+    shift = torch.repeat_interleave(starts[order] - (ends - ordered), ordered)
+    indices, order = _upload(torch.arange(len(shift)) + shift, device), _upload(order, device)
+    first = begin = 0
+    for length, count in zip(*(one.tolist() for one in ordered.unique_consecutive(return_counts=True)), strict=True):
+        step = max(1, words // length)
+        for size in (min(step, count - done) for done in range(0, count, step)):
+            end = begin + size * length
+            yield order[first : first + size], indices[begin:end].view(size, length)
+            first, begin = first + size, end
+
+
+def _upload(indices: Tensor, device: torch.device) -> Tensor:
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices
