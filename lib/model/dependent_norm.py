@@ -1,7 +1,8 @@
 """The norm of correspondences under the dependency matrix D, the one costly part of the similarity.
 
 For a word's attention A over the regions V of an image and the word's own embedding t, the correspondence is
-x = (A V) * t and its norm ||x D^T||. It depends on D only through K = D^T D, so any factor F with F^T F = K serves.
+x = (A V) * t and its norm ||x D^T||. It depends on D only through K = D^T D, so any factor F with F^T F = K serves,
+such as the triangular one of a QR decomposition of D (in float64: K's own factorisation fails for half-open gates).
 
 Each class below is called with attention (G, W, R), regions (G, R, D) and weights (1 or G, W, D), the words as its
 `weigh` has made them. It returns (G, W), in float32 at least: the norms and the formulas' guard against a division by
@@ -9,12 +10,17 @@ zero, ||x D^T|| + 1e-8 (||A V|| + 1e-8).
 """
 
 import math
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lib.model.norm import EPSILON
+
+if TYPE_CHECKING:
+    from lib.model.fused_norm import FusedNorm
 
 # Columns of a triangular product that are multiplied at once: the fewer, the less of the zero half is touched.
 BLOCK = 128
@@ -34,14 +40,34 @@ class Scratch:
         return buffer[:size].view(shape)
 
 
-class FactorNorm:
-    """||x F^T||, exact. A triangular F, from a QR decomposition of D in float64, halves the products."""
+def scoring_norm(dependency: Tensor, dtype: torch.dtype, once: bool = False) -> "FactorNorm | FusedNorm":
+    """||x D^T||, exact, by what is fastest on the device of D (D, D) for products of a type.
 
-    def __init__(self, dependency: Tensor, dtype: torch.dtype, triangular: bool = True):
-        """dependency: D (D, D). dtype: of the products. triangular: worth its cost where F serves often."""
-        factor = torch.linalg.qr(dependency.double(), mode="r").R if triangular else dependency
+    once: for one batch only. A GPU multiplies by all of D in less time than it takes to find a triangular factor then.
+    """
+    triangular = not (once and dependency.is_cuda)
+    factor = torch.linalg.qr(dependency.double(), mode="r").R if triangular else dependency
+    fused = _fused_norm(dependency.device, dtype)
+    return (fused or FactorNorm)(factor.to(dtype), triangular)
+
+
+def _fused_norm(device: torch.device, dtype: torch.dtype) -> "type[FusedNorm] | None":
+    """The Triton kernel, where its products are as exact as asked for and it works."""
+    rounded = dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
+    if device.type != "cuda" or not rounded or find_spec("triton") is None:
+        return None
+    from lib.model.fused_norm import FusedNorm, works
+
+    return FusedNorm if works(device, dtype) else None
+
+
+class FactorNorm:
+    """||x F^T||, exact. A triangular F halves the products."""
+
+    def __init__(self, factor: Tensor, triangular: bool):
+        """factor: F (D, D) with F^T F = D^T D. triangular: F is zero below its diagonal."""
         step = BLOCK if triangular else len(factor)
-        self.blocks = [factor[i : i + step, i * triangular :].to(dtype).T for i in range(0, len(factor), step)]
+        self.blocks = [factor[i : i + step, i * triangular :].clone().T for i in range(0, len(factor), step)]
         self.scratch = Scratch()
 
     def weigh(self, words: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lib.model.dependent_norm import DiagonalNorm, FactorNorm, GramNorm
+from lib.model.dependent_norm import DiagonalNorm, FactorNorm, GramNorm, scoring_norm
 from lib.model.gate import DependencyGate, initial_log_temperature
 from lib.model.norm import EPSILON
 from lib.model.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
@@ -51,8 +51,7 @@ class Similarity(nn.Module):
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
             dependency, *of_gate = self._of_gate()
-            # A GPU multiplies by all of D in less time than it takes to find a triangular factor for one step.
-            norm = FactorNorm(dependency.detach(), dtype, triangular=regions.device.type == "cpu")
+            norm = scoring_norm(dependency.detach(), dtype, once=True)
             return _AllPairs.apply(regions, words, *of_gate, lengths, real, dtype, norm)
 
     def sum_over_negatives(
@@ -79,7 +78,7 @@ class Similarity(nn.Module):
         dtype = product_dtype(self.log_temperature)
         with torch.autocast(self.log_temperature.device.type, enabled=False):
             dependency = self.gate()
-            norm = DiagonalNorm(dependency) if coarse else FactorNorm(dependency, dtype)
+            norm = DiagonalNorm(dependency) if coarse else scoring_norm(dependency, dtype)
             return Scorer(dependency.sum(dim=0), self.log_temperature.exp(), norm, dtype)
 
 
