@@ -40,14 +40,18 @@ FOLDER = 0x10  # of a record's attributes; PyTorch takes whatever is in memory f
 LEGACY_START = (0x1950A86A20F9469CFC6C, 1001)  # the first two pickles of the older form
 
 
-def load(path: Path) -> object:
-    """The content of a file of torch.save, tensors on the CPU. Raises InputError where it is damaged or harmful."""
+def load(path: Path, mapped: bool = False) -> object:
+    """The content of a file of torch.save, tensors on the CPU. Raises InputError where it is damaged or harmful.
+
+    mapped: tensors are read when they are first used, so that what nobody uses takes no memory.
+    """
     try:
         with open(path, "rb") as file:
             _prove(file)
+            mapped = mapped and _is_archive(file)
         with torch.serialization.safe_globals(ALLOWED_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PyTorch thinks of a file is said once, in the error
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         _refuse_shared(content, path.stat().st_size)
     except Exception as error:  # damaged bytes raise almost anything
         raise not_a_checkpoint(path, error) from None

@@ -73,21 +73,22 @@ def verify(path: Path) -> None:
     (exchange if exchange.is_exchange(path) else archive).verify(path)
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path, mapped: bool = False) -> dict:
     """The content of a checkpoint of any form in this project's form, checked; `path` is where it came from.
 
-    Never runs code from the file, and takes no more memory than it is large. Raises InputError where it is damaged or
-    not a checkpoint.
+    mapped: weights are read when they are used, and an optimiser's state, twice as large, not at all; the file must not
+    change until then. Never runs code from the file, and takes no more memory than it is large. Raises InputError where
+    it is damaged or not a checkpoint.
     """
-    content = exchange.read(path) if exchange.is_exchange(path) else _read_file(path)
+    content = exchange.read(path) if exchange.is_exchange(path) else _read_file(path, mapped)
     content["path"] = str(path)
     for problem in _problems(content):
         raise InputError(f"{path}: not a sound checkpoint: {problem}")
     return content
 
 
-def _read_file(path: Path) -> dict:
-    content = archive.load(path)
+def _read_file(path: Path, mapped: bool) -> dict:
+    content = archive.load(path, mapped)
     if published.is_published(content):
         return published.convert(content, path)
     form = content.get("format") if isinstance(content, dict) else None

@@ -117,7 +117,7 @@ def load_matcher(checkpoint, bert: str = "", device: str = "auto", precision: st
     """
     compute = choose_compute(device, precision)
     path = find_checkpoint(str(checkpoint))
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, mapped=True)
     model, tokenizer = build_model(content, bert)
     about = {name: content[name] for name in ("settings", "progress", "architecture")}
     return Matcher(model, tokenizer, compute, {**about, "path": path})
