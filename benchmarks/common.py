@@ -30,12 +30,17 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def random_embeddings(images: int, captions: int, dims: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit vectors: regions (images, 36, dims), packed words, and lengths like those of captions, about 14 words."""
+    """Unit vectors: regions (images, 36, dims), packed words, and lengths of captions."""
     generator = torch.Generator().manual_seed(0)
-    lengths = (torch.randn(captions, generator=generator) * 4 + 14).round().clamp(5, 35).long()
+    lengths = random_lengths(captions, generator)
     regions = F.normalize(torch.randn(images, REGIONS, dims, generator=generator), dim=-1)
     words = F.normalize(torch.randn(int(lengths.sum()), dims, generator=generator), dim=-1)
     return regions.to(device), words.to(device), lengths
+
+
+def random_lengths(captions: int, generator: torch.Generator) -> Tensor:
+    """Words of each caption, [CLS] and [SEP] counted: about 14."""
+    return (torch.randn(captions, generator=generator) * 4 + 14).round().clamp(5, 35).long()
 
 
 def random_similarity(dims: int, device: str) -> Similarity:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -93,6 +94,41 @@ def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
         worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else opening a loader would draw from the run's random state
     )
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on a device, but for the lengths, from which Python takes shapes.
+
+    On CUDA a batch is copied, by a stream of its own, while the step before it is computed.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield _move(batch, device)
+        return
+    copies, waiting = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            batch = _move(batch, device)
+        copied = copies.record_event()
+        if waiting:
+            yield _hand_over(*waiting)
+        waiting = batch, copied
+    if waiting:
+        yield _hand_over(*waiting)
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    moved = (tensor.to(device, non_blocking=True) for tensor in batch[:-1])
+    return Batch(*moved, batch.lengths)
+
+
+def _hand_over(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """The batch, for the stream that computes: it waits for the copy, and its memory is not reused before."""
+    stream = torch.cuda.current_stream(batch.features.device)
+    stream.wait_event(copied)
+    for tensor in batch[:-1]:
+        tensor.record_stream(stream)
+    return batch
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:

@@ -16,7 +16,7 @@ from lib.bert import start_bert
 from lib.checkpoint import BEST, LAST, build_model, describe_architecture, new_model
 from lib.compute import Compute, choose_compute
 from lib.config import TrainSettings
-from lib.data.batches import EpochBatches, loader
+from lib.data.batches import Batch, EpochBatches, loader, on_device
 from lib.data.precomp import Split, open_split
 from lib.data.resident import ResidentFeatures
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
@@ -177,7 +177,7 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
     model.train()
     figures = LateFigures(partial(check_figures, run, watch if hardest else None, log))
     since, pairs = time.perf_counter(), 0
-    for batch in bar:
+    for batch in on_device(bar, run.compute.device):
         enqueued = train_step(run, batch, hardest)
         progress.step += 1
         progress.batch += 1
@@ -199,17 +199,17 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
     figures.settle()
 
 
-def train_step(run: Run, batch, hardest: bool) -> Tensor:
-    """One optimisation step, which a device may still be at when this returns.
+def train_step(run: Run, batch: Batch, hardest: bool) -> Tensor:
+    """One optimisation step on a batch that is on the device, which may still be at it when this returns.
 
     Returns (2,) on the device: the loss, and the gradient's global norm before clipping.
     """
     settings = run.settings
-    features, counts, ids = (tensor.to(run.compute.device, non_blocking=True) for tensor in batch[:3])
+    features, counts, ids, lengths = batch
     if run.resident:
         features = run.resident.gather(features)
     with run.compute.autocast():
-        embeddings = run.model.embed(features.float(), counts, ids, batch.lengths)  # from lengths Python takes shapes
+        embeddings = run.model.embed(features.float(), counts, ids, lengths)
         loss = batch_loss(run.model.similarity, embeddings, settings.margin, hardest)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()

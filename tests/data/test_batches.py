@@ -1,12 +1,14 @@
 """Batches: each pair once an epoch, each image once an evaluation, and the same ones whoever asks."""
 
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from lib.data.batches import EpochBatches, ImageBatches, loader
+from lib.data import batches
+from lib.data.batches import Batch, EpochBatches, ImageBatches, loader, on_device
 from lib.data.precomp import open_split
 from lib.data.tokenizer import load_tokenizer
 from tests.conftest import TINY_BERT
@@ -145,3 +147,33 @@ def test_each_image_is_read_once_and_in_order(tiny_data, name, batch_size, worke
     assert [len(batch) for batch in batches] == [batch_size] * full + [rest] * (rest > 0)
     assert torch.equal(torch.cat(batches), torch.from_numpy(split.features.read(np.arange(images))))
     assert len(torch.cat(batches).unique(dim=0)) == images == len(split.captions) / 5
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_on_cuda_each_batch_is_copied_ahead_and_waited_for_in_order(monkeypatch, count):
+    """With stand-ins for CUDA's streams, so that it runs anywhere: the order in which things are enqueued."""
+    happened = []
+
+    class Stream:
+        def record_event(self):
+            happened.append("copied")
+            return len([what for what in happened if what == "copied"]) - 1
+
+        def wait_event(self, event):
+            happened.append(f"wait {event}")
+
+    class Part:
+        device = "cuda"
+
+        def record_stream(self, stream):
+            happened.append("keep")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(batches, "_move", lambda batch, device: Batch(Part(), Part(), Part(), batch))
+    for batch in on_device(range(count), torch.device("cuda")):
+        happened.append(f"step {batch.lengths}")
+    of_step = lambda k: [f"wait {k}", *["keep"] * 3, f"step {k}"]  # noqa: E731
+    expected = [what for k in range(1, count) for what in ("copied", *of_step(k - 1))]
+    assert happened == (["copied", *expected, *of_step(count - 1)] if count else [])
