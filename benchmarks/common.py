@@ -73,6 +73,17 @@ def product_rate(dims: int, dtype: torch.dtype, device: str, repeats: int = 8) -
     return max(rates)
 
 
+def scoring_work(dims: int) -> float:
+    """Floating-point operations that scoring a word and an image takes: half a product with D, attention, context."""
+    return 2 * (dims * (dims + 1) / 2 + 2 * REGIONS * dims)
+
+
+def gradient_work(dims: int) -> float:
+    """Likewise for scoring and differentiating: a product with K, half of one for K's gradient, attention and context
+    with the gradients of both factors of each."""
+    return 2 * (dims**2 + dims * (dims + 1) / 2 + 6 * REGIONS * dims)
+
+
 def peak_memory(device: str) -> float:
     """Bytes: the most that this process has ever held on a device."""
     if device == "cuda":

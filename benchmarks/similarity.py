@@ -86,7 +86,6 @@ def coarse_to_fine(settings, similarity, regions, words, lengths) -> Reranker:
 
 def report(settings, rounds: list[dict]) -> None:
     dims = settings.embed_size
-    products = 2 * (dims * (dims + 1) / 2 + 2 * common.REGIONS * dims)  # for a word and an image, exactly scored
     words_of_pair = 14
     rows, figures = [], {}
     for way in ("loop", "float32", "bfloat16", "coarse"):
@@ -94,7 +93,7 @@ def report(settings, rounds: list[dict]) -> None:
         ratio = common.median(one["seconds"]["loop"] / one["seconds"][way] for one in rounds)
         share = difference = float("nan")
         if way in ("float32", "bfloat16"):
-            share = common.median(products / one["seconds"][way] / one["rates"][way] for one in rounds)
+            share = common.median(common.scoring_work(dims) / one["seconds"][way] / one["rates"][way] for one in rounds)
             difference = max(one["differences"][way] for one in rounds)
         figures[way] = {"seconds_a_word_and_image": seconds, "ratio": ratio, "share": share, "difference": difference}
         name = {"coarse": f"float32, coarse, best {settings.rerank} exact"}.get(way, way)

@@ -32,6 +32,9 @@ WAYS = {  # name: (by the loop, hardest negatives, bfloat16)
 }
 
 
+DTYPES = {False: torch.float32, True: torch.bfloat16}
+
+
 class Step:
     """A batch of random pairs and the step of one way."""
 
@@ -70,11 +73,27 @@ def main() -> None:
     settings = flags.parse_args()
     step = Step(settings.batch_size, settings.embed_size, settings.device)
     memory = {name: measure_memory(settings, way) for name, way in WAYS.items()}
-    seconds = [
-        {name: common.clock(partial(step.gradients, *way), settings.device)[0] for name, way in WAYS.items()}
-        for _ in range(settings.rounds)
-    ]
-    report(settings, seconds, memory, compare(step))
+    rounds = [measure(settings, step) for _ in range(settings.rounds)]
+    report(settings, *zip(*rounds, strict=True), memory, compare(step))
+
+
+def measure(settings, step: Step) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of each way; the least that its products would take at the machine's rate, measured beside it."""
+    seconds, floors = {}, {}
+    rates = {half: common.product_rate(settings.embed_size, DTYPES[half], settings.device) for half in DTYPES}
+    for name, way in WAYS.items():
+        seconds[name], _ = common.clock(partial(step.gradients, *way), settings.device)
+        floors[name] = floor(settings, step, *way[1:], rates)
+    return seconds, floors
+
+
+def floor(settings, step: Step, hardest: bool, half: bool, rates: dict[bool, float]) -> float:
+    """Seconds: of all pairs; with hardest negatives all are scored, three for each pair differentiated, in float32."""
+    pairs = settings.batch_size * step.lengths.sum().item()  # of words and images
+    if not hardest:
+        return pairs * common.gradient_work(settings.embed_size) / rates[half]
+    chosen = 3 * pairs / settings.batch_size * common.gradient_work(settings.embed_size) / rates[False]
+    return pairs * common.scoring_work(settings.embed_size) / rates[half] + chosen
 
 
 def compare(step: Step) -> dict[str, float]:
@@ -108,22 +127,24 @@ def _memory(batch_size: int, dims: int, device: str, way: tuple[bool, bool, bool
     return common.peak_memory(device) - before
 
 
-def report(settings, seconds: list[dict], memory: dict, differences: dict) -> None:
+def report(settings, seconds: list[dict], floors: list[dict], memory: dict, differences: dict) -> None:
     rows, figures = [], {}
     for name, (loop, hardest, _) in WAYS.items():
         reference = f"loop, {'hardest' if hardest else 'all'} negatives"
         took = common.median(one[name] for one in seconds)
         faster = common.median(one[reference] / one[name] for one in seconds)
         less = memory[reference] / memory[name]
+        share = common.median(least[name] / one[name] for one, least in zip(seconds, floors, strict=True))
         difference = "" if loop else f"{differences[name]:.1e}"
-        rows.append([name, f"{took:.2f}", f"{faster:.2f}", f"{memory[name] / 1e9:.2f}", f"{less:.0f}", difference])
-        figures[name] = {"seconds": took, "times_faster": faster, "bytes": memory[name]}
+        cells = [f"{took:.2f}", f"{faster:.2f}", "" if loop else f"{100 * share:.0f} %"]
+        rows.append([name, *cells, f"{memory[name] / 1e9:.2f}", f"{less:.0f}", difference])
+        figures[name] = {"seconds": took, "times_faster": faster, "share": share, "bytes": memory[name]}
         figures[name]["gradient_difference"] = differences.get(name)
     title = (
         f"similarity, {settings.batch_size} pairs, {common.REGIONS} regions, {settings.embed_size} dimensions, forward "
         f"and backward, median of {len(seconds)} rounds"
     )
-    columns = ["", "seconds", "times faster", "GB", "times less", "largest difference of gradients"]
+    columns = ["", "seconds", "times faster", "of the product rate", "GB", "times less", "difference of gradients"]
     common.show(title, columns, rows, settings.device)
     common.write_json(settings.json, {"figures": figures, "seconds": seconds}, settings.device)
 

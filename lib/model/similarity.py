@@ -11,8 +11,8 @@ x D^T is sum_r A_r Z_r, which the attention already has; and C's scale cancels b
 that guards each division:  word score = sum_r A_r Z_r / (||x D^T|| + 1e-8 (||A V|| + 1e-8)).
 
 What remains is ||x D^T||, about D^2/2 multiply-adds for a word and an image (dependent_norm.py). The backward pass of
-scores differentiates those that the loss turns out to depend on, scoring them once more; a sum over all negatives is
-differentiated while it is computed.
+scores differentiates those that the loss turns out to depend on, scoring them once more; a sum over all negatives that
+depends on most of them is differentiated while it is computed.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,8 +27,9 @@ from lib.model.gate import DependencyGate, initial_log_temperature
 from lib.model.norm import EPSILON
 from lib.model.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
 
-# Pairs are scored one by one where the loss depends on no more than this share of them.
+# Pairs are differentiated one by one where the loss depends on no more than this share of them.
 FEW_PAIRS = 0.4
+ONE_IN = 8  # of the images, one in so many tells how large that share is
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -57,15 +58,30 @@ class Similarity(nn.Module):
     def sum_over_negatives(
         self, loss: PairLoss, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None
     ) -> Tensor:
-        """Sum of a loss over all wrong pairs, where image k belongs to caption k; each pair is scored but once.
+        """Sum of a loss over all wrong pairs, where image k belongs to caption k.
 
         loss: of scores (G, c), the true scores of their images (G, 1) and the true scores of their captions (c,), one
         number for each pair (G, c), differentiable. The others: as in `forward`. Returns a scalar, differentiable.
         """
+        inputs = (regions, words, lengths, real)
+        if self._share_that_counts(loss, *inputs) <= FEW_PAIRS:
+            scores = self(*inputs)
+            true = scores.diagonal()
+            wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+            return loss(scores, true[:, None], true).where(wrong, 0).sum()
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
             _, *of_gate = self._of_gate()
             return _SumOverNegatives.apply(regions, words, *of_gate, lengths, real, dtype, loss)
+
+    @torch.no_grad()
+    def _share_that_counts(self, loss: PairLoss, regions, words, lengths, real) -> float:
+        """The share of pairs whose loss is not zero, estimated from coarse scores of some of the images."""
+        scorer, every = self.scorer(coarse=True), torch.arange(len(regions))
+        true = scorer.pairs(regions, words, lengths, every, every, real)
+        some = slice(None, None, ONE_IN)
+        scores = scorer.all_pairs(regions[some], words, lengths, None if real is None else real[some])
+        return (loss(scores, true[some, None], true) != 0).float().mean().item()
 
     def _of_gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The dependency matrix D, its column sums, K = D^T D, and the attention's temperature."""

@@ -68,7 +68,7 @@ def summed_loss(similarity, *inputs):
 @pytest.mark.parametrize("regime", ["init", "trained"])
 @pytest.mark.parametrize("way", ["sum", "max", "sum of scores"])
 @pytest.mark.parametrize("tile_bytes", [2**22, 10_000])
-@pytest.mark.parametrize("few_pairs", [0, 1])
+@pytest.mark.parametrize("few_pairs", [-1, 1])
 def test_scores_loss_and_gradients_equal_the_published_code(golden, monkeypatch, regime, way, tile_bytes, few_pairs):
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
     monkeypatch.setattr(dependent_norm, "BLOCK", 24)
@@ -97,7 +97,7 @@ def test_scores_loss_and_gradients_equal_the_published_code(golden, monkeypatch,
         assert_close_to_largest(parameters[ours].grad, figures[f"grad.{loss_name}.param.{published}"], 1e-10)
 
 
-@pytest.mark.parametrize("few_pairs", [0, 1])
+@pytest.mark.parametrize("few_pairs", [-1, 1])
 @pytest.mark.parametrize(
     ("images", "lengths", "regions", "dims", "tile_bytes", "block"),
     [
@@ -121,6 +121,7 @@ def test_tiles_equal_the_formulas_values_and_gradients(
         assert_close_to_largest(ours, plain, 1e-10)
 
 
+@pytest.mark.parametrize("few_pairs", [-1, 1])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "regions", "dims", "tile_bytes", "block"),
@@ -132,8 +133,9 @@ def test_tiles_equal_the_formulas_values_and_gradients(
     ],
 )
 def test_a_loss_summed_over_negatives_equals_that_of_the_formulas_values_and_gradients(
-    monkeypatch, lengths, regions, dims, tile_bytes, block, masked
+    monkeypatch, lengths, regions, dims, tile_bytes, block, masked, few_pairs
 ):
+    monkeypatch.setattr(similarity, "FEW_PAIRS", few_pairs)
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
     monkeypatch.setattr(dependent_norm, "BLOCK", block)
     model = random_similarity(dims)
@@ -148,8 +150,10 @@ def test_a_loss_summed_over_negatives_equals_that_of_the_formulas_values_and_gra
         assert_close_to_largest(ours, plain, 1e-10)
 
 
+@pytest.mark.parametrize("few_pairs", [-1, 1])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 0.3)])
-def test_a_summed_loss_in_float32_and_bfloat16_stays_near_float64(autocast, tolerance):
+def test_a_summed_loss_in_float32_and_bfloat16_stays_near_float64(monkeypatch, autocast, tolerance, few_pairs):
+    monkeypatch.setattr(similarity, "FEW_PAIRS", few_pairs)
     exact = random_similarity(64)
     inputs = random_inputs(12, [5, 9, 14] * 4, 11, 64)
     expected = summed_loss(exact, *inputs)
@@ -166,7 +170,7 @@ def test_a_summed_loss_in_float32_and_bfloat16_stays_near_float64(autocast, tole
         assert_close_to_largest(one.double(), other, tolerance)
 
 
-def test_a_summed_loss_scores_wrong_pairs_once_and_true_ones_with_their_gradient(monkeypatch):
+def test_a_summed_loss_of_most_pairs_scores_wrong_ones_once_and_true_ones_with_their_gradient(monkeypatch):
     scored = []
 
     def count(self, regions, queries, *others, tile=similarity.Scorer.tile):
@@ -174,8 +178,19 @@ def test_a_summed_loss_scores_wrong_pairs_once_and_true_ones_with_their_gradient
         return tile(self, regions, queries, *others)
 
     monkeypatch.setattr(similarity.Scorer, "tile", count)
+    monkeypatch.setattr(Similarity, "_share_that_counts", lambda *_: 1.0)
     summed_loss(random_similarity(12), *random_inputs(16, [3, 8, 1, 5] * 4, 6, 12)).backward()
     assert sum(scored) == 16 + 16 * 16 + 16
+
+
+def test_the_share_of_pairs_that_count_is_about_that_of_the_exact_scores():
+    model = random_similarity(48, half_open=False)
+    inputs = random_inputs(64, [3, 8, 1, 5] * 16, 6, 48)
+    scores = model(*inputs).detach()
+    for margin in (-0.5, -0.1, 0.0, 0.3, 2.0):
+        exact = (violations(scores, scores.diagonal()[:, None], scores.diagonal(), margin) != 0).float().mean().item()
+        estimate = model._share_that_counts(partial(violations, margin=margin), *inputs, None)
+        assert estimate == pytest.approx(exact, abs=0.15)
 
 
 @settings(deadline=None, max_examples=25)
