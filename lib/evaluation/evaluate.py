@@ -22,6 +22,7 @@ from lib.evaluation.metrics import FOLDS, chance_metrics, mean_metrics, retrieva
 from lib.evaluation.ranks import Part, Ranks, count_ranks, folds, whole
 from lib.evaluation.rerank import Reranker
 from lib.files import replacing
+from lib.model.similarity import Scorer
 from lib.record import quote, read_record
 
 Blocks = Iterator[tuple[int, Tensor]]  # first image, scores (images, captions)
@@ -54,11 +55,12 @@ def evaluate(settings: EvaluationSettings) -> dict:
     print(_heading(matcher, split))
 
     embeddings = embed_split(matcher, split, captions, settings.batch_size, settings.workers, timing)
-    rerank = None
+    scorer, coarse, rerank = matcher.scorer(), matcher.scorer(coarse=True), None
+    del matcher, captions  # the encoders' memory is free for the scores
     if settings.rerank:
-        ranks, rerank = rank_coarse_to_fine(matcher, embeddings, split, parts, settings.rerank, timing)
+        ranks, rerank = rank_coarse_to_fine(scorer, coarse, embeddings, split, parts, settings.rerank, timing)
     else:
-        ranks = rank_exactly(matcher, embeddings, split, parts, timing, settings.save_sims)
+        ranks = rank_exactly(scorer, embeddings, split, parts, timing, settings.save_sims)
     results = {**measure(split, ranks), "rerank": rerank, "timing": dataclasses.asdict(timing)}
 
     seconds = ", ".join(f"{name.removesuffix('_s')} {value:.1f}" for name, value in results["timing"].items())
@@ -83,11 +85,10 @@ def embed_split(
 
 
 def rank_exactly(
-    matcher: Matcher, embeddings: Embeddings, split: Split, parts: list[Part], timing: Timing, save_sims: str = ""
+    scorer: Scorer, embeddings: Embeddings, split: Split, parts: list[Part], timing: Timing, save_sims: str = ""
 ) -> list[Ranks]:
     """The ranks of each part from exact scores of all pairs, which go to a file where one is named."""
     started = time.perf_counter()
-    scorer = matcher.scorer()
     image_of_caption = torch.from_numpy(split.image_of_caption)
     true_scores = scorer.pairs(*embeddings, image_of_caption, torch.arange(len(image_of_caption)))
     image_of_caption = image_of_caption.to(true_scores.device)
@@ -101,17 +102,17 @@ def rank_exactly(
 
 
 def rank_coarse_to_fine(
-    matcher: Matcher, embeddings: Embeddings, split: Split, parts: list[Part], rerank: str, timing: Timing
+    exact: Scorer, coarse: Scorer, embeddings: Embeddings, split: Split, parts: list[Part], rerank: str, timing: Timing
 ) -> tuple[list[Ranks], dict]:
     """The ranks of each part from coarse scores of all pairs and exact ones of the best; K, and how many were exact."""
     started = time.perf_counter()
-    coarse = torch.cat([scores for _, scores in score_blocks(matcher.scorer(coarse=True), *embeddings)])
+    scores = torch.cat([block for _, block in score_blocks(coarse, *embeddings)])
     timing.similarity_s, started = time.perf_counter() - started, time.perf_counter()
-    score_pairs = partial(score_pairs_in_chunks, matcher.scorer(), *embeddings)
-    reranker = Reranker(coarse, score_pairs, split.image_of_caption, parts)
+    score_pairs = partial(score_pairs_in_chunks, exact, *embeddings)
+    reranker = Reranker(scores, score_pairs, split.image_of_caption, parts)
     ranks, k = reranker.ranks_until_they_stay() if rerank == "auto" else (reranker.ranks(int(rerank)), int(rerank))
     timing.rank_s = time.perf_counter() - started
-    return ranks, {"k": k, "exact_pairs": len(reranker.known), "pairs": coarse.numel()}
+    return ranks, {"k": k, "exact_pairs": len(reranker.known), "pairs": scores.numel()}
 
 
 def measure(split: Split, ranks: list[Ranks]) -> dict:

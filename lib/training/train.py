@@ -264,7 +264,7 @@ def validate(run: Run, folder: RunFolder, log: RunLog) -> None:
             size, workers = settings.batch_size, settings.workers
             embeddings = embed_split(matcher, run.dev, run.dev_captions, size, workers, Timing())
             parts = [whole(len(run.dev.features), len(run.dev.captions))]
-            metrics = measure(run.dev, rank_exactly(matcher, embeddings, run.dev, parts, Timing()))
+            metrics = measure(run.dev, rank_exactly(matcher.scorer(), embeddings, run.dev, parts, Timing()))
     except EndNow:  # dev is evaluated by the resumed run
         save(run, folder, log)
         end_if_asked(run, folder)
