@@ -19,6 +19,11 @@ class Compute:
         """The context in which forward passes run; parameters, norms, exp and softmax stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    @property
+    def half_features(self) -> bool:
+        """Whether region features may travel in float16: where products round them as much anyway."""
+        return self.precision != "fp32"
+
     def synchronize(self) -> None:
         """Wait until the device has done its work, so that a clock reads true."""
         if self.device.type == "cuda":

@@ -1,6 +1,7 @@
 """Writing files so that a kill or a full disk never leaves half of one under its final name."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,31 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or folder} could not be written: {error.strerror or error}") from error
+
+
+def check_space(folder: str | Path, needed: int, what: str) -> None:
+    """Refuse work whose result will not fit: `needed` bytes below a folder that may not be there yet.
+
+    Raises InputError that says how much is free.
+    """
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InputError(
+            f"{folder}: {what} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on that disk; "
+            "make room, or choose another folder"
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,27 +10,18 @@ CHOOSE_WORD = 0.2
 MASK_CHOSEN, REPLACE_CHOSEN = 0.5, 0.1
 
 
-def choose_regions(images: int, regions: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def choose_regions(starts: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Keep each region with probability 0.8, at least one of each image.
 
-    Returns the numbers of the kept regions (images, longest), ascending, -1 beyond an image's count, and the counts
-    (images,).
+    starts, counts: (images,) number of each image's first region, and how many it has. Returns the numbers of the kept
+    regions, one image after the other, ascending, and how many are kept (images,).
     """
-    keep = rng.random((images, regions)) < KEEP_REGION
-    survivor = rng.integers(regions, size=images)
+    keep = rng.random((len(counts), counts.max())) < KEEP_REGION
+    keep &= np.arange(keep.shape[1]) < counts[:, None]
+    survivor = rng.integers(counts)
     emptied = ~keep.any(axis=1)
     keep[emptied, survivor[emptied]] = True
-
-    counts = keep.sum(axis=1)
-    order = np.argsort(~keep, axis=1, kind="stable")[:, : counts.max()]  # kept regions first
-    return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1), counts
-
-
-def gather_regions(features: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The chosen regions (B, longest, img_dim) of features (B, R, img_dim); zero rows where `order` is -1."""
-    kept = np.take_along_axis(features, order[..., None], axis=1)
-    kept[order < 0] = 0
-    return kept
+    return (starts[:, None] + np.arange(keep.shape[1]))[keep], keep.sum(axis=1)
 
 
 def disturb_words(

@@ -10,21 +10,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lib.data.augment import choose_regions, disturb_words, gather_regions
-from lib.data.precomp import FeatureFile, Split
-from lib.data.resident import places_of
+from lib.data.augment import choose_regions, disturb_words
+from lib.data.features import FeatureFile
+from lib.data.precomp import Split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
+
+READ_AHEAD = 8  # batches that the system is told of beforehand; see docs/data.md
 
 
 class Batch(NamedTuple):
-    """B image-caption pairs; row i of the images belongs to caption i."""
+    """B image-caption pairs; image i belongs to caption i."""
 
     features: (
-        Tensor  # (B, R, img_dim) in the file's precision, zero rows beyond `counts`; or places of ResidentFeatures
+        Tensor  # (n, img_dim) of all regions, one image after the other; or their numbers in ResidentFeatures (n,)
     )
     counts: Tensor  # (B,) regions of each image
     ids: Tensor  # (B, N) token ids, 0 beyond `lengths`
     lengths: Tensor  # (B,) tokens of each caption
+
+
+class Images(NamedTuple):
+    """Consecutive images of a split."""
+
+    features: Tensor  # (n, img_dim) of all regions, one image after the other
+    counts: Tensor  # (images,) regions of each
 
 
 class EpochBatches(Dataset):
@@ -41,12 +50,14 @@ class EpochBatches(Dataset):
         batch_size: int,
         seed: int,
         epoch: int,
+        half: bool = False,
         resident: bool = False,
     ):
-        """resident: the features are on the device already: none are read, batches hold their places (B, R) instead."""
-        self.resident = resident
-        self.split, self.captions, self.tokenizer = split, captions, tokenizer
+        """half: features in float16. resident: none are read, batches hold the numbers of the regions instead."""
+        self.features, self.image_of_caption = split.features, split.image_of_caption
+        self.captions, self.tokenizer = captions, tokenizer
         self.seed, self.epoch = seed, epoch
+        self.half, self.resident = half, resident
         order = self._rng(0).permutation(len(captions))
         self.pairs = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
 
@@ -58,28 +69,31 @@ class EpochBatches(Dataset):
 
     def __getitem__(self, k: int) -> Batch:
         rng, pairs = self._rng(1 + k), self.pairs[k]
-        images, regions = self.split.image_of_caption[pairs], self.split.features.regions
-        order, counts = choose_regions(len(images), regions, rng)
-        if self.resident:
-            features = places_of(images, order, regions)
-        else:
-            features = gather_regions(self.split.features.read(images), order)
+        images = self.image_of_caption[pairs]
+        rows, counts = choose_regions(self.features.starts[images], self.features.counts[images], rng)
+        features = rows if self.resident else self._read(k, rows)
         words = disturb_words(self.captions.select(pairs), self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
         return Batch(*map(torch.from_numpy, (features, counts, *self.tokenizer.pad(words))))
 
+    def _read(self, k: int, rows: np.ndarray) -> np.ndarray:
+        if k + READ_AHEAD < len(self):
+            self.features.read_ahead(self.image_of_caption[self.pairs[k + READ_AHEAD]])
+        return self.features.read_rows(rows, self.half)
+
 
 class ImageBatches(Dataset):
-    """Features of consecutive images, each image once: item k is (images, R, img_dim)."""
+    """All regions of consecutive images, each image once."""
 
-    def __init__(self, features: FeatureFile, batch_size: int):
-        self.features, self.batch_size = features, batch_size
+    def __init__(self, features: FeatureFile, batch_size: int, half: bool = False):
+        self.features, self.batch_size, self.half = features, batch_size, half
 
     def __len__(self) -> int:
         return -(-len(self.features) // self.batch_size)
 
-    def __getitem__(self, k: int) -> Tensor:
-        first = k * self.batch_size
-        return torch.from_numpy(self.features.read(np.arange(first, min(first + self.batch_size, len(self.features)))))
+    def __getitem__(self, k: int) -> Images:
+        starts = self.features.starts[k * self.batch_size : (k + 1) * self.batch_size + 1]
+        features = self.features.read_rows(np.arange(starts[0], starts[-1]), self.half)
+        return Images(torch.from_numpy(features), torch.from_numpy(np.diff(starts)))
 
 
 def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
@@ -97,7 +111,7 @@ def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches on a device, but for the lengths, from which Python takes shapes.
+    """Batches on a device, but for counts and lengths, from which Python takes shapes.
 
     On CUDA a batch is copied, by a stream of its own, while the step before it is computed.
     """
@@ -118,15 +132,15 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:
-    moved = (tensor.to(device, non_blocking=True) for tensor in batch[:-1])
-    return Batch(*moved, batch.lengths)
+    features, ids = (tensor.to(device, non_blocking=True) for tensor in (batch.features, batch.ids))
+    return batch._replace(features=features, ids=ids)
 
 
 def _hand_over(batch: Batch, copied: torch.cuda.Event) -> Batch:
     """The batch, for the stream that computes: it waits for the copy, and its memory is not reused before."""
     stream = torch.cuda.current_stream(batch.features.device)
     stream.wait_event(copied)
-    for tensor in batch[:-1]:
+    for tensor in (batch.features, batch.ids):
         tensor.record_stream(stream)
     return batch
 

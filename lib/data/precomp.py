@@ -1,35 +1,24 @@
 """Data sets of region features and captions on disk, in the layout of SCAN ("precomp", Lee et al. 2018).
 
-    DATA_PATH/DATA_NAME/{split}_ims.npy    float32 or float16, images x regions x img_dim
-    DATA_PATH/DATA_NAME/{split}_caps.txt   UTF-8, one caption a line, five consecutive lines for each image
+    DATA_PATH/DATA_NAME/{split}_ims.npy    float32 or float16, images x regions x img_dim (other forms: features.py)
+    DATA_PATH/DATA_NAME/{split}_caps.txt   UTF-8, one caption a line, five consecutive lines for each image, or
+                        {split}_caps_counts.txt says how many (captions.py)
 
 GPO keeps the same files in DATA_PATH/precomp/. The files that people download hold dev, test and testall images five
 times in a row, one row a caption: both are recognised, and an image is one row here.
 """
 
 import hashlib
-import io
-import math
 import os
-import warnings
-from codecs import BOM_UTF8
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
 
-from lib.errors import InputError, one_line, reason
+from lib.data.captions import CAPTIONS_PER_IMAGE, count_captions, count_lines, read_captions
+from lib.data.features import FeatureFile
+from lib.errors import InputError, one_line
 
-CAPTIONS_PER_IMAGE = 5
-
-# What is read at most of files that may hold anything
-HEADER_BYTES = 16_384  # of a .npy file; NumPy writes 128 and parses no more than 10,000
-MOST_REGIONS = 4_096  # of an image
-CAPTION_BYTES = 8_192  # of a caption; those of COCO and Flickr30K stay below 500
 NAME_BYTES = 200  # of a data set's or split's name
 
 FINGERPRINT_ROWS = 64
@@ -38,40 +27,6 @@ HOW_TO_GET_DATA = (
     "usually obtained from the Kaggle data set kuanghueilee/scan-features (see docs/data.md); "
     "`sh train_demo.sh` needs no download: it makes its own data"
 )
-
-
-class FeatureFile:
-    """Region features of a split, memory-mapped: only rows that are asked for are read.
-
-    An instance travels to loader workers as a path; each opens the file for itself.
-    """
-
-    def __init__(self, path: Path, repeats: int = 1):
-        """Open {split}_ims.npy; each image stands `repeats` times in a row. Raises InputError where it is not sound."""
-        self.path = path
-        self.repeats = repeats
-        self._rows = _map_features(path)
-        self.images, self.regions, self.img_dim = len(self._rows) // repeats, *self._rows.shape[1:]
-        self.dtype = self._rows.dtype
-
-    def __len__(self) -> int:
-        return self.images
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_rows": None}  # pickling a memory map would copy the whole file
-
-    def read(self, images: np.ndarray) -> np.ndarray:
-        """Features (images, regions, img_dim) of some images, in the file's precision. Raises InputError on NaN."""
-        if self._rows is None:
-            self._rows = _map_features(self.path)
-        features = self._rows[np.asarray(images) * self.repeats]
-        finite = np.isfinite(features).all(axis=(1, 2))
-        if not finite.all():
-            row = int(np.asarray(images)[~finite][0]) * self.repeats
-            raise InputError(
-                f"{self.path}: row {row} holds NaN or infinite features; extract or download the file again"
-            )
-        return features
 
 
 @dataclass
@@ -88,11 +43,16 @@ class Split:
         """16 hex digits that differ where the data does; found without reading all the features.
 
         SHA-256 of the number of images, regions, img_dim and type, all captions, and 64 evenly spaced images (all
-        where there are fewer). Neither the folder, nor the split's name, nor how often the file holds an image
-        matters. Raises InputError on NaN.
+        where there are fewer). Neither the folder, nor the split's name, nor how the file holds the images matters.
+        Raises InputError on NaN.
         """
         features = self.features
         digest = hashlib.sha256(f"{len(features)} {features.regions} {features.img_dim} {features.dtype}\n".encode())
+        captions_of_image = np.bincount(self.image_of_caption)
+        if features.varies:
+            digest.update(features.counts.tobytes())
+        if (captions_of_image != CAPTIONS_PER_IMAGE).any():
+            digest.update(captions_of_image.tobytes())
         for caption in self.captions:
             digest.update(f"{caption}\n".encode())
         for image in np.linspace(0, len(features) - 1, min(len(features), FINGERPRINT_ROWS)).astype(int):
@@ -100,11 +60,12 @@ class Split:
         return digest.hexdigest()[:16]
 
 
-def open_split(data_path: str, data_name: str, split: str, img_dim: int) -> Split:
+def open_split(data_path: str, data_name: str, split: str, img_dim: int | None = None) -> Split:
     """Open a split for reading, checking all that can be checked without reading the features.
 
-    Raises InputError naming the flag or file: a name that leads out of its folder, a file that is missing, truncated
-    or not features, wrong feature size, captions that are no captions, or whose number does not fit the images.
+    img_dim: what the features must have; None: any. Raises InputError naming the flag or file: a name that leads out of
+    its folder, a file that is missing, truncated or not features, wrong feature size, captions that are no captions, or
+    whose number does not fit the images.
     """
     _check_name("--split", split)
     folder = find_folder(data_path, data_name)
@@ -116,19 +77,22 @@ def open_split(data_path: str, data_name: str, split: str, img_dim: int) -> Spli
                 f"{HOW_TO_GET_DATA}"
             )
     features = FeatureFile(features_path)
-    if features.img_dim != img_dim:
+    if img_dim not in (None, features.img_dim):
         raise InputError(
             f"{features_path}: features of {features.img_dim} numbers, but the model takes --img_dim {img_dim}"
         )
-    captions = read_captions(captions_path, most=len(features) * CAPTIONS_PER_IMAGE + 1)  # one more tells of many more
-    if len(features) == len(captions) and _holds_each_image_five_times(features):
+    counts = count_captions(folder, split, len(features))
+    captions = read_captions(captions_path, most=int(counts.sum()) + 1)  # one more tells of many more
+    if counts.sum() != len(captions) == len(features) and _holds_each_image_five_times(features):
         features = FeatureFile(features_path, repeats=CAPTIONS_PER_IMAGE)
-    if len(features) * CAPTIONS_PER_IMAGE != len(captions):
+        counts = counts[: len(features)]
+    if counts.sum() != len(captions):
+        expected = f"{counts[0]} captions for each image" if len(set(counts)) == 1 else f"{counts.sum()} captions"
         raise InputError(
-            f"{captions_path}: {_count_lines(captions_path)} captions do not fit the {len(features)} rows of "
-            f"{features_path.name}; expected {CAPTIONS_PER_IMAGE} captions for each image"
+            f"{captions_path}: {count_lines(captions_path)} captions do not fit the {len(features)} rows of "
+            f"{features_path.name}; expected {expected}, or a file {split}_caps_counts.txt with each image's number"
         )
-    return Split(split, folder, features, captions, np.repeat(np.arange(len(features)), CAPTIONS_PER_IMAGE))
+    return Split(split, folder, features, captions, np.repeat(np.arange(len(features)), counts))
 
 
 def find_folder(data_path: str, data_name: str) -> Path:
@@ -147,54 +111,6 @@ def find_folder(data_path: str, data_name: str) -> Path:
     )
 
 
-def read_captions(path: Path, most: int | None = None) -> list[str]:
-    """The captions of a file, one a line, no more than the first `most`; lines end at \\n or \\r\\n only.
-
-    A byte-order mark before the first caption is dropped, and so is a \\r at the file's very end, where it was cut.
-    Raises InputError on bad UTF-8, NUL, a line that is empty or longer than CAPTION_BYTES, or no line at all.
-    """
-    try:
-        with open(path, "rb") as file:
-            captions = [_caption(path, *line) for line in islice(enumerate(_lines(file), start=1), most)]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
-    if not captions:
-        raise InputError(f"{path}: no captions in it")
-    return captions
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends; of one that is too long only as much as shows it."""
-    if file.read(len(BOM_UTF8)) != BOM_UTF8:
-        file.seek(0)
-    while line := file.readline(CAPTION_BYTES + len(b"\r\n")):
-        yield line
-
-
-def _caption(path: Path, number: int, line: bytes) -> str:
-    line = line.removesuffix(b"\n").removesuffix(b"\r")
-    if len(line) > CAPTION_BYTES:
-        raise InputError(f"{path}: line {number} is longer than {CAPTION_BYTES} bytes; every line holds one caption")
-    if b"\0" in line:
-        raise InputError(f"{path}: line {number} holds a NUL byte; convert the file to UTF-8, or copy it again")
-    try:
-        caption = line.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: line {number} is not UTF-8; convert the file to UTF-8") from None
-    if not caption.strip():
-        raise InputError(f"{path}: line {number} is an empty caption; every line must hold one")
-    return caption
-
-
-def _count_lines(path: Path) -> int:
-    """Lines of a file of any size, with lines of any length."""
-    count, end = 0, b"\n"
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            count, end = count + block.count(b"\n"), block[-1:]
-    return count + (end != b"\n")
-
-
 def _check_name(flag: str, name: str, nested: bool = False) -> None:
     """Refuse what is no plain name below a folder, such as "../other" or "/etc"; nested: "coco/precomp" is one too."""
     parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()
@@ -207,49 +123,14 @@ def _check_name(flag: str, name: str, nested: bool = False) -> None:
         )
 
 
-def _map_features(path: Path) -> np.memmap:
-    """Map a file into memory once its header has been found to say what the file holds."""
-    try:
-        shape, fortran_order, dtype, offset, size = _read_header(path)
-    except Exception as error:  # a damaged header makes NumPy raise almost anything
-        raise InputError(f"{path}: truncated or not a .npy file ({reason(error)}); copy or download it again") from None
-    if len(shape) != 3 or dtype not in (np.float32, np.float16) or min(shape) < 1 or shape[1] > MOST_REGIONS:
-        raise InputError(
-            f"{path}: expected float32 or float16 of shape (images, regions, img_dim), at most {MOST_REGIONS} regions, "
-            f"found {one_line(f'{dtype} {shape}')}"
-        )
-    expected = offset + math.prod(shape) * dtype.itemsize
-    if size != expected:
-        raise InputError(
-            f"{path}: {'truncated' if size < expected else 'more in it than its header says'}, {size} bytes instead of "
-            f"{expected}; copy or download it again"
-        )
-    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")
-
-
-def _read_header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype, int, int]:
-    """Shape, whether in Fortran order, type, where the data starts, and the file's size; raises whatever NumPy does.
-
-    NumPy's own `np.load` would read a header of any length, up to 4 GB, before it refuses it.
-    """
-    with open(path, "rb") as file:
-        head, size = io.BytesIO(file.read(HEADER_BYTES)), os.fstat(file.fileno()).st_size
-    version = npy.read_magic(head)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version} of the format, expected 1.0 or 2.0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on odd text in it; what matters is said in the error
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        return *read(head), head.tell(), size
-
-
 def _holds_each_image_five_times(features: FeatureFile) -> bool:
     """Whether rows come in equal groups of five; looks at the first, middle and last group."""
     groups, rest = divmod(len(features), CAPTIONS_PER_IMAGE)
-    if rest:
+    if rest or features.varies:
         return False
     for group in (0, groups // 2, groups - 1):
         rows = features.read(group * CAPTIONS_PER_IMAGE + np.arange(CAPTIONS_PER_IMAGE))
+        rows = rows.reshape(CAPTIONS_PER_IMAGE, -1)
         if not (rows == rows[:1]).all():
             return False
     return True

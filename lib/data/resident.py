@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.data.precomp import FeatureFile
+from lib.data.features import FeatureFile
 from lib.errors import InputError
 
 BLOCK_BYTES = 2**26  # read at a time
@@ -19,27 +19,20 @@ class ResidentFeatures:
 
     def __init__(self, features: FeatureFile, device: torch.device):
         """Read the whole file once. Raises InputError on NaN, on values beyond float16, and where memory is short."""
-        kept = _allocate(features, device)
-        images = max(1, BLOCK_BYTES // (features.regions * features.img_dim * features.dtype.itemsize))
-        for start in tqdm(range(0, len(features), images), desc="features", leave=False, disable=None):
-            block = slice(start, min(start + images, len(features)))
-            kept[block] = torch.from_numpy(_halve(features, np.arange(block.start, block.stop)))
-        self._rows = kept.flatten(0, 1)  # (images * R, img_dim)
+        self._rows = _allocate(features, device)  # (all regions, img_dim)
+        step = max(1, BLOCK_BYTES // (features.img_dim * features.dtype.itemsize))
+        for start in tqdm(range(0, len(self._rows), step), desc="features", leave=False, disable=None):
+            rows = np.arange(start, min(start + step, len(self._rows)))
+            self._rows[start : start + len(rows)] = torch.from_numpy(features.read_rows(rows, half=True))
 
-    def gather(self, places: Tensor) -> Tensor:
-        """Features (B, longest, img_dim) in float16 of places (B, longest) on the device, zero where a place is -1."""
-        gathered = self._rows.index_select(0, places.clamp(min=0).flatten()).view(*places.shape, -1)
-        return gathered.masked_fill_((places < 0)[..., None], 0)
-
-
-def places_of(images: np.ndarray, order: np.ndarray, regions: int) -> np.ndarray:
-    """Where `ResidentFeatures` holds the regions `order` (B, longest) of images (B,); -1 stays -1."""
-    return np.where(order < 0, -1, images[:, None] * regions + order)
+    def gather(self, rows: Tensor) -> Tensor:
+        """Features (n, img_dim) in float16 of regions (n,), given on the device as `FeatureFile` numbers them."""
+        return self._rows.index_select(0, rows)
 
 
 def _allocate(features: FeatureFile, device: torch.device) -> Tensor:
-    """An empty tensor (images, R, img_dim). Raises InputError where memory is short."""
-    shape = len(features), features.regions, features.img_dim
+    """An empty tensor (all regions, img_dim). Raises InputError where memory is short."""
+    shape = int(features.starts[-1]), features.img_dim
     needed = 2 * math.prod(shape)  # bytes
     available = _available(device)
     if available is None or needed <= available:
@@ -59,17 +52,3 @@ def _available(device: torch.device) -> int | None:
     with suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     return None
-
-
-def _halve(features: FeatureFile, images: np.ndarray) -> np.ndarray:
-    """Features (images, R, img_dim) of some images in float16. Raises InputError on NaN and on what is too large."""
-    block = features.read(images)
-    with np.errstate(over="ignore"):  # said below
-        half = block.astype(np.float16)
-    if not np.isfinite(half).all():
-        row = int(images[~np.isfinite(half).all(axis=(1, 2))][0]) * features.repeats
-        raise InputError(
-            f"{features.path}: row {row} holds a feature beyond float16's largest number, "
-            f"{np.finfo(np.float16).max:.0f}; train without --device_features"
-        )
-    return half

@@ -12,7 +12,9 @@ import numpy as np
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said explicitly, it does not warn when loader workers start
 
 from tokenizers import Tokenizer as Backend
+from tqdm import tqdm
 
+from lib.data.ragged import ranges
 from lib.errors import InputError, reason
 from lib.hub import is_folder, quiet
 
@@ -37,9 +39,8 @@ class TokenizedCaptions:
     def select(self, captions: np.ndarray) -> "TokenizedCaptions":
         """Some captions, in the order given."""
         lengths = np.diff(self.starts)[captions]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        pieces = np.repeat(self.starts[captions] - starts[:-1], lengths) + np.arange(starts[-1])
-        return TokenizedCaptions(self.ids[pieces], self.words[pieces], starts)
+        pieces = ranges(self.starts[captions], lengths)
+        return TokenizedCaptions(self.ids[pieces], self.words[pieces], np.concatenate([[0], np.cumsum(lengths)]))
 
 
 class Tokenizer:
@@ -62,7 +63,8 @@ class Tokenizer:
 
     def tokenize(self, captions: list[str]) -> TokenizedCaptions:
         """Split captions into words (lower case, accents and punctuation as BERT does) and words into pieces."""
-        blocks = [self._tokenize(captions[start : start + AT_ONCE]) for start in range(0, len(captions) or 1, AT_ONCE)]
+        starts = tqdm(range(0, len(captions) or 1, AT_ONCE), desc="tokens", leave=False, disable=None)
+        blocks = [self._tokenize(captions[start : start + AT_ONCE]) for start in starts]
         ids, words, lengths = map(np.concatenate, zip(*blocks, strict=True))
         return TokenizedCaptions(ids, words, np.concatenate([[0], np.cumsum(lengths)]))
 
@@ -71,7 +73,7 @@ class Tokenizer:
         encodings = self._backend.encode_batch(captions, add_special_tokens=False)
         ids = [i for encoding in encodings for i in encoding.ids]
         words = [w for encoding in encodings for w in encoding.word_ids]
-        return tuple(np.array(part, dtype=np.int64) for part in (ids, words, list(map(len, encodings))))
+        return np.array(ids, np.int32), np.array(words, np.int16), np.array(list(map(len, encodings)), np.int64)
 
     def pad(self, captions: TokenizedCaptions) -> tuple[np.ndarray, np.ndarray]:
         """[CLS] pieces [SEP] of each caption, cut to `max_length` with [SEP] kept.

@@ -14,6 +14,7 @@ from torch import Tensor
 from lib.config import EvaluationSettings
 from lib.data.batches import ImageBatches, loader
 from lib.data.precomp import Split, open_split
+from lib.data.token_cache import tokenize_split
 from lib.data.tokenizer import TokenizedCaptions
 from lib.errors import InputError
 from lib.evaluation import report
@@ -50,7 +51,7 @@ def evaluate(settings: EvaluationSettings) -> dict:
     parts = [whole(len(split.features), len(split.captions))]
     if settings.fold5:
         parts += folds(FOLDS, len(split.features), split.image_of_caption)
-    captions = matcher.tokenizer.tokenize(split.captions)
+    captions = tokenize_split(matcher.tokenizer, split)
     timing = Timing(load_s=time.perf_counter() - started)
     print(_heading(matcher, split))
 
@@ -76,12 +77,12 @@ def embed_split(
 ) -> Embeddings:
     """Encode every image and caption of a split once."""
     started = time.perf_counter()
-    batches = loader(ImageBatches(split.features, batch_size), workers, matcher.compute.device)
-    images = matcher.embed_images(batches, total=len(batches))
-    words, lengths = matcher.embed_captions(captions, batch_size)
+    images = ImageBatches(split.features, batch_size, matcher.compute.half_features)
+    embedded = matcher.embed_images(loader(images, workers, matcher.compute.device), total=len(images))
+    embeddings = Embeddings(*embedded, *matcher.embed_captions(captions, batch_size))
     matcher.compute.synchronize()
     timing.encode_s = time.perf_counter() - started
-    return Embeddings(images, words, lengths)
+    return embeddings
 
 
 def rank_exactly(
@@ -90,9 +91,9 @@ def rank_exactly(
     """The ranks of each part from exact scores of all pairs, which go to a file where one is named."""
     started = time.perf_counter()
     image_of_caption = torch.from_numpy(split.image_of_caption)
-    true_scores = scorer.pairs(*embeddings, image_of_caption, torch.arange(len(image_of_caption)))
+    true_scores = score_pairs_in_chunks(scorer, embeddings, image_of_caption, torch.arange(len(image_of_caption)))
     image_of_caption = image_of_caption.to(true_scores.device)
-    blocks = _clock(score_blocks(scorer, *embeddings), timing)
+    blocks = _clock(score_blocks(scorer, embeddings), timing)
     blocks = _put_true_scores(blocks, true_scores, image_of_caption)
     if save_sims:
         blocks = _write_scores(blocks, save_sims, (len(split.features), len(split.captions)))
@@ -106,9 +107,9 @@ def rank_coarse_to_fine(
 ) -> tuple[list[Ranks], dict]:
     """The ranks of each part from coarse scores of all pairs and exact ones of the best; K, and how many were exact."""
     started = time.perf_counter()
-    scores = torch.cat([block for _, block in score_blocks(coarse, *embeddings)])
+    scores = torch.cat([block for _, block in score_blocks(coarse, embeddings)])
     timing.similarity_s, started = time.perf_counter() - started, time.perf_counter()
-    score_pairs = partial(score_pairs_in_chunks, exact, *embeddings)
+    score_pairs = partial(score_pairs_in_chunks, exact, embeddings)
     reranker = Reranker(scores, score_pairs, split.image_of_caption, parts)
     ranks, k = reranker.ranks_until_they_stay() if rerank == "auto" else (reranker.ranks(int(rerank)), int(rerank))
     timing.rank_s = time.perf_counter() - started

@@ -9,21 +9,37 @@ from tqdm import tqdm
 
 from lib.checkpoint import build_model, find_checkpoint, read_checkpoint
 from lib.compute import Compute, choose_compute
+from lib.data.batches import Images
+from lib.data.ragged import ranges
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.errors import InputError
+from lib.model.regions import pad_regions, real_regions
 from lib.model.similarity import Scorer
 from lib.model.xdim import XDim
 
 SCORE_IMAGES = 64  # images scored between two moves of the progress bar
-SCORE_PAIRS = 10_000  # likewise, where pairs are scored one by one
+LIKE_COUNTS = 8  # images padded to one number of regions, where the numbers differ
+SCORE_PAIRS = 512  # images whose pairs are scored between two moves, where pairs are scored one by one
 
 
 class Embeddings(NamedTuple):
     """Images and captions of a split in the shared dimensions, on the device that scores them."""
 
-    images: Tensor  # (images, R, D)
+    regions: Tensor  # (regions, D), of all images one after the other
+    counts: Tensor  # (images,) regions of each, on the CPU
     words: Tensor  # (words, D), of all captions one after the other
     lengths: Tensor  # (captions,) words of each, on the CPU
+
+    def padded(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Regions (images, longest, D) of some images, ascending (images,), and which are real; None: all."""
+        counts, ends = self.counts[images], self.counts.cumsum(0)
+        first, last = int(images[0]), int(images[-1])
+        if last - first + 1 == len(images):
+            rows = self.regions[ends[first] - self.counts[first] : ends[last]]
+        else:
+            places = ranges((ends[images] - counts).numpy(), counts.numpy())
+            rows = self.regions[torch.from_numpy(places).to(self.regions.device)]
+        return pad_regions(rows, counts), real_regions(counts, rows.device)
 
 
 class Matcher:
@@ -42,32 +58,39 @@ class Matcher:
     def score(self, regions, captions: Sequence[str], batch_size: int = 128) -> Tensor:
         """How well each caption fits each image.
 
-        regions: (images, regions, img_dim) array or tensor of features. captions: plain sentences.
-        Returns (images, captions) float32 on the CPU. Raises InputError where shapes do not fit or features are not
-        finite.
+        regions: (images, regions, img_dim) array or tensor of features; or a list of (regions, img_dim), where images
+        have different numbers. captions: plain sentences. Returns (images, captions) float32 on the CPU. Raises
+        InputError where shapes do not fit or features are not finite.
         """
-        features = torch.as_tensor(regions)
+        images = [torch.as_tensor(image) for image in regions]
         img_dim = self.model.image_encoder.linear.in_features
-        if features.ndim != 3 or features.shape[2] != img_dim or 0 in features.shape:
-            raise InputError(f"regions: expected (images, regions, {img_dim}), found {tuple(features.shape)}")
-        if not torch.isfinite(features).all():
-            raise InputError("regions: NaN or infinite features")
+        if not images:
+            raise InputError(f"regions: expected (images, regions, {img_dim}), found no images")
+        for image in images:
+            if image.ndim != 2 or image.shape[1] != img_dim or not len(image):
+                raise InputError(
+                    f"regions: expected (images, regions, {img_dim}), found an image of {tuple(image.shape)}"
+                )
+            if not torch.isfinite(image).all():
+                raise InputError("regions: NaN or infinite features")
         if isinstance(captions, str) or not captions:
             raise InputError("captions: expected a list of one sentence or more")
-        images = self.embed_images(features.split(batch_size))
-        words, lengths = self.embed_captions(self.tokenizer.tokenize(list(captions)), batch_size)
-        return torch.cat([scores.cpu() for _, scores in score_blocks(self.scorer(), images, words, lengths)])
+        batches = (images[first : first + batch_size] for first in range(0, len(images), batch_size))
+        embedded = self.embed_images(Images(torch.cat(some), torch.tensor(list(map(len, some)))) for some in batches)
+        embeddings = Embeddings(*embedded, *self.embed_captions(self.tokenizer.tokenize(list(captions)), batch_size))
+        return torch.cat([scores.cpu() for _, scores in score_blocks(self.scorer(), embeddings)])
 
     @torch.inference_mode()
-    def embed_images(self, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
-        """Region embeddings (images, R, D) of batches of features (B, R, img_dim), on the device, float32."""
-        embedded = []
-        for features in tqdm(batches, desc="images", total=total, leave=False, disable=None):
-            features = features.to(self.compute.device, non_blocking=True).float()
-            counts = torch.full((len(features),), features.shape[1], device=features.device)
+    def embed_images(self, batches: Iterable[Images], total: int | None = None) -> tuple[Tensor, Tensor]:
+        """Region embeddings (regions, D) of all images one after the other, on the device, float32, and their counts
+        (images,)."""
+        embedded, counts = [], []
+        for images in tqdm(batches, desc="images", total=total, leave=False, disable=None):
+            features = images.features.to(self.compute.device, non_blocking=True).float()
             with self.compute.autocast():
-                embedded.append(self.model.encode_images(features, counts))
-        return torch.cat(embedded)
+                embedded.append(self.model.encode_images(features))
+            counts.append(images.counts)
+        return torch.cat(embedded), torch.cat(counts)
 
     @torch.inference_mode()
     def embed_captions(self, captions: TokenizedCaptions, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -94,17 +117,40 @@ class Matcher:
             return self.model.similarity.scorer(coarse)
 
 
-def score_blocks(scorer: Scorer, images: Tensor, words: Tensor, lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Scores of all pairs as (first image, scores (images, captions)), some images at a time, on their device."""
-    for first in tqdm(range(0, len(images), SCORE_IMAGES), desc="scores", leave=False, disable=None):
-        yield first, scorer.all_pairs(images[first : first + SCORE_IMAGES], words, lengths)
+def score_blocks(scorer: Scorer, embeddings: Embeddings) -> Iterator[tuple[int, Tensor]]:
+    """Scores of all pairs as (first image, scores (images, captions)), some images at a time, on their device.
+
+    Images of a block that differ in their number of regions are scored with those that have like numbers.
+    """
+    _, counts, words, lengths = embeddings
+    for first in tqdm(range(0, len(counts), SCORE_IMAGES), desc="scores", leave=False, disable=None):
+        of_block = counts[first : first + SCORE_IMAGES]
+        scores = words.new_empty(len(of_block), len(lengths))
+        for images in _of_like_counts(of_block):
+            regions, real = embeddings.padded(first + images)
+            scores[images.to(scores.device)] = scorer.all_pairs(regions, words, lengths, real)
+        yield first, scores
 
 
-def score_pairs_in_chunks(scorer: Scorer, images: Tensor, words: Tensor, lengths: Tensor, *pairs: Tensor) -> Tensor:
-    """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, some pairs at a time."""
-    chunks = zip(*(indices.split(SCORE_PAIRS) for indices in pairs), strict=True)
-    bar = tqdm(list(chunks), desc="exact scores", leave=False, disable=None)
-    return torch.cat([scorer.pairs(images, words, lengths, *chunk) for chunk in bar])
+def score_pairs_in_chunks(scorer: Scorer, embeddings: Embeddings, images: Tensor, captions: Tensor) -> Tensor:
+    """Scores (P,) of chosen pairs, given as indices (P,) of images, ascending, and of captions."""
+    images, captions, scores = images.cpu(), captions.cpu(), []
+    steps = range(int(images[0]), int(images[-1]) + 1, SCORE_PAIRS) if len(images) else ()
+    for first in tqdm(steps, desc="exact scores", leave=False, disable=None):
+        pairs = slice(*torch.searchsorted(images, torch.tensor([first, first + SCORE_PAIRS])).tolist())
+        if pairs.start < pairs.stop:
+            block = torch.arange(first, min(first + SCORE_PAIRS, len(embeddings.counts)))
+            regions, real = embeddings.padded(block)
+            chosen = (images[pairs] - first, captions[pairs], real)
+            scores.append(scorer.pairs(regions, embeddings.words, embeddings.lengths, *chosen))
+    return torch.cat(scores) if scores else embeddings.words.new_empty(0)
+
+
+def _of_like_counts(counts: Tensor) -> list[Tensor]:
+    """Indices of images that are padded together, ascending."""
+    if (counts == counts[0]).all():
+        return [torch.arange(len(counts))]
+    return [group.sort().values for group in counts.argsort(stable=True).split(LIKE_COUNTS)]
 
 
 def load_matcher(checkpoint, bert: str = "", device: str = "auto", precision: str = "") -> Matcher:

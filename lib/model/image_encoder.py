@@ -22,22 +22,12 @@ class ImageEncoder(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, features: Tensor, real: Tensor | None = None) -> Tensor:
-        """Embed regions.
-
-        features: (B, R, img_dim). real: (B, R), true where a region is no padding; None: every row takes part, padding
-        too, as in the published training, where padding rows become unit vectors through the bias.
-        Returns (B, R, D); rows that are not real are zero and outside BatchNorm's statistics.
-        """
-        if real is None:
-            return self._embed(features.flatten(0, 1)).view(*features.shape[:2], -1)
-        embedded = self._embed(features[real])
-        return embedded.new_zeros(*features.shape[:2], embedded.shape[-1]).masked_scatter(real[..., None], embedded)
-
-    def _embed(self, rows: Tensor) -> Tensor:  # (rows, img_dim) -> (rows, D)
+    def forward(self, features: Tensor) -> Tensor:
+        """Region embeddings (..., D) of features (..., img_dim), over all of which BatchNorm takes its statistics."""
+        rows = features.flatten(0, -2)
         embedded = self.linear(rows) + self.mlp(rows)
-        return (
-            l2_normalize(embedded)
-            if self.normalize
-            else embedded.to(torch.promote_types(embedded.dtype, torch.float32))
-        )
+        if self.normalize:
+            embedded = l2_normalize(embedded)
+        else:
+            embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
+        return embedded.view(*features.shape[:-1], -1)

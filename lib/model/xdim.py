@@ -5,11 +5,11 @@ other; images and captions are compared by groups of dependent dimensions. The f
 computed differs (see similarity.py).
 """
 
-import torch
 from torch import Tensor, nn
 from transformers import BertModel
 
 from lib.model.image_encoder import ImageEncoder
+from lib.model.regions import pad_regions, real_regions
 from lib.model.similarity import Similarity
 from lib.model.text_encoder import TextEncoder
 
@@ -19,7 +19,7 @@ class XDim(nn.Module):
 
     bert: the language model to build on (without its pooling layer). img_dim: numbers of a region feature.
     embed_size: shared dimensions D. normalize_regions, normalize_words: L2-normalise each embedding (--no_imgnorm,
-    --no_txtnorm switch it off). mask_padding: keep padding regions out of the attention and of BatchNorm.
+    --no_txtnorm switch it off). mask_padding: in training, keep padding regions out of the attention and of BatchNorm.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class XDim(nn.Module):
     def forward(self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores (B, B) of all images against all captions of a batch.
 
-        features: (B, R, img_dim), padded with zero rows. counts: (B,) real regions of each image.
-        ids: (B, N) token ids, padded with 0. lengths: (B,) tokens of each caption.
+        features: (n, img_dim) of all regions, one image after the other. counts: (B,) regions of each image, on the
+        CPU. ids: (B, N) token ids, padded with 0. lengths: (B,) tokens of each caption.
         """
         return self.similarity(*self.embed(features, counts, ids, lengths))
 
@@ -49,22 +49,19 @@ class XDim(nn.Module):
         self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What the similarity takes of a batch: region and word embeddings, lengths, and which regions take part."""
-        regions, words = self.encode_images(features, counts), self.encode_captions(ids, lengths)
-        return regions, words, lengths, self._real(features, counts)
+        if self.training and not self.mask_padding:  # as published: padding regions are zeros that become unit vectors
+            regions, real = self.image_encoder(pad_regions(features, counts)), None
+        else:
+            regions, real = pad_regions(self.encode_images(features), counts), real_regions(counts, features.device)
+        return regions, self.encode_captions(ids, lengths), lengths, real
 
-    def encode_images(self, features: Tensor, counts: Tensor) -> Tensor:
-        """Region embeddings (B, R, D) of features (B, R, img_dim)."""
-        return self.image_encoder(features, self._real(features, counts))
+    def encode_images(self, features: Tensor) -> Tensor:
+        """Region embeddings (n, D) of features (n, img_dim), none of which is padding."""
+        return self.image_encoder(features)
 
     def encode_captions(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Word embeddings (W, D), packed, of token ids (C, N)."""
         return self.text_encoder(ids, lengths)
-
-    def _real(self, features: Tensor, counts: Tensor) -> Tensor | None:
-        """Which regions take part, (B, R); None where all do."""
-        if not self.mask_padding:
-            return None
-        return torch.arange(features.shape[1], device=features.device) < counts[:, None]
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters of each part."""

@@ -17,8 +17,10 @@ from lib.checkpoint import BEST, LAST, build_model, describe_architecture, new_m
 from lib.compute import Compute, choose_compute
 from lib.config import TrainSettings
 from lib.data.batches import Batch, EpochBatches, loader, on_device
+from lib.data.features import FeatureFile
 from lib.data.precomp import Split, open_split
 from lib.data.resident import ResidentFeatures
+from lib.data.token_cache import tokenize_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
 from lib.errors import InputError, Interrupted, TrainingStopped, reason
 from lib.evaluation import report
@@ -100,9 +102,10 @@ def start(settings: TrainSettings, origin: Origin | None) -> Run:
 
     seed_everything(settings.seed)
     model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
+    model.mask_padding |= train_split.features.varies
     model.to(compute.device)
     optimizer = build_optimizer(model, settings.learning_rate)
-    captions = [tokenizer.tokenize(split.captions) for split in (train_split, dev_split)]
+    captions = [tokenize_split(tokenizer, split) for split in (train_split, dev_split)]
     record = begin_record(dataclasses.asdict(settings), data, str(compute), origin)
     resident = ResidentFeatures(train_split.features, compute.device) if settings.device_features else None
     splits = (train_split, captions[0], dev_split, captions[1])
@@ -142,6 +145,7 @@ def introduce(run: Run, folder: RunFolder, origin: Origin | None, log: RunLog) -
     log.say(
         f"data        {run.train.folder}: train {len(run.train.features)} images, {len(run.train.captions)} captions; "
         f"dev {len(run.dev.features)} images, {len(run.dev.captions)} captions\n"
+        f"{_describe_regions(run.train.features)}"
         f"parameters  {sum(counts.values()):,}: {parts}\n"
         f"steps       {settings.num_epochs} epochs of {steps}, batches of {settings.batch_size} pairs\n"
         f"device      {run.compute}\n"
@@ -163,6 +167,15 @@ def introduce(run: Run, folder: RunFolder, origin: Origin | None, log: RunLog) -
     write_record(folder.path, record_now(run.record, run.progress))
 
 
+def _describe_regions(features: FeatureFile) -> str:
+    """A line on what differs from the recipe where images have different numbers of regions."""
+    if not features.varies:
+        return ""
+    return (
+        f"regions     {features.counts.min()} to {features.regions} of an image; padding is masked (--mask_padding)\n"
+    )
+
+
 def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
     """One pass over all pairs, or over those that are left of it."""
     settings, model, progress = run.settings, run.model, run.progress
@@ -171,7 +184,8 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
     hardest = settings.max_violation or epoch >= settings.vse_mean_warmup_epochs
     watch = CollapseWatch(settings.margin, settings.batch_size)
     data = (run.train, run.train_captions, run.tokenizer)
-    batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, settings.device_features)
+    half, resident = run.compute.half_features, settings.device_features
+    batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, half, resident)
     left = Subset(batches, range(progress.batch, len(batches)))
     bar = tqdm(loader(left, settings.workers, run.compute.device), desc=f"epoch {epoch + 1}", leave=False, disable=None)
     model.train()

@@ -5,20 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data.augment import choose_regions, disturb_words, gather_regions
+from lib.data.augment import choose_regions, disturb_words
 from lib.data.tokenizer import TokenizedCaptions
 
 MASK, VOCABULARY, FIRST_WORD = 4, 50, 1000
-
-
-def numbered(batch, regions, img_dim=2, dtype=np.float32):
-    """Features whose numbers say which image and region they are, all above 0."""
-    return np.arange(1, batch * regions * img_dim + 1, dtype=dtype).reshape(batch, regions, img_dim)
-
-
-def drop_regions(features, rng):
-    order, counts = choose_regions(*features.shape[:2], rng)
-    return gather_regions(features, order), counts
 
 
 def captions_of(pieces_of_words, captions=1):
@@ -44,50 +34,54 @@ def fates(captions, seed):
 
 
 @settings(deadline=None)
-@given(
-    batch=st.integers(1, 6),
-    regions=st.integers(1, 8),
-    dtype=st.sampled_from([np.float16, np.float32]),
-    seed=st.integers(0, 2**32),
-)
-def test_kept_regions_are_rows_of_their_image_in_order_and_the_rest_is_zero(batch, regions, dtype, seed):
-    features = numbered(batch, regions, dtype=dtype)
-    before = features.copy()
-    kept, counts = drop_regions(features, np.random.default_rng(seed))
-    assert kept.dtype == dtype
-    assert kept.shape == (batch, counts.max(), 2)
-    assert (counts >= 1).all()
-    assert (counts <= regions).all()
-    for image, count in enumerate(counts):
-        places = [np.flatnonzero((features[image] == row).all(axis=1)).item() for row in kept[image, :count]]
-        assert places == sorted(set(places))
-        assert not kept[image, count:].any()
-    assert np.array_equal(features, before)
+@given(counts=st.lists(st.integers(1, 8), min_size=1, max_size=6), gap=st.integers(0, 3), seed=st.integers(0, 2**32))
+def test_kept_regions_are_regions_of_their_image_in_order_and_at_least_one(counts, gap, seed):
+    counts = np.array(counts)
+    starts = np.cumsum(counts + gap)[::-1]  # images in any order, anywhere
+    before = starts.copy(), counts.copy()
+    rows, kept = choose_regions(starts, counts, np.random.default_rng(seed))
+    assert (kept >= 1).all()
+    assert kept.sum() == len(rows)
+    for start, count, of_image in zip(starts, counts, np.split(rows, np.cumsum(kept)[:-1]), strict=True):
+        assert of_image.tolist() == sorted(set(of_image.tolist()))
+        assert start <= of_image[0]
+        assert of_image[-1] < start + count
+    assert np.array_equal(starts, before[0])
+    assert np.array_equal(counts, before[1])
 
 
 def test_four_of_five_regions_stay():
-    _, counts = drop_regions(numbered(2000, 36, 1), np.random.default_rng(0))
-    assert counts.mean() / 36 == pytest.approx(0.8, abs=0.008)  # five standard deviations
-    assert counts.var() == pytest.approx(36 * 0.8 * 0.2, rel=0.2)  # each region by itself
+    _, kept = choose_regions(np.zeros(2000, int), np.full(2000, 36), np.random.default_rng(0))
+    assert kept.mean() / 36 == pytest.approx(0.8, abs=0.008)  # five standard deviations
+    assert kept.var() == pytest.approx(36 * 0.8 * 0.2, rel=0.2)  # each region by itself
+
+
+def test_four_of_five_stay_of_few_and_of_many():
+    counts = np.tile([10, 100], 1000)
+    _, kept = choose_regions(np.zeros(2000, int), counts, np.random.default_rng(0))
+    assert kept[::2].mean() / 10 == pytest.approx(0.8, abs=0.02)
+    assert kept[1::2].mean() / 100 == pytest.approx(0.8, abs=0.007)
 
 
 def test_a_single_region_always_stays():
-    kept, counts = drop_regions(numbered(500, 1), np.random.default_rng(0))
-    assert (counts == 1).all()
-    assert np.array_equal(kept, numbered(500, 1))
+    rows, kept = choose_regions(np.arange(500), np.ones(500, int), np.random.default_rng(0))
+    assert (kept == 1).all()
+    assert np.array_equal(rows, np.arange(500))
 
 
-def test_of_an_image_that_would_lose_all_any_region_may_stay():
+@pytest.mark.parametrize("counts", [np.full(800, 4), np.tile([4, 9], 400)])
+def test_of_an_image_that_would_lose_all_any_region_may_stay(counts):
     class Unlucky:
         """Draws that keep no region."""
 
         random = staticmethod(np.ones)
         integers = np.random.default_rng(0).integers
 
-    kept, counts = drop_regions(numbered(400, 4, 1), Unlucky())
-    assert (counts == 1).all()
-    stays = (kept[:, 0, 0] - 1) % 4
-    assert np.bincount(stays.astype(int)) == pytest.approx(100, rel=0.5)
+    rows, kept = choose_regions(np.zeros(800, int), counts, Unlucky())
+    assert (kept == 1).all()
+    for count in set(counts):
+        share = (counts == count).sum() / count
+        assert np.bincount(rows[counts == count], minlength=count) == pytest.approx(share, rel=0.5)
 
 
 # Words

@@ -62,16 +62,16 @@ def test_other_epochs_leave_out_other_pairs(epoch_batches):
 def test_a_batch_holds_regions_and_words_of_the_same_pair(epoch_batches, split, tokenizer, monkeypatch):
     monkeypatch.setattr("lib.data.batches.disturb_words", lambda captions, *_: captions)
     batches = epoch_batches()
-    images = split.features.read(np.arange(len(split.features)))
+    images = split.features.read(np.arange(len(split.features))).reshape(-1, 6, 16)
     for k, pairs in enumerate(batches.pairs):
         features, counts, ids, lengths = batches[k]
         expected_ids, expected_lengths = tokenizer.pad(tokenizer.tokenize([split.captions[pair] for pair in pairs]))
         assert np.array_equal(ids, expected_ids)
         assert np.array_equal(lengths, expected_lengths)
-        assert features.shape == (BATCH_SIZE, counts.max(), 16)
-        for regions, count, image in zip(features.numpy(), counts, images[split.image_of_caption[pairs]], strict=True):
-            assert all((row == image).all(axis=1).any() for row in regions[:count])
-            assert not regions[count:].any()
+        assert features.shape == (counts.sum(), 16)
+        of_images = np.split(features.numpy(), np.cumsum(counts.numpy())[:-1])
+        for regions, image in zip(of_images, images[split.image_of_caption[pairs]], strict=True):
+            assert all((row == image).all(axis=1).any() for row in regions)
 
 
 def test_a_batch_depends_on_seed_epoch_and_its_number_only(epoch_batches):
@@ -129,7 +129,7 @@ def test_features_keep_the_precision_of_the_file(make_data, tmp_path, tokenizer,
     expected = {np.float16: torch.float16, np.float32: torch.float32}[dtype]
     batches = EpochBatches(split, tokenizer.tokenize(split.captions), tokenizer, 20, 0, 0)
     assert batches[0].features.dtype == expected
-    assert ImageBatches(split.features, 3)[0].dtype == expected
+    assert ImageBatches(split.features, 3)[0].features.dtype == expected
 
 
 # Evaluation
@@ -144,9 +144,11 @@ def test_each_image_is_read_once_and_in_order(tiny_data, name, batch_size, worke
     batches = list(loader(ImageBatches(split.features, batch_size), workers, CPU))
     images = len(split.features)
     full, rest = divmod(images, batch_size)
-    assert [len(batch) for batch in batches] == [batch_size] * full + [rest] * (rest > 0)
-    assert torch.equal(torch.cat(batches), torch.from_numpy(split.features.read(np.arange(images))))
-    assert len(torch.cat(batches).unique(dim=0)) == images == len(split.captions) / 5
+    assert [len(batch.counts) for batch in batches] == [batch_size] * full + [rest] * (rest > 0)
+    assert all((batch.counts == 6).all() for batch in batches)
+    features = torch.cat([batch.features for batch in batches])
+    assert torch.equal(features, torch.from_numpy(split.features.read(np.arange(images))))
+    assert len(features.unique(dim=0)) == 6 * images == 6 * len(split.captions) / 5
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -174,6 +176,6 @@ def test_on_cuda_each_batch_is_copied_ahead_and_waited_for_in_order(monkeypatch,
     monkeypatch.setattr(batches, "_move", lambda batch, device: Batch(Part(), Part(), Part(), batch))
     for batch in on_device(range(count), torch.device("cuda")):
         happened.append(f"step {batch.lengths}")
-    of_step = lambda k: [f"wait {k}", *["keep"] * 3, f"step {k}"]  # noqa: E731
+    of_step = lambda k: [f"wait {k}", *["keep"] * 2, f"step {k}"]  # noqa: E731
     expected = [what for k in range(1, count) for what in ("copied", *of_step(k - 1))]
     assert happened == (["copied", *expected, *of_step(count - 1)] if count else [])

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import pickle
 import re
 import shutil
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data.precomp import CAPTION_BYTES, MOST_REGIONS, FeatureFile, find_folder, open_split, read_captions
+from lib.data.captions import CAPTION_BYTES, read_captions
+from lib.data.features import MOST_REGIONS, FeatureFile
+from lib.data.precomp import find_folder, open_split
 from tests.damage import changes, cuts, grow, memory_below, refusal, spoil, unless_refused, write_bytes
 
 IMAGES, REGIONS, IMG_DIM = 7, 3, 4
@@ -86,7 +89,7 @@ def test_each_image_is_one_row_however_often_the_file_holds_it(tmp_path, repeats
     for images in (np.arange(IMAGES), np.array([6, 0, 0, 3])):
         rows = split.features.read(images)
         assert rows.dtype == dtype
-        assert np.array_equal(rows, make_features(dtype=dtype)[images])
+        assert np.array_equal(rows, make_features(dtype=dtype)[images].reshape(-1, IMG_DIM))
 
 
 def test_one_image_repeated_is_recognised(tmp_path):
@@ -103,28 +106,208 @@ def test_rows_that_do_not_all_come_in_fives_are_not_taken_for_repeats(tmp_path, 
     assert "35 captions do not fit the 35 rows" in message
 
 
-def test_column_order_on_disk_does_not_matter(folder):
-    write_bytes(folder / "dev_ims.npy", as_npy(np.asfortranarray(make_features())))
-    assert np.array_equal(open_dev(folder).features.read(np.arange(IMAGES)), make_features())
-
-
-def test_features_are_mapped_and_travel_as_a_path(folder):
-    big = np.zeros((IMAGES, 500, IMG_DIM), dtype=np.float32)
+def test_features_stay_on_the_disk_and_travel_as_a_path(folder):
+    big = np.random.default_rng(0).normal(size=(IMAGES, 500, IMG_DIM)).astype(np.float32)
     np.save(folder / "dev_ims.npy", big)
     features = open_dev(folder).features
-    assert isinstance(features._rows, np.memmap)
     features.read(np.array([0]))
     pickled = pickle.dumps(features)
-    assert len(pickled) < 1000
+    assert len(pickled) < 2000
     copy = pickle.loads(pickled)
     assert len(copy) == IMAGES
-    assert np.array_equal(copy.read(np.array([2, 4])), big[[2, 4]])
+    assert np.array_equal(copy.read(np.array([2, 4])), big[[2, 4]].reshape(-1, IMG_DIM))
 
 
-def test_what_is_read_can_be_written_to_without_touching_the_file(folder):
+def test_a_forked_process_reads_the_same_file_without_disturbing_the_other(folder):
+    """Both use one descriptor: a position of its own would be shared."""
     features = open_dev(folder).features
-    features.read(np.array([1]))[:] = 9
-    assert np.array_equal(features.read(np.array([1])), make_features()[[1]])
+    expected = features.read(np.arange(IMAGES))
+    child = os.fork()
+    equal = all(np.array_equal(features.read(np.arange(IMAGES)), expected) for _ in range(300))
+    if not child:
+        os._exit(0 if equal else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert equal
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.integers(0, IMAGES * REGIONS - 1)), half=st.booleans(), repeats=st.sampled_from([1, 5]))
+def test_any_regions_in_any_order_are_read(tmp_path_factory, rows, half, repeats):
+    path = write_bytes(tmp_path_factory.getbasetemp() / "some_ims.npy", as_npy(make_features(repeats=repeats)))
+    expected = make_features().reshape(-1, IMG_DIM)[np.array(rows, int)]
+    read = FeatureFile(path, repeats).read_rows(np.array(rows, int), half)
+    assert read.dtype == (np.float16 if half else np.float32)
+    assert np.array_equal(read, expected.astype(read.dtype))
+
+
+def test_a_file_cut_while_it_is_open_is_named(folder):
+    features = open_dev(folder).features
+    features.read(np.array([IMAGES - 1]))
+    os.truncate(folder / "dev_ims.npy", 150)
+    message = refusal(features.read, np.array([IMAGES - 1]))
+    assert message.startswith(f"{folder / 'dev_ims.npy'}: has become shorter")
+
+
+@pytest.mark.parametrize("value", [1e5, -7e4])
+def test_what_float16_cannot_hold_is_refused_only_where_it_is_asked_for(folder, value):
+    rows = make_features()
+    rows[3, 1, 2] = value
+    write(folder, rows)
+    features = open_dev(folder).features
+    assert features.read(np.array([3])).max() <= 1e5
+    message = refusal(features.read_rows, np.arange(IMAGES * REGIONS), True)
+    assert message.startswith(f"{folder / 'dev_ims.npy'}: row 3 holds a feature beyond float16's largest number, 65504")
+
+
+def test_reading_ahead_asks_for_every_byte_of_the_images_and_changes_nothing(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lib.data.features.READ_AHEAD_BYTES", 20)
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _, first, length, advice: asked.append((first, length)), raising=False
+    )
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    write(folder, make_features(repeats=5))
+    open_dev(folder).features.read_ahead(np.array([4, 1]))
+    size = 4 * REGIONS * IMG_DIM
+    assert asked == [
+        (128 + 5 * image * size + part, length) for image in (4, 1) for part, length in ((0, 20), (20, 20), (40, 8))
+    ]
+    monkeypatch.delattr(os, "posix_fadvise")
+    open_dev(folder).features.read_ahead(np.array([4, 1]))
+
+
+# Varying numbers of regions, and of captions
+
+
+COUNTS = [3, 1, 5, 2, 2]
+
+
+def write_varying(folder, counts=COUNTS, dtype=np.float32, offsets=None, captions=None):
+    """All regions of all images one after the other, with offsets."""
+    rows = np.random.default_rng(0).normal(size=(sum(counts), IMG_DIM)).astype(dtype)
+    write(folder, rows, captions or make_captions(len(counts)))
+    np.save(folder / "dev_offsets.npy", np.cumsum([0, *counts]) if offsets is None else offsets)
+    return rows
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(1, 6), min_size=1, max_size=8), dtype=st.sampled_from([np.float16, np.float32]))
+def test_images_of_varying_counts_are_read_by_their_offsets(tmp_path_factory, counts, dtype):
+    folder = tmp_path_factory.getbasetemp() / "varying_precomp"
+    rows = write_varying(folder, counts, dtype)
+    features = open_dev(folder).features
+    assert features.counts.tolist() == counts
+    assert (features.regions, features.varies) == (max(counts), len(set(counts)) > 1)
+    assert features.dtype == dtype
+    images = np.split(rows, np.cumsum(counts)[:-1])
+    for order in (np.arange(len(counts)), np.arange(len(counts))[::-1]):
+        assert np.array_equal(features.read(order), np.concatenate([images[image] for image in order]))
+
+
+def test_equal_counts_stored_with_offsets_are_the_same_data(tmp_path):
+    features, captions = make_features(), make_captions()
+    first = fingerprint(tmp_path / "once", features, captions)
+    (tmp_path / "offsets").mkdir()
+    np.save(tmp_path / "offsets" / "dev_offsets.npy", np.arange(IMAGES + 1) * REGIONS)
+    assert fingerprint(tmp_path / "offsets", features.reshape(-1, IMG_DIM), captions) == first
+
+
+def test_counts_belong_to_the_fingerprint(tmp_path):
+    write_varying(tmp_path / "one", [3, 1, 2])
+    write_varying(tmp_path / "two", [3, 2, 1])
+    assert open_dev(tmp_path / "one").fingerprint() != open_dev(tmp_path / "two").fingerprint()
+
+
+def test_a_row_that_is_no_number_is_named_by_its_place_among_all_regions(tmp_path):
+    rows = write_varying(tmp_path / "varying")
+    rows[7, 2] = np.nan
+    np.save(tmp_path / "varying" / "dev_ims.npy", rows)
+    message = refusal(open_dev(tmp_path / "varying").features.read, np.arange(5))
+    assert message.startswith(f"{tmp_path / 'varying' / 'dev_ims.npy'}: row 7 holds NaN")
+
+
+OFFSETS = {
+    "not from zero": [1, 3, 4, 9, 11, 13],
+    "not to the end": [0, 3, 4, 9, 11, 12],
+    "beyond the end": [0, 3, 4, 9, 11, 14],
+    "an image without regions": [0, 3, 3, 9, 11, 13],
+    "falling": [0, 4, 3, 9, 11, 13],
+    "one alone": [0],
+    "two dimensions": [[0, 3, 4, 9, 11, 13]],
+    "floats": [0.0, 3.0, 4.0, 9.0, 11.0, 13.0],
+    "more than there are regions": list(range(20)),
+}
+
+
+@pytest.mark.parametrize("wrong", OFFSETS)
+def test_offsets_that_cannot_be_are_named(tmp_path, wrong):
+    write_varying(tmp_path / "varying", offsets=np.array(OFFSETS[wrong]))
+    message = refusal(open_dev, tmp_path / "varying")
+    assert message.startswith(f"{tmp_path / 'varying' / 'dev_offsets.npy'}: ")
+
+
+def test_missing_and_damaged_offsets_are_named(tmp_path):
+    write_varying(tmp_path / "varying")
+    path = tmp_path / "varying" / "dev_offsets.npy"
+    for content in (path.read_bytes()[:-1], b"", b"nothing"):
+        write_bytes(path, content)
+        assert refusal(open_dev, tmp_path / "varying").startswith(f"{path}: ")
+    path.unlink()
+    assert "dev_offsets.npy must stand beside it" in refusal(open_dev, tmp_path / "varying")
+
+
+def write_counts(folder, text):
+    write(folder, make_features(4), [f"caption {k}" for k in range(9)])
+    return write_bytes(folder / "dev_caps_counts.txt", text)
+
+
+@pytest.mark.parametrize("text", [b"1\n5\n2\n1\n", b"1\r\n5\r\n2\r\n1"])
+def test_any_number_of_captions_belongs_to_an_image(tmp_path, text):
+    write_counts(tmp_path / "own", text)
+    split = open_dev(tmp_path / "own")
+    assert split.image_of_caption.tolist() == [0, 1, 1, 1, 1, 1, 2, 2, 3]
+    assert split.captions == [f"caption {k}" for k in range(9)]
+
+
+def test_one_caption_an_image_is_not_taken_for_repeated_images(tmp_path):
+    features = make_features(2).repeat(5, axis=0)
+    write(tmp_path / "own", features, [f"caption {k}" for k in range(10)])
+    assert len(open_dev(tmp_path / "own").features) == 2
+    write_bytes(tmp_path / "own" / "dev_caps_counts.txt", b"1\n" * 10)
+    assert len(open_dev(tmp_path / "own").features) == 10
+
+
+def test_numbers_of_captions_belong_to_the_fingerprint(tmp_path):
+    write_counts(tmp_path / "own", b"1\n5\n2\n1\n")
+    before = open_dev(tmp_path / "own").fingerprint()
+    write_counts(tmp_path / "own", b"5\n1\n2\n1\n")
+    assert open_dev(tmp_path / "own").fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"1\n5\n0\n3\n", "line 3 is no number of captions"),
+        (b"1\n5\n-2\n5\n", "line 3 is no number of captions"),
+        (b"1\n5\n\n3\n", "line 3 is no number of captions"),
+        (b"1\n5\n2.0\n3\n", "line 3 is no number of captions"),
+        (b"1\n5\n" + b"9" * 5000 + b"\n3\n", "line 3 is no number of captions"),
+        ("1\n5\n²\n3\n".encode(), "line 3 is no number of captions"),
+        (b"1\n5\n3\n", "3 lines for 4 images"),
+        (b"1\n5\n1\n1\n1\n", "5 lines for 4 images"),
+        (b"", "0 lines for 4 images"),
+    ],
+)
+def test_wrong_numbers_of_captions_are_named_with_their_line(tmp_path, text, message):
+    path = write_counts(tmp_path / "own", text)
+    assert refusal(open_dev, tmp_path / "own").startswith(f"{path}: {message}")
+
+
+def test_a_sum_that_is_not_that_of_the_captions_is_named(tmp_path):
+    write_counts(tmp_path / "own", b"1\n5\n2\n2\n")
+    assert "9 captions do not fit the 4 rows of dev_ims.npy; expected 10 captions" in refusal(
+        open_dev, tmp_path / "own"
+    )
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -169,7 +352,7 @@ def test_files_may_be_links(folder):
         (folder / name).rename(folder / f"elsewhere_{name}")
         (folder / name).symlink_to(folder / f"elsewhere_{name}")
     split = open_dev(folder)
-    assert np.array_equal(split.features.read(np.arange(IMAGES)), make_features())
+    assert np.array_equal(split.features.read(np.arange(IMAGES)), make_features().reshape(-1, IMG_DIM))
     assert split.captions == make_captions()
 
 
@@ -194,7 +377,6 @@ def test_the_same_data_has_the_same_fingerprint_wherever_and_however_it_is_store
     first = fingerprint(tmp_path / "once", features, captions)
     assert re.fullmatch("[0-9a-f]{16}", first)
     assert fingerprint(tmp_path / "five_times", features.repeat(5, axis=0), captions) == first
-    assert fingerprint(tmp_path / "in_columns", np.asfortranarray(features), captions) == first
     assert fingerprint(tmp_path / "windows", features, [f"{caption}\r" for caption in captions]) == first
 
 
@@ -284,7 +466,9 @@ NOT_FEATURES = {
     "integers": as_npy(make_features().astype(np.int32)),
     "other byte order": as_npy(make_features().astype(">f4")),
     "structured": as_npy(np.zeros((7, 3, 4), dtype=[("a", "f4")])),
-    "one dimension less": as_npy(make_features()[:, 0]),
+    "one dimension less, without offsets": as_npy(make_features()[:, 0]),
+    "two dimensions less": as_npy(make_features()[:, 0, 0]),
+    "stored by columns": as_npy(np.asfortranarray(make_features())),
     "one dimension more": as_npy(make_features()[None]),
     "a single number": as_npy(np.float32(1)),
     "no images": as_npy(make_features()[:0]),
@@ -542,7 +726,7 @@ def read_all(path):
     rows = features and unless_refused(lambda: features.read(np.arange(len(features))), f"{path}: ")
     if rows is None:
         return None
-    assert rows.shape == (len(features), features.regions, features.img_dim)
+    assert rows.shape == (len(features) * features.regions, features.img_dim)
     assert rows.dtype == features.dtype
     assert rows.dtype in (np.float16, np.float32)
     return rows
@@ -571,8 +755,9 @@ def test_any_file_gives_its_features_or_is_refused(
     rows = read_all(write_bytes(tmp_path_factory.getbasetemp() / "any_ims.npy", content))
     if content == sound:
         usable = array.ndim == 3 and array.size and array.dtype in (np.float16, np.float32)
+        usable = usable and array.flags.c_contiguous  # by rows, or in one dimension
         assert (rows is not None) == bool(usable)
-        assert rows is None or (rows.dtype == array.dtype and np.array_equal(rows, array))
+        assert rows is None or (rows.dtype == array.dtype and np.array_equal(rows.ravel(), array.ravel()))
     if len(content) != len(sound) and content[:128] == sound[:128]:
         assert rows is None
 
@@ -594,4 +779,4 @@ def test_any_header_is_what_the_file_holds_or_refused(tmp_path_factory, descr, s
     true = descr in ("<f4", "<f2") and len(shape) == 3 and min(shape) > 0 and size == len(data)
     rows = read_all(path)
     assert (rows is not None) == true
-    assert rows is None or rows.shape == shape
+    assert rows is None or (len(rows), *rows.shape[1:]) == (shape[0] * shape[1], shape[2])

@@ -8,7 +8,8 @@ import torch
 
 from lib.data import resident
 from lib.data.batches import EpochBatches, loader
-from lib.data.precomp import FeatureFile, open_split
+from lib.data.features import FeatureFile
+from lib.data.precomp import open_split
 from lib.data.resident import ResidentFeatures
 from lib.data.tokenizer import load_tokenizer
 from lib.errors import InputError
@@ -65,7 +66,7 @@ def test_the_loader_reads_no_features_then(open_train, tokenizer, monkeypatch, w
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(2), raising=False)
     split = open_train()
     expected = list(batches_of(split, tokenizer, resident=True))
-    monkeypatch.delattr(FeatureFile, "read")
+    monkeypatch.delattr(FeatureFile, "read_rows")
     for batch, other in zip(loader(batches_of(split, tokenizer, resident=True), workers, CPU), expected, strict=True):
         assert all(map(torch.equal, batch, other))
 

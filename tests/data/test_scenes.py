@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig
 
-from lib.data import prepare
+from lib.data.prepare.__main__ import main as prepare_main
 from lib.data.scenes import captions as grammar
 from lib.data.scenes import split_sizes, vocabulary, write_scenes, writer
 from lib.data.scenes.drawing import draw, masks, overlaps
@@ -344,7 +344,7 @@ def test_training_the_vocabulary_repeats_in_another_process(scenes):
 
 
 def prepare_scenes(root, *flags):
-    return prepare.main(["scenes", "--data_path", str(root), "--vocab", str(root / "vocab"), "--images", "10", *flags])
+    return prepare_main(["scenes", "--data_path", str(root), "--vocab", str(root / "vocab"), "--images", "10", *flags])
 
 
 def test_the_command_says_what_it_wrote_and_does_not_write_it_twice(tmp_path, capsys):

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -7,7 +9,9 @@ from lib.bert import build_bert, plain, read_config
 from lib.model import text_encoder
 from lib.model.image_encoder import ImageEncoder
 from lib.model.norm import l2_normalize
+from lib.model.regions import pad_regions, real_regions
 from lib.model.text_encoder import TextEncoder
+from lib.model.xdim import XDim
 from tests.conftest import TINY_BERT
 
 COUNTS = torch.tensor([5, 1, 3])
@@ -60,22 +64,70 @@ def test_attended_padding_counts_in_batchnorm_and_becomes_unit_vectors(features)
     torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(3, 5))
 
 
-def test_masked_padding_stays_out_of_batchnorm_and_is_zero(features):
-    encoder = ImageEncoder(8, 6)
-    reference = nn.BatchNorm1d(3)
-    reference(encoder.mlp[0](features[REAL]))
-    embedded = encoder(features, REAL)
-    torch.testing.assert_close(encoder.mlp[1].running_mean, reference.running_mean)
-    torch.testing.assert_close(encoder.mlp[1].running_var, reference.running_var)
-    torch.testing.assert_close(embedded.norm(dim=-1), REAL.float())
+def test_padding_puts_zeros_beyond_each_images_count(features):
+    packed = features[REAL]
+    assert torch.equal(pad_regions(packed, COUNTS), features)
+    assert torch.equal(real_regions(COUNTS, packed.device), REAL)
 
 
-def test_masked_padding_gets_no_gradient_and_real_rows_get_theirs(features):
-    encoder = ImageEncoder(8, 6)
-    features.requires_grad_()
-    (encoder(features, REAL) * torch.randn(3, 5, 6)).sum().backward()
-    assert not features.grad[~REAL].any()
-    assert features.grad[REAL].abs().amax(dim=-1).all()
+def test_equal_counts_are_padded_without_a_copy_and_need_no_mask():
+    packed, counts = torch.randn(12, 8), torch.full((3,), 4)
+    assert pad_regions(packed, counts).data_ptr() == packed.data_ptr()
+    assert real_regions(counts, packed.device) is None
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_padded_regions_and_their_gradients_are_those_of_the_packed_ones(counts):
+    packed = torch.randn(sum(counts), 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(len(counts), max(counts), 3, dtype=torch.float64)
+    padded = pad_regions(packed, torch.tensor(counts))
+    (gradient,) = torch.autograd.grad((padded * weights).sum(), packed)
+    for image, (rows, its) in enumerate(zip(packed.split(counts), gradient.split(counts), strict=True)):
+        assert torch.equal(padded[image, : len(rows)], rows)
+        assert not padded[image, len(rows) :].any()
+        assert torch.equal(its, weights[image, : len(rows)])
+
+
+@pytest.fixture
+def model(bert):
+    torch.manual_seed(0)
+    return lambda **settings: XDim(bert, 8, 6, **settings)
+
+
+def embed(model, features):
+    """Of the images in `features` with two captions each; regions, and which take part."""
+    ids = torch.tensor([[2, 12, 31, 3], [2, 5, 3, 0], [2, 7, 8, 3]])
+    regions, _, _, real = model.embed(features[REAL], COUNTS, ids, torch.tensor([4, 3, 4]))
+    return regions, real
+
+
+def test_in_training_padding_takes_part_as_published(model, features):
+    model, reference = model().train(), nn.BatchNorm1d(3)
+    regions, real = embed(model, features)
+    reference(model.image_encoder.mlp[0](features.flatten(0, 1)))
+    assert real is None
+    torch.testing.assert_close(model.image_encoder.mlp[1].running_mean, reference.running_mean)
+    torch.testing.assert_close(regions.norm(dim=-1), torch.ones(3, 5))
+
+
+def test_masked_padding_stays_out_of_batchnorm_and_is_zero(model, features):
+    model, reference = model(mask_padding=True).train(), nn.BatchNorm1d(3)
+    regions, real = embed(model, features)
+    reference(model.image_encoder.mlp[0](features[REAL]))
+    assert torch.equal(real, REAL)
+    torch.testing.assert_close(model.image_encoder.mlp[1].running_mean, reference.running_mean)
+    torch.testing.assert_close(model.image_encoder.mlp[1].running_var, reference.running_var)
+    torch.testing.assert_close(regions.norm(dim=-1), REAL.float())
+
+
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_in_evaluation_padding_is_always_masked(model, features, mask_padding):
+    model = model(mask_padding=mask_padding).eval()
+    regions, real = embed(model, features)
+    assert torch.equal(real, REAL)
+    for image, count, one in zip(features, COUNTS, regions, strict=True):
+        torch.testing.assert_close(one[:count], model.encode_images(image[:count]))
 
 
 def test_words_are_packed_in_order_without_padding(bert):
