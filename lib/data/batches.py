@@ -1,5 +1,6 @@
 """Batches of tensors for training and for evaluation."""
 
+import math
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lib.data.augment import choose_regions, disturb_words
 from lib.data.features import FeatureFile
@@ -71,14 +72,14 @@ class EpochBatches(Dataset):
         rng, pairs = self._rng(1 + k), self.pairs[k]
         images = self.image_of_caption[pairs]
         rows, counts = choose_regions(self.features.starts[images], self.features.counts[images], rng)
-        features = rows if self.resident else self._read(k, rows)
+        features = torch.from_numpy(rows) if self.resident else self._read(k, rows)
         words = disturb_words(self.captions.select(pairs), self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
-        return Batch(*map(torch.from_numpy, (features, counts, *self.tokenizer.pad(words))))
+        return Batch(features, *map(torch.from_numpy, (counts, *self.tokenizer.pad(words))))
 
-    def _read(self, k: int, rows: np.ndarray) -> np.ndarray:
+    def _read(self, k: int, rows: np.ndarray) -> Tensor:
         if k + READ_AHEAD < len(self):
             self.features.read_ahead(self.image_of_caption[self.pairs[k + READ_AHEAD]])
-        return self.features.read_rows(rows, self.half)
+        return _read(self.features, rows, self.half)
 
 
 class ImageBatches(Dataset):
@@ -92,8 +93,21 @@ class ImageBatches(Dataset):
 
     def __getitem__(self, k: int) -> Images:
         starts = self.features.starts[k * self.batch_size : (k + 1) * self.batch_size + 1]
-        features = self.features.read_rows(np.arange(starts[0], starts[-1]), self.half)
-        return Images(torch.from_numpy(features), torch.from_numpy(np.diff(starts)))
+        features = _read(self.features, np.arange(starts[0], starts[-1]), self.half)
+        return Images(features, torch.from_numpy(np.diff(starts)))
+
+
+def _read(features: FeatureFile, rows: np.ndarray, half: bool) -> Tensor:
+    """Features (n, img_dim) of regions; by a worker into memory that the main process sees too, not copied there."""
+    dtype = torch.float16 if half or features.dtype == np.float16 else torch.float32
+    shape = (len(rows), features.img_dim)
+    if get_worker_info() is None:
+        read = torch.empty(shape, dtype=dtype)
+    else:  # as PyTorch's own default_collate does it
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+        read = torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    features.read_into(read.numpy(), rows)
+    return read
 
 
 def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:

@@ -70,22 +70,27 @@ class FeatureFile:
         return self.read_rows(ranges(self.starts[images], self.counts[images]))
 
     def read_rows(self, rows: np.ndarray, half: bool = False) -> np.ndarray:
-        """Features (n, img_dim) of regions (n,), in the file's precision or in float16.
+        """Features (n, img_dim) of regions (n,), in the file's precision or in float16; see `read_into`."""
+        features = np.empty((len(rows), self.img_dim), np.float16 if half else self.dtype)
+        self.read_into(features, rows)
+        return features
+
+    def read_into(self, features: np.ndarray, rows: np.ndarray) -> None:
+        """Fill features (n, img_dim), float32 or float16, with those of regions (n,).
 
         Raises InputError where the file cannot be read, on NaN and infinity, and on what is too large for float16.
         """
-        features = np.empty((len(rows), self.img_dim), np.float16 if half else self.dtype)
         step = max(1, BLOCK_BYTES // self._row_bytes)
-        buffer = np.empty((min(step, len(rows)), self.img_dim), self.dtype) if half else None
+        converts = features.dtype != self.dtype
+        buffer = np.empty((min(step, len(rows)), self.img_dim), self.dtype) if converts else None
         for first in range(0, len(rows), step):
             some, given = rows[first : first + step], features[first : first + step]
-            read = given if buffer is None else buffer[: len(some)]
+            read = buffer[: len(some)] if converts else given
             self._fill(read, self._stored(some))
-            if buffer is not None:
+            if converts:
                 torch.from_numpy(given).copy_(torch.from_numpy(read))
             if not _is_finite(given):
                 self._refuse(some, read)
-        return features
 
     def read_ahead(self, images: np.ndarray) -> None:
         """Have the system fetch the features of some images meanwhile, where it can."""
