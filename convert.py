@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags."""
-    parser = Parser(description=__doc__, formatter_class=argparse.HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="checkpoint, run folder (its best), published file or exchange folder")
     parser.add_argument("out", help="new file of the published form (.pth.tar, .pth, .tar), or new exchange folder")
     parser.add_argument(

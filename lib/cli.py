@@ -9,12 +9,19 @@ from collections.abc import Callable, Sequence
 from lib.errors import InputError, Interrupted, TrainingStopped
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to a flag's help where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default is False or action.default in (None, "", argparse.SUPPRESS)
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line and whose flags are never guessed from prefixes."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -153,7 +153,7 @@ def parse(
     settings: type[Settings], description: str, argv: Sequence[str] | None, defaults: dict | None = None
 ) -> Settings:
     """Read the flags of a settings class; `defaults` replace the class's own."""
-    parser = Parser(description=description, formatter_class=_HelpFormatter)
+    parser = Parser(description=description)
     for group in reversed(settings.__mro__[:-1]):
         names = [name for name in group.__annotations__ if name in settings.__dataclass_fields__]
         arguments = parser.add_argument_group(group.__doc__.strip().rstrip("."))
@@ -175,14 +175,6 @@ def _add_flag(arguments, field: dataclasses.Field) -> None:
         options["type"] = field.type
         options.setdefault("metavar", field.name.upper())
     arguments.add_argument(f"--{field.name}", default=field.default, **options)
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help where it says something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, "", False, argparse.SUPPRESS)
-        return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
 def _refuse(wrong: bool, message: str) -> None:

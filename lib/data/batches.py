@@ -1,6 +1,8 @@
 """Batches of tensors for training and for evaluation."""
 
+import atexit
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from lib.data.augment import choose_regions, disturb_words
 from lib.data.features import FeatureFile
 from lib.data.precomp import Split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
+from lib.errors import InputError, reason
 
 READ_AHEAD = 8  # batches that the system is told of beforehand; see docs/data.md
 
@@ -98,16 +101,25 @@ class ImageBatches(Dataset):
 
 
 def _read(features: FeatureFile, rows: np.ndarray, half: bool) -> Tensor:
-    """Features (n, img_dim) of regions; by a worker into memory that the main process sees too, not copied there."""
+    """Features (n, img_dim) of regions."""
     dtype = torch.float16 if half or features.dtype == np.float16 else torch.float32
-    shape = (len(rows), features.img_dim)
-    if get_worker_info() is None:
-        read = torch.empty(shape, dtype=dtype)
-    else:  # as PyTorch's own default_collate does it
-        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-        read = torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    read = _allocate((len(rows), features.img_dim), dtype)
     features.read_into(read.numpy(), rows)
     return read
+
+
+def _allocate(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor; of a worker in memory that the main process sees too, so that it need not be copied there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    try:  # as PyTorch's own default_collate does it
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    except RuntimeError as error:
+        raise InputError(
+            f"--workers: no room in shared memory for a batch ({reason(error)}); use --workers 0, or start the "
+            "container with more of it (docker run --shm-size=8g)"
+        ) from None
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
@@ -163,3 +175,14 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach workers too; they go on until the main process lets them end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register  # after multiprocessing's own, so that it runs before
+def _end_workers() -> None:
+    """Workers of a loader that something still holds at the end of the program, a traceback for instance.
+
+    multiprocessing would send them SIGTERM, which they ignore, and wait for ever.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -67,7 +67,7 @@ def open_split(data_path: str, data_name: str, split: str, img_dim: int | None =
     its folder, a file that is missing, truncated or not features, wrong feature size, captions that are no captions, or
     whose number does not fit the images.
     """
-    _check_name("--split", split)
+    check_name("--split", split)
     folder = find_folder(data_path, data_name)
     features_path, captions_path = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
     for path in (features_path, captions_path):
@@ -100,7 +100,7 @@ def find_folder(data_path: str, data_name: str) -> Path:
 
     Raises InputError where there is neither, or where the name leads out of DATA_PATH.
     """
-    _check_name("--data_name", data_name, nested=True)
+    check_name("--data_name", data_name, nested=True)
     folders = [Path(data_path) / data_name, Path(data_path) / "precomp"]
     for folder in folders:
         if os.path.isdir(folder):
@@ -111,8 +111,11 @@ def find_folder(data_path: str, data_name: str) -> Path:
     )
 
 
-def _check_name(flag: str, name: str, nested: bool = False) -> None:
-    """Refuse what is no plain name below a folder, such as "../other" or "/etc"; nested: "coco/precomp" is one too."""
+def check_name(flag: str, name: str, nested: bool = False) -> None:
+    """Raises InputError for what is no plain name below a folder, such as "../other" or "/etc".
+
+    nested: "coco/precomp" is one too.
+    """
     parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()
     stays = bool(parts) and ".." not in parts and not Path(name).anchor and (nested or name == parts[0])
     if not stays or len(os.fsencode(name)) > NAME_BYTES:

@@ -1,6 +1,8 @@
 """Batches: each pair once an epoch, each image once an evaluation, and the same ones whoever asks."""
 
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,6 +13,8 @@ from lib.data import batches
 from lib.data.batches import Batch, EpochBatches, ImageBatches, loader, on_device
 from lib.data.precomp import open_split
 from lib.data.tokenizer import load_tokenizer
+from lib.errors import InputError
+from lib.versions import ROOT
 from tests.conftest import TINY_BERT
 
 BATCH_SIZE, CPU = 16, torch.device("cpu")
@@ -117,6 +121,17 @@ def test_loading_leaves_the_random_state_of_the_run_untouched(epoch_batches, wor
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.usefixtures("two_workers")
+def test_shared_memory_without_room_is_one_clear_line(epoch_batches, monkeypatch):
+    def full(size):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    assert len(list(loader(epoch_batches(), 0, CPU))) == 7
+    with pytest.raises(InputError, match=r"--workers: no room in shared memory .* --workers 0.* --shm-size"):
+        list(loader(epoch_batches(), 1, CPU))
+
+
 def test_no_more_workers_than_cores(epoch_batches, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(3), raising=False)
     assert [loader(epoch_batches(), workers, CPU).num_workers for workers in (0, 2, 3, 10)] == [0, 2, 3, 3]
@@ -130,6 +145,20 @@ def test_features_keep_the_precision_of_the_file(make_data, tmp_path, tokenizer,
     batches = EpochBatches(split, tokenizer.tokenize(split.captions), tokenizer, 20, 0, 0)
     assert batches[0].features.dtype == expected
     assert ImageBatches(split.features, 3)[0].features.dtype == expected
+
+
+def test_a_program_that_still_holds_a_loader_ends_all_the_same(tiny_data):
+    """Its workers ignore the SIGTERM by which multiprocessing would end them."""
+    program = """
+import sys, torch
+from lib.data.batches import ImageBatches, loader
+from lib.data.precomp import open_split
+held = iter(loader(ImageBatches(open_split(*sys.argv[1:], "train").features, 2), 1, torch.device("cpu")))
+print(len(next(held).counts))
+"""
+    command = [sys.executable, "-c", program, *tiny_data]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
 
 
 # Evaluation

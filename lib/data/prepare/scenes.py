@@ -7,8 +7,6 @@ from pathlib import Path
 
 from lib.data.scenes import write_scenes
 
-SUMMARY = "draw the project's own data set: pictures of shapes, their captions and region features"
-
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the data sets")
