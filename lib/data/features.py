@@ -5,7 +5,7 @@
     {split}_offsets.npy  (images + 1,): image i has the rows from offsets[i] to offsets[i + 1]
 
 Nothing is read before it is asked for, and nothing is mapped: mapped pages of a file count as memory of each process
-that has touched them, reads at an offset do not, and they are faster (docs/data.md).
+that has touched them, reads at an offset do not, and they are faster (docs/log.md).
 """
 
 import io
@@ -41,8 +41,8 @@ class FeatureFile:
     """Region features of a split; regions are numbered through all images, each image once.
 
     starts: (images + 1,), image i has the regions from starts[i] to starts[i + 1]. counts: (images,) regions of each.
-    regions: the most of an image. varies: whether they differ in number. An instance travels to loader workers as a
-    path; each opens the file for itself.
+    regions: the most of an image. varies: whether they differ in number. An instance travels to loader workers without
+    features; each opens the file for itself.
     """
 
     def __init__(self, path: Path, repeats: int = 1):
@@ -111,10 +111,10 @@ class FeatureFile:
     def _fill(self, features: np.ndarray, rows: np.ndarray) -> None:
         """Read rows of the file, consecutive ones at once."""
         size = self._row_bytes
-        target = memoryview(features).cast("B") if len(rows) else b""
-        cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-        begins, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
-        for begin, end, row in zip(begins, ends, rows[begins].tolist() if len(rows) else (), strict=False):
+        target = memoryview(features).cast("B")
+        cuts = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+        begins, ends = [0, *cuts], [*cuts, len(rows)]
+        for begin, end, row in zip(begins, ends, rows[begins].tolist(), strict=True):
             self._read_at(self._data_at + row * size, target[begin * size : end * size])
 
     def _read_at(self, place: int, target: memoryview) -> None:
@@ -165,7 +165,7 @@ def _open_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     except Exception as error:  # a damaged header makes NumPy raise almost anything
         raise InputError(f"{path}: truncated or not a .npy file ({reason(error)}); copy or download it again") from None
     fits = len(shape) in (2, 3) and dtype in (np.float32, np.float16) and min(shape) >= 1
-    if not fits or shape[0] > MOST_IMAGES * MOST_REGIONS or (len(shape) == 3 and shape[1] > MOST_REGIONS):
+    if not fits or (len(shape) == 3 and (shape[0] > MOST_IMAGES or shape[1] > MOST_REGIONS)):
         raise InputError(
             f"{path}: expected float32 or float16 of shape (images, regions, img_dim), at most {MOST_REGIONS} regions, "
             f"found {one_line(f'{dtype} {shape}')}"

@@ -529,6 +529,16 @@ def test_a_header_that_claims_gigabytes_of_itself_is_not_read(folder):
         assert refusal(open_dev, folder).startswith(f"{path}: truncated or not a .npy file")
 
 
+def test_more_images_than_any_file_has_are_refused_before_they_are_counted(folder):
+    images = 2 * 10**8
+    path = write_bytes(
+        folder / "dev_ims.npy", with_header(f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({images}, 1, 1)}}")
+    )
+    grow(path, path.stat().st_size + 2 * images)
+    with memory_below(2**20):
+        assert refusal(open_dev, folder).startswith(f"{path}: expected float32 or float16")
+
+
 def test_what_a_header_says_does_not_reach_the_terminal_as_it_is(folder):
     descr = [("\x1b[2J" + "x" * 3000, "<f4")]
     write_bytes(folder / "dev_ims.npy", as_npy(np.zeros((7, 3, 4), dtype=descr)))
