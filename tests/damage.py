@@ -27,7 +27,7 @@ def grow(path, size):
 
 
 def write_bytes(path, content):
-    path.unlink(missing_ok=True)  # never shorten a file that is still mapped
+    path.unlink(missing_ok=True)  # never shorten a file that is still open
     path.write_bytes(content)
     return path
 
