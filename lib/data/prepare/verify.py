@@ -193,7 +193,7 @@ def _check_captions(split: Split) -> Iterator[Finding]:
         yield Finding(False, f"{split.name}: no captions; features to make splits from")
     repeated = len(split.captions) - len(set(split.captions))
     if repeated:
-        yield Finding(False, f"{split.name}_caps.txt: {_count(repeated, 'caption')} that stand there before already")
+        yield Finding(False, f"{split.name}_caps.txt: repeated captions: {repeated}")
 
 
 # All splits together

@@ -132,7 +132,7 @@ def test_what_is_odd_but_no_fault_is_a_note(folder, run):
     assert findings(out, "fault") == []
     notes = findings(out, "note")
     assert len(notes) == 2
-    assert notes[0].startswith("train_caps.txt: 2 captions that stand there before")
+    assert notes[0].startswith("train_caps.txt: repeated captions: 2")
     assert notes[1].startswith("dev: no dev_ids.txt")
 
 
