@@ -12,6 +12,7 @@ images come next, and in the file's order.
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -173,8 +174,6 @@ def warm_up(split: Split) -> None:
 
 def cached_bytes(split: Split) -> int | None:
     """Bytes of a file in the page cache; None where `fincore` is not there."""
-    import subprocess
-
     try:
         command = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(split.features.path)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

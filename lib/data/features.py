@@ -104,6 +104,10 @@ class FeatureFile:
                     length = min(READ_AHEAD_BYTES, end - first)
                     os.posix_fadvise(self._descriptor(), first, length, os.POSIX_FADV_WILLNEED)
 
+    def row_of(self, region: int) -> int:
+        """The row of a region in the file's array: its image's (first) row, or its own where images are packed."""
+        return int(region if self._is_packed else region // self.regions * self.repeats)
+
     def _stored(self, rows: np.ndarray) -> np.ndarray:
         """Where regions stand in the file, which may hold each image several times."""
         return rows if self.repeats == 1 else rows + rows // self.regions * (self.regions * (self.repeats - 1))
@@ -139,8 +143,7 @@ class FeatureFile:
         """Name the first row, of the array in the file, that cannot be used."""
         finite = np.isfinite(features).all(axis=1)
         bad = ~finite if not finite.all() else (np.abs(features) > np.finfo(np.float16).max).any(axis=1)
-        region = int(rows[bad][0])
-        row = region if self._is_packed else region // self.regions * self.repeats
+        row = self.row_of(rows[bad][0])
         if not finite.all():
             raise InputError(
                 f"{self.path}: row {row} holds NaN or infinite features; extract or download the file again"

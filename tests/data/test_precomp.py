@@ -226,6 +226,16 @@ def test_a_row_that_is_no_number_is_named_by_its_place_among_all_regions(tmp_pat
     assert message.startswith(f"{tmp_path / 'varying' / 'dev_ims.npy'}: row 7 holds NaN")
 
 
+@pytest.mark.parametrize("counts", [COUNTS, [3, 3, 3]])
+def test_the_row_of_a_packed_region_is_its_own_and_otherwise_its_images_first(tmp_path, counts):
+    write_varying(tmp_path / "packed", counts)
+    features = open_dev(tmp_path / "packed").features
+    assert [features.row_of(region) for region in range(sum(counts))] == list(range(sum(counts)))
+    write(tmp_path / "five", make_features(repeats=5))
+    features = open_dev(tmp_path / "five").features
+    assert [features.row_of(features.starts[image] + 2) for image in range(IMAGES)] == list(range(0, 5 * IMAGES, 5))
+
+
 OFFSETS = {
     "not from zero": [1, 3, 4, 9, 11, 13],
     "not to the end": [0, 3, 4, 9, 11, 12],

@@ -18,10 +18,9 @@ from lib.data.prepare.splits import (
     read_boxes,
     read_ids,
     read_sizes,
-    row_of,
     table,
 )
-from lib.data.prepare.writer import BOX_NUMBERS, HEADER_BYTES, SplitWriter
+from lib.data.prepare.writer import BOX_NUMBERS, HEADER_BYTES, SplitWriter, identify
 from lib.errors import InputError
 from lib.files import check_space
 
@@ -97,8 +96,7 @@ def _identify(split: Split) -> dict:
     """Names, sizes and times of the files that a split is made from."""
     endings = ("ims.npy", "offsets.npy", "caps.txt", "caps_counts.txt", "ids.txt", "sizes.txt", "boxes.npy")
     paths = [split.folder / f"{split.name}_{ending}" for ending in endings]
-    found = [(path.name, path.stat()) for path in paths if path.exists()]
-    return {"command": "pack", "sources": {name: [about.st_size, about.st_mtime_ns] for name, about in found}}
+    return {"command": "pack", "sources": [identify(path) for path in paths if path.exists()]}
 
 
 def _bytes_to_write(source: Source) -> int:
@@ -151,7 +149,7 @@ def _halve(file: FeatureFile, image: int, features: np.ndarray, so_far: Rounding
         rounding = so_far.and_of(features, half)
     if not np.isfinite(rounding.absolute):
         raise InputError(
-            f"{file.path}: row {row_of(file, image)} holds a feature beyond float16's largest number, "
+            f"{file.path}: row {file.row_of(file.starts[image])} holds a feature beyond float16's largest number, "
             f"{np.finfo(np.float16).max:.0f}; this data set has to stay in float32"
         )
     return half, rounding

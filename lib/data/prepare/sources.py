@@ -15,6 +15,7 @@ from lib.data.captions import CAPTIONS_PER_IMAGE, count_lines
 from lib.data.features import FeatureFile
 from lib.data.precomp import Split
 from lib.data.prepare.splits import read_boxes, read_ids, read_sizes
+from lib.data.prepare.writer import identify
 from lib.errors import InputError, reason
 
 FEATURES = "_ims.npy"
@@ -67,8 +68,7 @@ class Store:
         self.dtype = self._features.dtype
         self._boxes, self._sizes = read_boxes(parts), read_sizes(parts)
         self.has_boxes = self._boxes is not None
-        status = path.stat()
-        self.identity = {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        self.identity = identify(path)
 
     def read(self, image_id: str) -> Regions:
         place = self.places[image_id]

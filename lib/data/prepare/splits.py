@@ -44,11 +44,6 @@ def open_any(data_path: str | Path, data_name: str, name: str) -> Split:
     return Split(name, folder, features, [], np.zeros(0, np.int64))
 
 
-def row_of(features: FeatureFile, image: int) -> int:
-    """The first row of an image in the file's array."""
-    return int(features.starts[image]) if features.varies else image * features.repeats
-
-
 def captions_of_images(split: Split) -> list[list[str]]:
     """The captions of each image."""
     ends = np.cumsum(np.bincount(split.image_of_caption, minlength=len(split.features)))

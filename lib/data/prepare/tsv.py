@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lib.data.features import MOST_REGIONS, FeatureFile
 from lib.data.prepare.dataset import add_target_flags, describe_counts, target_folder
-from lib.data.prepare.writer import BOX_NUMBERS, SplitWriter
+from lib.data.prepare.writer import BOX_NUMBERS, SplitWriter, identify
 from lib.errors import InputError, one_line, reason
 from lib.files import check_space
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--split {one_line(repr(args.split))}: at most 100 letters, digits, '_' and '-'")
     folder = target_folder(args)
     path = folder / f"{args.split}_ims.npy"
-    files = [_identify(file) for file in args.files]
+    files = [identify(file) for file in args.files]
     writer = SplitWriter(folder, args.split, {"command": "tsv", "files": files}, boxes=True)
     if not writer.finished:
         check_space(folder, sum(file["bytes"] for file in files) * 3 // 4 - writer.bytes_there, "the store")
@@ -143,11 +143,3 @@ def _floats(name: str, field: bytes, regions: int) -> np.ndarray:
     if not content or len(content) % (4 * regions):
         raise ValueError(f"{name} has {len(content)} bytes, which is not the same number of floats for {regions} boxes")
     return np.frombuffer(content, "<f4").reshape(regions, -1)
-
-
-def _identify(path: Path) -> dict:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
-    return {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

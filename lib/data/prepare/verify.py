@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lib.data.features import FeatureFile
 from lib.data.precomp import Split
-from lib.data.prepare.splits import find_splits, open_any, read_boxes, read_ids, read_sizes, row_of, table
+from lib.data.prepare.splits import find_splits, open_any, read_boxes, read_ids, read_sizes, table
 from lib.errors import InputError, one_line
 
 BLOCK_BYTES = 2**24  # of features read at a time
@@ -119,7 +119,7 @@ def _scan(split: Split) -> Scan:
         _stored_images(features), split.name, len(features), leave=False, disable=None, unit=" images", unit_scale=True
     )
     for image, rows in enumerate(stored):
-        first = row_of(features, image)
+        first = features.row_of(features.starts[image])
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             scan.not_finite.extend((first + np.flatnonzero(~finite)).tolist())

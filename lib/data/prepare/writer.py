@@ -303,6 +303,15 @@ class SplitWriter:
         return arrays
 
 
+def identify(path: Path) -> dict:
+    """What tells a file from another, for `made_from`. Raises InputError where it cannot be read."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    return {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
 def _open(path: Path) -> BinaryIO:
     """For reading and writing, made where it is not there, never emptied."""
     return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")

@@ -14,6 +14,12 @@ from lib.data.features import FeatureFile
 from lib.data.prepare import writer
 
 
+def record_every(size: int, monkeypatch) -> None:
+    """Have the writer record how far it has come after so many bytes of features, and nothing wait for the disk."""
+    monkeypatch.setattr(writer, "SYNC_BYTES", size)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.exists() else {}
 

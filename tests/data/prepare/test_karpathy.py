@@ -16,7 +16,7 @@ from lib.data.prepare import karpathy, writer
 from lib.data.prepare.karpathy import read_karpathy
 from lib.data.prepare.sources import Features
 from tests.damage import changes, cuts, memory_below, refusal, spoil, unless_refused, write_bytes
-from tests.data.prepare.interruptions import check_final, contents, files_at_most, kill, restore, states
+from tests.data.prepare.interruptions import check_final, contents, files_at_most, kill, record_every, restore, states
 from tests.data.prepare.samples import (
     IMG_DIM,
     check_split,
@@ -314,8 +314,7 @@ def test_any_bytes_are_karpathys_or_refused(tmp_path_factory, content):
 
 @pytest.fixture
 def often(monkeypatch):
-    monkeypatch.setattr(writer, "SYNC_BYTES", 250)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    record_every(250, monkeypatch)
 
 
 @pytest.fixture

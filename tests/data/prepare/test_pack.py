@@ -19,7 +19,7 @@ from lib.data.prepare.splits import open_any, read_boxes, read_ids, read_sizes
 from lib.evaluation import rounding
 from lib.evaluation.matcher import load_matcher
 from lib.evaluation.rounding import compare_scores
-from tests.data.prepare.interruptions import check_final, contents, kill
+from tests.data.prepare.interruptions import check_final, contents, kill, record_every
 
 REGIONS, IMG_DIM = 3, 4
 COUNTS = [2, 1, 4, 3]
@@ -165,8 +165,7 @@ def test_packing_loads_no_evaluation(folder):
 @pytest.fixture
 def often(monkeypatch):
     """How far the work has come is recorded at about every second image; nothing waits for the disk."""
-    monkeypatch.setattr(writer, "SYNC_BYTES", 40)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    record_every(40, monkeypatch)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`prepare tsv`: bottom-up attention TSV files become a store, to the bit; damaged lines are named; it goes on."""
 
 import base64
-import os
 import shutil
 
 import numpy as np
@@ -13,7 +12,7 @@ from lib.data.features import FeatureFile
 from lib.data.prepare import tsv, writer
 from lib.data.prepare.tsv import COLUMNS, LINE_BYTES, read_row
 from tests.damage import changes, cuts, grow, memory_below, refusal, spoil, unless_refused
-from tests.data.prepare.interruptions import check_final, contents, files_at_most, restore, states
+from tests.data.prepare.interruptions import check_final, contents, files_at_most, record_every, restore, states
 from tests.data.prepare.samples import IMG_DIM, encode, make_images, prepare, refused, tsv_line, write_tsv
 
 VARYING = (3, 10, 1, 6)
@@ -212,8 +211,7 @@ def test_any_bytes_are_a_sound_row_or_refused(line):
 @pytest.fixture
 def often(monkeypatch):
     """How far the work has come is recorded at every third image or so; nothing waits for the disk."""
-    monkeypatch.setattr(writer, "SYNC_BYTES", 250)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    record_every(250, monkeypatch)
 
 
 @pytest.fixture

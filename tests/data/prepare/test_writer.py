@@ -11,7 +11,6 @@ import pytest
 from lib.cli import program
 from lib.data.features import FeatureFile
 from lib.data.precomp import open_split
-from lib.data.prepare import writer
 from lib.data.prepare.writer import SplitWriter
 from lib.errors import InputError
 from tests.damage import refusal
@@ -22,6 +21,7 @@ from tests.data.prepare.interruptions import (
     final,
     kill,
     press_ctrl_c,
+    record_every,
     restore,
     states,
 )
@@ -55,8 +55,7 @@ def write(folder, counts=COUNTS, dtype=np.float32, boxes=True, source=SOURCE, ad
 @pytest.fixture
 def often(monkeypatch):
     """How far the work has come is recorded at about every second image; nothing waits for the disk."""
-    monkeypatch.setattr(writer, "SYNC_BYTES", 60)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    record_every(60, monkeypatch)
 
 
 @pytest.fixture
