@@ -75,6 +75,9 @@ class RunSettings:
     log_step: int = flag(100, "steps between two lines of the log")
     save_steps: int = flag(1000, "steps between two checkpoints within an epoch; 0 = only after each epoch")
     keep: int = flag(2, "newest checkpoints to keep; model_best.pt stays beside them")
+    micro_batch: int = flag(
+        0, "captions that BERT takes at a time in training, for less memory; the loss stays the whole batch's; 0 = all"
+    )
     resume: str = flag(
         "", "run folder or checkpoint to go on from, its settings are the defaults then; auto: newest of MODEL_NAME"
     )
@@ -97,7 +100,8 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
     def __post_init__(self):
         for name in ("img_dim", "batch_size", "num_epochs", "log_step", "keep", "learning_rate", "margin"):
             _refuse(not getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")  # NaN is not
-        for name in ("workers", "lr_update", "vse_mean_warmup_epochs", "grad_clip", "save_steps", "seed"):
+        others = ("workers", "lr_update", "vse_mean_warmup_epochs", "grad_clip", "save_steps", "micro_batch", "seed")
+        for name in others:
             _refuse(not getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
         _refuse(self.seed >= 2**63, f"--seed {self.seed}: must be below 2**63")
         _refuse(self.batch_size < 2, "--batch_size 1: a batch needs a second pair to take negatives from")
