@@ -2,7 +2,8 @@
 #
 # The active Python is used if it meets the requirements; else .venv, which is made, or completed, here. Packages come
 # from wherever pip is set up to find them; PyTorch with CUDA is about 5 GB.
-# REQUIREMENTS: the requirements files that must be met.
+# REQUIREMENTS: the requirements files that must be met. NPROC: processes that train together, one a GPU; LAUNCH becomes
+# what starts a program so.
 
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
 
@@ -38,3 +39,17 @@ choose_python() {
 }
 
 choose_python
+
+LAUNCH=$PYTHON
+case ${NPROC:=1} in
+    1) ;;
+    '' | *[!0-9]* | 0*)
+        echo "error: NPROC=$NPROC: expected a number of processes" >&2
+        exit 2
+        ;;
+    *)
+        cores=$(getconf _NPROCESSORS_ONLN)
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}"
+        LAUNCH="$PYTHON -m torch.distributed.run --standalone --nproc_per_node $NPROC"
+        ;;
+esac

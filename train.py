@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from lib.cli import program
 from lib.config import TrainSettings, parse
 from lib.environment import check_packages
+from lib.processes import is_restarted
 
 
 @program
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(TrainSettings, __doc__, argv)
     check_packages()
-    from lib.training.origin import find_origin, refuse_changes  # importing PyTorch takes seconds: not before the
-    from lib.training.train import train  # flags are right
+    # Importing PyTorch takes seconds: not before the flags are right.
+    from lib.training.origin import find_origin, find_own_checkpoint, refuse_changes
+    from lib.training.train import train
 
     origin = find_origin(settings)
     if origin:
         settings = parse(TrainSettings, __doc__, argv, origin.defaults)
+    if is_restarted():
+        origin = find_own_checkpoint(settings) or origin
+    if origin:
         refuse_changes(settings, origin)
     train(settings, origin)
 

@@ -9,7 +9,8 @@ RUN=${RUN:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 
 "$PYTHON" -m lib.data.prepare scenes
 
-"$PYTHON" train.py \
+# shellcheck disable=SC2086 -- a command and its arguments
+$LAUNCH train.py \
     --data_name scenes_precomp --img_dim 414 --bert vocab/scenes \
     --embed_size 128 --batch_size 32 \
     --num_epochs 5 --learning_rate 0.002 --lr_update 4 --vse_mean_warmup_epochs 5 \

@@ -6,7 +6,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from lib.errors import InputError, Interrupted, TrainingStopped
+from lib import processes
+from lib.errors import InputError, Interrupted, PeerLost, TrainingStopped, reason
+
+LESS_MEMORY = "take a smaller --batch_size, in training rather a smaller --micro_batch, or --precision bf16"
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -24,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if processes.is_first() else None)
 
 
 def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
@@ -36,23 +39,40 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        processes.keep_quiet()
         try:
             main(argv)
         except (InputError, TrainingStopped) as error:
-            print(f"error: {_last_line(error)}", file=sys.stderr)
+            processes.speak(f"error: {_last_line(error)}")
             return error.exit_code
-        except Interrupted as stopped:
-            print(stopped, file=sys.stderr)
+        except PeerLost as error:
+            processes.wait_for_the_end()
+            processes.speak(f"error: {error}")
+            return error.exit_code
+        except Interrupted as stopped:  # of all processes of a job at once
+            if processes.is_first():
+                print(stopped, file=sys.stderr)
             return stopped.exit_code
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            processes.speak(f"error: out of memory ({reason(error)}); {LESS_MEMORY}")
+            return 1
         except BrokenPipeError:  # whoever read our output (`| head`) has gone; the rest goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            if processes.is_first():
+                print("interrupted", file=sys.stderr)
             return 130
         return 0
 
     return run
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is PyTorch's complaint, of a GPU's memory or of the CPU's."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
 
 
 def _last_line(error: Exception) -> str:

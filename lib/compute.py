@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lib import processes
 from lib.errors import InputError
 
 
@@ -35,13 +36,19 @@ class Compute:
             if self.device.type == "cuda"
             else f"{torch.get_num_threads()} threads"
         )
-        return f"{self.device} ({name}), {self.precision}"
+        job = f", {processes.count()} processes" if processes.count() > 1 else ""
+        return f"{self.device} ({name}), {self.precision}{job}"
 
 
 def choose_compute(device: str = "auto", precision: str = "") -> Compute:
-    """Resolve --device and --precision, and set PyTorch up for them. Raises InputError for what is not there."""
+    """Resolve --device and --precision, and set PyTorch up for them. Raises InputError for what is not there.
+
+    The processes of a job take one GPU of their node each.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.count() > 1 and device.startswith("cuda"):
+        device = _gpu_of_this_process(device)
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -60,3 +67,14 @@ def choose_compute(device: str = "auto", precision: str = "") -> Compute:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may add up in any order
         torch.use_deterministic_algorithms(True, warn_only=True)
     return Compute(chosen, precision)
+
+
+def _gpu_of_this_process(device: str) -> str:
+    if device != "cuda":
+        raise InputError(f"--device {device}: the processes of a job take one GPU each; leave the number out")
+    if processes.local_count() > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node {processes.local_count()}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
+            "start as many processes, or use --device cpu"
+        )
+    return f"cuda:{processes.local_rank()}"

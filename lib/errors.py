@@ -23,6 +23,12 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal  # as shells count it
 
 
+class PeerLost(Exception):
+    """Another process of the same job has gone; what went wrong is for that one, or for torchrun, to say."""
+
+    exit_code = 1
+
+
 def reason(error: Exception) -> str:
     """The first line of what a library's error says, to be quoted in ours."""
     return one_line(str(error)) or type(error).__name__

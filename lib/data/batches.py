@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from lib import processes
 from lib.data.augment import choose_regions, disturb_words
 from lib.data.features import FeatureFile
 from lib.data.precomp import Split
@@ -23,14 +24,14 @@ READ_AHEAD = 8  # batches that the system is told of beforehand; see docs/data.m
 
 
 class Batch(NamedTuple):
-    """B image-caption pairs; image i belongs to caption i."""
+    """B image-caption pairs, or the part of them that is one process's; image i belongs to caption i."""
 
     features: (
-        Tensor  # (n, img_dim) of all regions, one image after the other; or their numbers in ResidentFeatures (n,)
+        Tensor  # (n, img_dim) of the part's regions, one image after the other; or their numbers in ResidentFeatures
     )
-    counts: Tensor  # (B,) regions of each image
-    ids: Tensor  # (B, N) token ids, 0 beyond `lengths`
-    lengths: Tensor  # (B,) tokens of each caption
+    counts: Tensor  # (B,) regions of each image of the whole batch
+    ids: Tensor  # (b, N) token ids of the part's captions, 0 beyond `lengths`
+    lengths: Tensor  # (B,) tokens of each caption of the whole batch
 
 
 class Images(NamedTuple):
@@ -43,7 +44,7 @@ class Images(NamedTuple):
 class EpochBatches(Dataset):
     """The training batches of one epoch: every pair once, shuffled and augmented, the last incomplete batch dropped.
 
-    Batch k is a function of (seed, epoch, k) alone, whoever asks for it and in whatever order.
+    Batch k is a function of (seed, epoch, k) alone, whoever asks for it, for whatever part and in whatever order.
     """
 
     def __init__(
@@ -56,12 +57,16 @@ class EpochBatches(Dataset):
         epoch: int,
         half: bool = False,
         resident: bool = False,
+        part: slice = slice(None),
     ):
-        """half: features in float16. resident: none are read, batches hold the numbers of the regions instead."""
+        """half: features in float16. resident: none are read, batches hold the numbers of the regions instead.
+
+        part: the pairs of each batch that are this process's.
+        """
         self.features, self.image_of_caption = split.features, split.image_of_caption
         self.captions, self.tokenizer = captions, tokenizer
         self.seed, self.epoch = seed, epoch
-        self.half, self.resident = half, resident
+        self.half, self.resident, self.part = half, resident, part
         order = self._rng(0).permutation(len(captions))
         self.pairs = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
 
@@ -75,13 +80,15 @@ class EpochBatches(Dataset):
         rng, pairs = self._rng(1 + k), self.pairs[k]
         images = self.image_of_caption[pairs]
         rows, counts = choose_regions(self.features.starts[images], self.features.counts[images], rng)
+        rows = np.concatenate(np.split(rows, np.cumsum(counts)[:-1])[self.part])
         features = torch.from_numpy(rows) if self.resident else self._read(k, rows)
         words = disturb_words(self.captions.select(pairs), self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
-        return Batch(features, *map(torch.from_numpy, (counts, *self.tokenizer.pad(words))))
+        ids, lengths = self.tokenizer.pad(words)
+        return Batch(features, *map(torch.from_numpy, (counts, ids[self.part], lengths)))
 
     def _read(self, k: int, rows: np.ndarray) -> Tensor:
         if k + READ_AHEAD < len(self):
-            self.features.read_ahead(self.image_of_caption[self.pairs[k + READ_AHEAD]])
+            self.features.read_ahead(self.image_of_caption[self.pairs[k + READ_AHEAD][self.part]])
         return _read(self.features, rows, self.half)
 
 
@@ -123,13 +130,12 @@ def _allocate(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
-    """Read whole batches in order with up to `workers` processes, no more than there are cores."""
+    """Read whole batches in order with up to `workers` processes, no more than the job's process has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return DataLoader(
         batches,
         batch_size=None,
-        num_workers=min(
-            workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ),
+        num_workers=min(workers, max(1, cores // processes.local_count())),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else opening a loader would draw from the run's random state

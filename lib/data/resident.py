@@ -6,8 +6,8 @@ from contextlib import suppress
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lib.bar import with_bar
 from lib.data.features import FeatureFile
 from lib.errors import InputError
 
@@ -21,7 +21,7 @@ class ResidentFeatures:
         """Read the whole file once. Raises InputError on NaN, on values beyond float16, and where memory is short."""
         self._rows = _allocate(features, device)  # (all regions, img_dim)
         step = max(1, BLOCK_BYTES // (features.img_dim * features.dtype.itemsize))
-        for start in tqdm(range(0, len(self._rows), step), desc="features", leave=False, disable=None):
+        for start in with_bar(range(0, len(self._rows), step), "features"):
             rows = np.arange(start, min(start + step, len(self._rows)))
             self._rows[start : start + len(rows)] = torch.from_numpy(features.read_rows(rows, half=True))
 

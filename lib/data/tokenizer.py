@@ -12,8 +12,8 @@ import numpy as np
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said explicitly, it does not warn when loader workers start
 
 from tokenizers import Tokenizer as Backend
-from tqdm import tqdm
 
+from lib.bar import with_bar
 from lib.data.ragged import ranges
 from lib.errors import InputError, reason
 from lib.hub import is_folder, quiet
@@ -63,7 +63,7 @@ class Tokenizer:
 
     def tokenize(self, captions: list[str]) -> TokenizedCaptions:
         """Split captions into words (lower case, accents and punctuation as BERT does) and words into pieces."""
-        starts = tqdm(range(0, len(captions) or 1, AT_ONCE), desc="tokens", leave=False, disable=None)
+        starts = with_bar(range(0, len(captions) or 1, AT_ONCE), "tokens")
         blocks = [self._tokenize(captions[start : start + AT_ONCE]) for start in starts]
         ids, words, lengths = map(np.concatenate, zip(*blocks, strict=True))
         return TokenizedCaptions(ids, words, np.concatenate([[0], np.cumsum(lengths)]))

@@ -3,43 +3,71 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lib.bar import with_bar
 from lib.checkpoint import build_model, find_checkpoint, read_checkpoint
 from lib.compute import Compute, choose_compute
 from lib.data.batches import Images
 from lib.data.ragged import ranges
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.errors import InputError
+from lib.evaluation.parts import Shares, blocks, blocks_of, chunks, count, overlap, unshared, within
+from lib.model import collectives
 from lib.model.regions import pad_regions, real_regions
 from lib.model.similarity import Scorer
 from lib.model.xdim import XDim
 
-SCORE_IMAGES = 64  # images scored between two moves of the progress bar
 LIKE_COUNTS = 8  # images padded to one number of regions, where the numbers differ
-SCORE_PAIRS = 512  # images whose pairs are scored between two moves, where pairs are scored one by one
+
+Strips = Iterator[tuple[int, Tensor]]  # first caption, scores (own images, captions) of consecutive captions
 
 
 class Embeddings(NamedTuple):
-    """Images and captions of a split in the shared dimensions, on the device that scores them."""
+    """A process's share of a split's images and captions in the shared dimensions, on the device that scores them."""
 
-    regions: Tensor  # (regions, D), of all images one after the other
-    counts: Tensor  # (images,) regions of each, on the CPU
-    words: Tensor  # (words, D), of all captions one after the other
-    lengths: Tensor  # (captions,) words of each, on the CPU
+    regions: Tensor  # (regions, D), of the share's images one after the other
+    counts: Tensor  # (own images,) regions of each, on the CPU
+    words: Tensor  # (words, D), of the share's captions one after the other
+    lengths: Tensor  # (captions,) words of each caption of the split, on the CPU
+    shares: Shares
 
     def padded(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Regions (images, longest, D) of some images, ascending (images,), and which are real; None: all."""
+        """Regions (images, longest, D) of some own images, counted from the first of them, ascending (images,), and
+        which are real; None: all."""
         counts, ends = self.counts[images], self.counts.cumsum(0)
         first, last = int(images[0]), int(images[-1])
-        if last - first + 1 == len(images):
-            rows = self.regions[ends[first] - self.counts[first] : ends[last]]
+        if last - first + 1 == len(images):  # copied, since products may depend on where in memory their factors start
+            rows = self.regions[ends[first] - self.counts[first] : ends[last]].clone()
         else:
             places = ranges((ends[images] - counts).numpy(), counts.numpy())
             rows = self.regions[torch.from_numpy(places).to(self.regions.device)]
         return pad_regions(rows, counts), real_regions(counts, rows.device)
+
+    def own_words(self, captions: slice) -> Tensor:
+        """Words (words, D) of consecutive captions of the share."""
+        first = self._words_before(self.shares.mine.captions.start)
+        return self.words[self._words_before(captions.start) - first : self._words_before(captions.stop) - first]
+
+    def words_of(self, captions: slice) -> Tensor:
+        """Words (words, D) of consecutive captions of the split, which all processes have to ask for."""
+        if len(self.shares.parts) == 1:
+            return self.own_words(captions)
+        first = self._words_before(captions.start)
+        words = self.words.new_empty(self._words_before(captions.stop) - first, self.words.shape[1])
+        for owner, share in enumerate(self.shares.parts):
+            owned = overlap(captions, share.captions)
+            if count(owned):
+                piece = words[self._words_before(owned.start) - first : self._words_before(owned.stop) - first]
+                if owner == self.shares.own:
+                    piece.copy_(self.own_words(owned))
+                collectives.broadcast(piece, owner)
+        return words
+
+    def _words_before(self, caption: int) -> int:
+        return int(self.lengths[:caption].sum())
 
 
 class Matcher:
@@ -75,40 +103,52 @@ class Matcher:
                 raise InputError("regions: NaN or infinite features")
         if isinstance(captions, str) or not captions:
             raise InputError("captions: expected a list of one sentence or more")
-        batches = (images[first : first + batch_size] for first in range(0, len(images), batch_size))
-        embedded = self.embed_images(Images(torch.cat(some), torch.tensor(list(map(len, some)))) for some in batches)
-        embeddings = Embeddings(*embedded, *self.embed_captions(self.tokenizer.tokenize(list(captions)), batch_size))
-        return torch.cat([scores.cpu() for _, scores in score_blocks(self.scorer(), embeddings)])
+        counts = torch.tensor([len(image) for image in images])
+        batches = (slice(first, first + batch_size) for first in range(0, len(images), batch_size))
+        regions = self.embed_images((Images(torch.cat(images[some]), counts[some]) for some in batches), counts)
+        tokens = self.tokenizer.tokenize(list(captions))
+        words, lengths = self.embed_captions(tokens, [slice(0, len(captions))], batch_size)
+        embeddings = Embeddings(regions, counts, words, lengths, unshared(len(images), len(captions)))
+        return gather_scores(score_strips(self.scorer(), embeddings), embeddings).cpu()
 
     @torch.inference_mode()
-    def embed_images(self, batches: Iterable[Images], total: int | None = None) -> tuple[Tensor, Tensor]:
-        """Region embeddings (regions, D) of all images one after the other, on the device, float32, and their counts
-        (images,)."""
-        embedded, counts = [], []
-        for images in tqdm(batches, desc="images", total=total, leave=False, disable=None):
-            features = images.features.to(self.compute.device, non_blocking=True).float()
-            with self.compute.autocast():
-                embedded.append(self.model.encode_images(features))
-            counts.append(images.counts)
-        return torch.cat(embedded), torch.cat(counts)
+    def embed_images(self, batches: Iterable[Images], counts: Tensor) -> Tensor:
+        """Region embeddings (regions, D) of images one after the other, on the device, float32.
 
-    @torch.inference_mode()
-    def embed_captions(self, captions: TokenizedCaptions, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Word embeddings (words, D) of all captions one after the other, on the device, and lengths (captions,).
-
-        Captions of like length are encoded together, so that little is padded.
+        counts: (images,) regions of each.
         """
-        ids, lengths = (torch.from_numpy(array) for array in self.tokenizer.pad(captions))
-        starts = lengths.cumsum(0) - lengths
-        words = None
-        for batch in tqdm(lengths.argsort(stable=True).split(batch_size), desc="captions", leave=False, disable=None):
-            batch_ids = ids[batch, : lengths[batch].max()].to(self.compute.device)
+        dims, end = self.model.image_encoder.linear.out_features, 0
+        embedded = torch.empty(int(counts.sum()), dims, device=self.compute.device)
+        for images in with_bar(batches, "images"):
+            features = images.features.to(self.compute.device, non_blocking=True).float()
+            begin, end = end, end + len(features)
             with self.compute.autocast():
-                embedded = self.model.encode_captions(batch_ids, lengths[batch])
-            if words is None:
-                words = embedded.new_empty(int(lengths.sum()), embedded.shape[1])
-            places = [torch.arange(length) + start for start, length in zip(starts[batch], lengths[batch], strict=True)]
-            words[torch.cat(places).to(words.device)] = embedded
+                embedded[begin:end] = self.model.encode_images(features)
+        return embedded
+
+    @torch.inference_mode()
+    def embed_captions(
+        self, captions: TokenizedCaptions, groups: Sequence[slice], batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Word embeddings (words, D) of some captions one after the other, on the device; lengths (captions,) of all.
+
+        groups: consecutive captions to encode, one group after the other. Captions of like length of a group are
+        encoded together, so that little is padded.
+        """
+        lengths = torch.from_numpy(self.tokenizer.pad(captions)[1])
+        batches = [
+            group.start + some for group in groups for some in lengths[group].argsort(stable=True).split(batch_size)
+        ]
+        encoded = slice(groups[0].start, groups[-1].stop) if groups else slice(0, 0)
+        starts = lengths.cumsum(0) - lengths - lengths[: encoded.start].sum()
+        dims = self.model.text_encoder.linear.out_features
+        words = torch.empty(int(lengths[encoded].sum()), dims, device=self.compute.device)
+        for batch in with_bar(batches, "captions"):
+            ids, _ = self.tokenizer.pad(captions.select(batch.numpy()))
+            with self.compute.autocast():
+                embedded = self.model.encode_captions(torch.from_numpy(ids).to(words.device), lengths[batch])
+            places = ranges(starts[batch].numpy(), lengths[batch].numpy())
+            words[torch.from_numpy(places).to(words.device)] = embedded
         return words, lengths
 
     def scorer(self, coarse: bool = False) -> Scorer:
@@ -117,33 +157,75 @@ class Matcher:
             return self.model.similarity.scorer(coarse)
 
 
-def score_blocks(scorer: Scorer, embeddings: Embeddings) -> Iterator[tuple[int, Tensor]]:
-    """Scores of all pairs as (first image, scores (images, captions)), some images at a time, on their device.
+def score_strips(scorer: Scorer, embeddings: Embeddings) -> Strips:
+    """Scores of own images and all captions, a chunk of captions at a time, on their device.
 
     Images of a block that differ in their number of regions are scored with those that have like numbers.
     """
-    _, counts, words, lengths = embeddings
-    for first in tqdm(range(0, len(counts), SCORE_IMAGES), desc="scores", leave=False, disable=None):
-        of_block = counts[first : first + SCORE_IMAGES]
-        scores = words.new_empty(len(of_block), len(lengths))
-        for images in _of_like_counts(of_block):
-            regions, real = embeddings.padded(first + images)
-            scores[images.to(scores.device)] = scorer.all_pairs(regions, words, lengths, real)
-        yield first, scores
+    of_images, of_captions = blocks(len(embeddings.counts)), chunks(len(embeddings.lengths))
+    steps = with_bar(range(len(of_images) * len(of_captions)), "scores")
+    for chunk in of_captions:
+        yield chunk.start, _score_chunk(scorer, embeddings, chunk, zip(of_images, steps, strict=False))
 
 
-def score_pairs_in_chunks(scorer: Scorer, embeddings: Embeddings, images: Tensor, captions: Tensor) -> Tensor:
-    """Scores (P,) of chosen pairs, given as indices (P,) of images, ascending, and of captions."""
-    images, captions, scores = images.cpu(), captions.cpu(), []
-    steps = range(int(images[0]), int(images[-1]) + 1, SCORE_PAIRS) if len(images) else ()
-    for first in tqdm(steps, desc="exact scores", leave=False, disable=None):
-        pairs = slice(*torch.searchsorted(images, torch.tensor([first, first + SCORE_PAIRS])).tolist())
-        if pairs.start < pairs.stop:
-            block = torch.arange(first, min(first + SCORE_PAIRS, len(embeddings.counts)))
-            regions, real = embeddings.padded(block)
-            chosen = (images[pairs] - first, captions[pairs], real)
-            scores.append(scorer.pairs(regions, embeddings.words, embeddings.lengths, *chosen))
-    return torch.cat(scores) if scores else embeddings.words.new_empty(0)
+def _score_chunk(scorer: Scorer, embeddings: Embeddings, chunk: slice, steps: Iterable[tuple[slice, int]]) -> Tensor:
+    """Scores (own images, captions) of a chunk."""
+    words, lengths = embeddings.words_of(chunk), embeddings.lengths[chunk]
+    scores = words.new_empty(len(embeddings.counts), len(lengths))
+    for block, _ in steps:
+        for images in _of_like_counts(embeddings.counts[block]):
+            regions, real = embeddings.padded(block.start + images)
+            scores[(block.start + images).to(scores.device)] = scorer.all_pairs(regions, words, lengths, real)
+    return scores
+
+
+def gather_scores(strips: Strips, embeddings: Embeddings) -> Tensor:
+    """All scores (images, captions), on every process: this memory does not fall with the number of processes."""
+    shares, every = embeddings.shares, None
+    for first, scores in strips:
+        scores = shares.gather_images(scores)
+        if every is None:
+            every = scores.new_empty(len(scores), len(embeddings.lengths))
+        every[:, first : first + scores.shape[1]] = scores
+    return every
+
+
+def score_true_pairs(scorer: Scorer, embeddings: Embeddings, image_of_caption: np.ndarray) -> Tensor:
+    """Scores (captions,) of each caption and its own image, on every process. image_of_caption: (captions,)."""
+    scores = [embeddings.words.new_empty(0)]
+    for images, captions in with_bar(blocks_of(embeddings.shares.mine, image_of_caption), "true pairs"):
+        block = within(images, embeddings.shares.mine.images)
+        regions, real = embeddings.padded(torch.arange(block.start, block.stop))
+        pairs = torch.from_numpy(image_of_caption[captions] - images.start), torch.arange(count(captions))
+        words, lengths = embeddings.own_words(captions), embeddings.lengths[captions]
+        scores.append(scorer.pairs(regions, words, lengths, *pairs, real))
+    return embeddings.shares.gather_captions(torch.cat(scores))
+
+
+def score_pairs(scorer: Scorer, embeddings: Embeddings, images: Tensor, captions: Tensor) -> Tensor:
+    """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, on every process.
+
+    All processes have to ask for the same pairs.
+    """
+    images, captions = images.cpu() - embeddings.shares.mine.images.start, captions.cpu()
+    of_images, of_captions = blocks(len(embeddings.counts)), chunks(len(embeddings.lengths))
+    steps = with_bar(range(len(of_images) * len(of_captions)), "exact scores")
+    scores = embeddings.words.new_zeros(len(images))
+    for chunk in of_captions:
+        of_chunk = _inside(captions, chunk)
+        words, lengths = embeddings.words_of(chunk) if len(of_chunk) else None, embeddings.lengths[chunk]
+        for block, _ in zip(of_images, steps, strict=False):
+            some = of_chunk[_inside(images[of_chunk], block)]
+            if len(some):
+                regions, real = embeddings.padded(torch.arange(block.start, block.stop))
+                pairs = images[some] - block.start, captions[some] - chunk.start
+                scores[some.to(scores.device)] = scorer.pairs(regions, words, lengths, *pairs, real)
+    return embeddings.shares.add_up(scores)
+
+
+def _inside(numbers: Tensor, part: slice) -> Tensor:
+    """Indices of the numbers that are in a part, ascending."""
+    return ((numbers >= part.start) & (numbers < part.stop)).nonzero().squeeze(1)
 
 
 def _of_like_counts(counts: Tensor) -> list[Tensor]:

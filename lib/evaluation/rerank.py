@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lib.evaluation.metrics import RECALL_AT
-from lib.evaluation.ranks import Part, Ranks, rank_matrix
+from lib.evaluation.parts import Part
+from lib.evaluation.ranks import Ranks, rank_matrix
 
 FIRST_K = max(RECALL_AT)
 

@@ -10,7 +10,7 @@ from lib.data.precomp import Split
 from lib.evaluation.evaluate import Timing, embed_split, rank_exactly
 from lib.evaluation.matcher import Matcher
 from lib.evaluation.metrics import retrieval_metrics
-from lib.evaluation.ranks import whole
+from lib.evaluation.parts import whole
 
 BLOCK_IMAGES = 64  # compared at a time
 

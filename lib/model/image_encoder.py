@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lib.model.batch_norm import BatchNorm
 from lib.model.norm import l2_normalize
 
 
@@ -15,7 +16,7 @@ class ImageEncoder(nn.Module):
         self.linear = nn.Linear(img_dim, embed_size)
         self.mlp = nn.Sequential(
             nn.Linear(img_dim, embed_size // 2),
-            nn.BatchNorm1d(embed_size // 2),
+            BatchNorm(embed_size // 2),
             nn.ReLU(),
             nn.Linear(embed_size // 2, embed_size),
         )

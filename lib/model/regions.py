@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 
-def pad_regions(rows: Tensor, counts: Tensor) -> Tensor:
+def pad_regions(rows: Tensor, counts: Tensor, longest: int | None = None) -> Tensor:
     """Rows (n, d) of all images, one image after the other, as (images, longest, d), zero beyond an image's count.
 
-    counts: (images,), on the CPU, so that nothing has to wait for a device.
+    counts: (images,), on the CPU, so that nothing has to wait for a device. longest: at least the largest count, which
+    it is if left out.
     """
-    longest = int(counts.max())
+    longest = longest or int(counts.max())
     if len(rows) == len(counts) * longest:
         return rows.view(len(counts), longest, -1)
     places = (torch.arange(longest) < counts[:, None]).flatten().nonzero().squeeze(1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lib.model.collectives import add_up, divide, gather, gather_results, processes, rank
 from lib.model.dependent_norm import DiagonalNorm, FactorNorm, GramNorm, scoring_norm
 from lib.model.gate import DependencyGate, initial_log_temperature
 from lib.model.norm import EPSILON
@@ -61,11 +62,13 @@ class Similarity(nn.Module):
         """Sum of a loss over all wrong pairs, where image k belongs to caption k.
 
         loss: of scores (G, c), the true scores of their images (G, 1) and the true scores of their captions (c,), one
-        number for each pair (G, c), differentiable. The others: as in `forward`. Returns a scalar, differentiable.
+        number for each pair (G, c), differentiable. The others: as in `forward`; where several processes share the
+        images (see `_Pairs`) regions and real are this one's, words and lengths are all. Returns a scalar,
+        differentiable, the same for all processes.
         """
         inputs = (regions, words, lengths, real)
         if self._share_that_counts(loss, *inputs) <= FEW_PAIRS:
-            scores = self(*inputs)
+            scores = all_scores(self(*inputs))
             true = scores.diagonal()
             wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
             return loss(scores, true[:, None], true).where(wrong, 0).sum()
@@ -77,11 +80,12 @@ class Similarity(nn.Module):
     @torch.no_grad()
     def _share_that_counts(self, loss: PairLoss, regions, words, lengths, real) -> float:
         """The share of pairs whose loss is not zero, estimated from coarse scores of some of the images."""
-        scorer, every = self.scorer(coarse=True), torch.arange(len(regions))
-        true = scorer.pairs(regions, words, lengths, every, every, real)
+        scorer, pairs = self.scorer(coarse=True), _Pairs(len(lengths))
+        true = pairs.gather(scorer.pairs(regions, words, lengths, pairs.images, pairs.captions, real))
         some = slice(None, None, ONE_IN)
         scores = scorer.all_pairs(regions[some], words, lengths, None if real is None else real[some])
-        return (loss(scores, true[some, None], true) != 0).float().mean().item()
+        counts = loss(scores, true[pairs.own][some, None], true) != 0
+        return (add_up(counts.sum()) / add_up(counts.new_tensor(counts.numel(), dtype=torch.long))).item()
 
     def _of_gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The dependency matrix D, its column sums, K = D^T D, and the attention's temperature."""
@@ -96,6 +100,26 @@ class Similarity(nn.Module):
             dependency = self.gate()
             norm = DiagonalNorm(dependency) if coarse else scoring_norm(dependency, dtype)
             return Scorer(dependency.sum(dim=0), self.log_temperature.exp(), norm, dtype)
+
+
+def all_scores(scores: Tensor) -> Tensor:
+    """The scores (B, B) of a batch from those that each process has of its images (I, B), differentiable."""
+    return gather_results(scores, _Pairs(scores.shape[1]).sizes)
+
+
+class _Pairs:
+    """The true pairs of a batch whose images several processes share: each has as many, in order; captions are all."""
+
+    def __init__(self, total: int):
+        parts = divide(total, processes())
+        self.own = parts[rank()]  # of all pairs, those of this process's images
+        self.sizes = [part.stop - part.start for part in parts]
+        self.images = torch.arange(self.sizes[rank()])  # counted among this process's
+        self.captions = self.images + self.own.start
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Values (B,) of all pairs from those of each process's."""
+        return gather(values, self.sizes)
 
 
 class Scorer:
@@ -197,17 +221,19 @@ class _SumOverNegatives(torch.autograd.Function):
     def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, loss):
         inputs = (regions, words, delta, gram, temperature, real)
         exact = regions.dtype  # of the true pairs, which are few
-        lengths, pairs = lengths.cpu(), torch.arange(len(regions))
+        lengths, pairs = lengths.cpu(), _Pairs(len(lengths))
+        images_captions = (pairs.images, pairs.captions)
         scorer = Scorer(delta, temperature, GramNorm(gram, exact), exact)
-        negatives = _Negatives(loss, scorer.pairs(regions, words, lengths, pairs, pairs, real))
+        negatives = _Negatives(loss, pairs.gather(scorer.pairs(regions, words, lengths, *images_captions, real)), pairs)
         wrong, true = _Differentiator(*inputs, dtype), _Differentiator(*inputs, exact)
         rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
         for tile in all_tiles(len(regions), lengths, rows, regions.device):
             wrong.add(tile, lambda scores, tile=tile: negatives.add(scores, tile.places))
-        for tile in pair_tiles(pairs, pairs, lengths, scorer.rows(regions), regions.device):
-            true.add(tile, lambda _, tile=tile: negatives.of_true[tile.places])
+        total, of_true = add_up(negatives.sum), add_up(negatives.of_true)[pairs.own]
+        for tile in pair_tiles(*images_captions, lengths, scorer.rows(regions), regions.device):
+            true.add(tile, lambda _, tile=tile: of_true[tile.places])
         ctx.save_for_backward(*(a + b for a, b in zip(wrong.gradients(), true.gradients(), strict=True)))
-        return negatives.sum
+        return total
 
     @staticmethod
     @once_differentiable
@@ -218,14 +244,14 @@ class _SumOverNegatives(torch.autograd.Function):
 class _Negatives:
     """Adds up a loss over wrong pairs, and its gradients in the scores of the true ones."""
 
-    def __init__(self, loss: PairLoss, true: Tensor):
+    def __init__(self, loss: PairLoss, true: Tensor, pairs: _Pairs):
         """true: (B,) scores of image k and caption k."""
-        self.loss, self.true = loss, true
+        self.loss, self.true, self.first = loss, true, pairs.own.start
         self.sum, self.of_true = true.new_zeros(()), torch.zeros_like(true)
 
     def add(self, scores: Tensor, places: Tensor) -> Tensor:
-        """The gradient in scores (G, c) of pairs, given as places in the flattened matrix of all scores."""
-        images, captions = places[:, 0] // len(self.true), places[0] % len(self.true)
+        """The gradient in scores (G, c) of pairs, given as places in the flattened matrix of this process's scores."""
+        images, captions = self.first + places[:, 0] // len(self.true), places[0] % len(self.true)
         with torch.enable_grad():
             parts = [part.detach().requires_grad_() for part in (scores, self.true[images, None], self.true[captions])]
             loss = self.loss(*parts).masked_fill(images[:, None] == captions, 0).sum()

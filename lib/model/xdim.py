@@ -46,11 +46,14 @@ class XDim(nn.Module):
         return self.similarity(*self.embed(features, counts, ids, lengths))
 
     def embed(
-        self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor
+        self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, longest: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the similarity takes of a batch: region and word embeddings, lengths, and which regions take part."""
+        """What the similarity takes of a batch: region and word embeddings, lengths, and which regions take part.
+
+        longest: regions that images are padded to, of a batch that several processes share; else the largest count.
+        """
         if self.training and not self.mask_padding:  # as published: padding regions are zeros that become unit vectors
-            regions, real = self.image_encoder(pad_regions(features, counts)), None
+            regions, real = self.image_encoder(pad_regions(features, counts, longest)), None
         else:
             regions, real = pad_regions(self.encode_images(features), counts), real_regions(counts, features.device)
         return regions, self.encode_captions(ids, lengths), lengths, real

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lib import processes
 from lib.checkpoint import BEST, LAST, find_checkpoint, read_checkpoint, verify, write_checkpoint
 from lib.errors import InputError, TrainingStopped
 from lib.files import TEMPORARY, replacing, sync_folder
@@ -61,6 +62,14 @@ def newest_sound(folder: Path) -> Newest:
     raise InputError(f"{folder}: no checkpoint in it; --resume auto starts the run where there is none yet")
 
 
+def is_of_this_job(folder: Path) -> bool:
+    """Whether it was this job, before torchrun started its processes anew, that trained in a folder last."""
+    try:
+        return (folder / LOCK).read_text() == processes.job()
+    except OSError:
+        return False
+
+
 class RunFolder:
     """Saves a run's checkpoints so that at every moment the last sound one is there.
 
@@ -72,10 +81,13 @@ class RunFolder:
         self.path, self.keep = folder, keep
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / LOCK, "w")
+            self._lock = open(folder / LOCK, "a")
         except OSError as error:
             raise InputError(f"--model_name {folder}: cannot be written ({error.strerror or error})") from None
         self._take_lock()
+        self._lock.truncate(0)
+        self._lock.write(processes.job())
+        self._lock.flush()
         for path in folder.glob(f"*{TEMPORARY}"):  # cut off by a kill
             path.unlink(missing_ok=True)
 

@@ -64,3 +64,13 @@ class RunLog:
             if what not in self._complained:
                 self._complained.add(what)
                 print(f"warning: {what} cannot be written ({reason(error)}); the run goes on", file=sys.stderr)
+
+
+class Silence:
+    """The log of a job's processes that have none."""
+
+    def say(self, text: str) -> None:
+        """Say nothing."""
+
+    def figures(self, step: int, **values: float) -> None:
+        """Write nothing."""

@@ -7,7 +7,7 @@ from lib.checkpoint import find_checkpoint, read_checkpoint
 from lib.config import RecipeSettings, TrainSettings
 from lib.errors import InputError
 from lib.exchange import is_exchange
-from lib.training.folder import checkpoints, newest_sound, step_files, step_of
+from lib.training.folder import checkpoints, is_of_this_job, newest_sound, step_files, step_of
 from lib.training.progress import Progress
 
 OF_ONE_START = ("resume", "init_from", "allow_changes", "model_name", "logger_name")  # not taken from a checkpoint
@@ -54,6 +54,18 @@ def find_origin(settings: TrainSettings) -> Origin | None:
     path = find_checkpoint(str(path))
     content = read_checkpoint(path)
     return _run(path, content, {}) if "optimizer" in content else _weights_and_settings(path, content)
+
+
+def find_own_checkpoint(settings: TrainSettings) -> Origin | None:
+    """The checkpoint that a job, which torchrun has started anew after a failure, has itself saved last.
+
+    None where it has saved none.
+    """
+    folder = Path(settings.model_name)
+    if not (is_of_this_job(folder) and checkpoints(folder)):
+        return None
+    newest = newest_sound(folder)
+    return _run(newest.path, newest.content, newest.damaged)
 
 
 def _run(path: Path, content: dict, damaged: dict[Path, str]) -> Origin:

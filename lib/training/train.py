@@ -3,15 +3,18 @@
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
-from tqdm import tqdm
 
+from lib import processes
+from lib.bar import with_bar
 from lib.bert import start_bert
 from lib.checkpoint import BEST, LAST, build_model, describe_architecture, new_model
 from lib.compute import Compute, choose_compute
@@ -27,20 +30,21 @@ from lib.evaluation import report
 from lib.evaluation.evaluate import Timing, embed_split, measure, rank_exactly
 from lib.evaluation.matcher import Matcher
 from lib.evaluation.ranks import whole
-from lib.loss import hinge_triplet_loss, violations
-from lib.model.similarity import Similarity
+from lib.model.collectives import arrive, divide
 from lib.model.xdim import XDim
 from lib.record import RECORD, write_record
 from lib.training.collapse import CollapseWatch
 from lib.training.figures import LateFigures
 from lib.training.folder import RunFolder, command_to_go_on
 from lib.training.interruption import EndNow, Interruption
-from lib.training.log import RunLog
+from lib.training.job import all_random_states, refuse_disagreement, restore_own_random_state, seed_process
+from lib.training.log import RunLog, Silence
 from lib.training.optimizer import build_optimizer, learning_rate_of, restore_optimizer, set_learning_rate
 from lib.training.origin import Origin, refuse_changed_data, refuse_used_folder
 from lib.training.progress import Progress
-from lib.training.randomness import random_state, restore_random_state, seed_everything
+from lib.training.randomness import seed_everything
 from lib.training.record import begin_record, describe_data, record_now
+from lib.training.step import BatchLoss, backward, share_loss
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Run:
     settings: TrainSettings
     compute: Compute
     model: XDim
+    loss: nn.Module  # BatchLoss of the model, shared by the job's processes
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     train: Split
@@ -68,26 +73,26 @@ def train(settings: TrainSettings, origin: Origin | None = None) -> None:
     origin: the checkpoint that the run starts from. Raises InputError for wrong settings or files, TrainingStopped
     when the loss is no longer a number or nothing can be saved, Interrupted when a signal has ended the run.
     """
-    run = start(settings, origin)
-    with (
-        RunFolder(Path(settings.model_name), settings.keep) as folder,
-        RunLog(folder.path, Path(settings.logger_name), run.progress.step) as log,
-        run.interruption,
-    ):
-        introduce(run, folder, origin, log)
-        for epoch in range(run.progress.epoch, settings.num_epochs):
-            train_epoch(run, epoch, folder, log)
-            validate(run, folder, log)
-            save(run, folder, log)
-            end_if_asked(run, folder)
-        if run.progress.best_epoch:
-            best = f"{run.progress.best_rsum:.1f} after epoch {run.progress.best_epoch}"
-            log.say(f"best dev rSum {best}: {folder.path / BEST}")
-
-
-def start(settings: TrainSettings, origin: Origin | None) -> Run:
-    """Open the data and build the model and optimiser, new or as a checkpoint left them."""
     compute = choose_compute(settings.device, settings.precision)
+    with processes.joined(compute.device):
+        run = start(settings, compute, origin)
+        with output(run) as (folder, log), run.interruption:
+            introduce(run, folder, origin, log)
+            for epoch in range(run.progress.epoch, settings.num_epochs):
+                train_epoch(run, epoch, folder, log)
+                validate(run, folder, log)
+                save(run, folder, log)
+                end_if_asked(run)
+            if run.progress.best_epoch:
+                best = f"{run.progress.best_rsum:.1f} after epoch {run.progress.best_epoch}"
+                log.say(f"best dev rSum {best}: {Path(settings.model_name) / BEST}")
+
+
+def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> Run:
+    """Open the data and build the model and optimiser, new or as a checkpoint left them."""
+    refuse_disagreement(settings, origin.progress if origin else Progress())
+    if settings.batch_size < processes.count():
+        raise InputError(f"--batch_size {settings.batch_size}: fewer pairs than the {processes.count()} processes")
     if origin is None:
         refuse_used_folder(Path(settings.model_name))
     train_split = open_split(settings.data_path, settings.data_name, "train", settings.img_dim)
@@ -101,15 +106,19 @@ def start(settings: TrainSettings, origin: Origin | None) -> Run:
         refuse_changed_data(origin, data, settings.allow_changes)
 
     seed_everything(settings.seed)
-    model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
+    with processes.first_goes_first():  # the others find what it has fetched and tokenised
+        model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
+        captions = [tokenize_split(tokenizer, split) for split in (train_split, dev_split)]
+    seed_process(settings.seed, origin.progress.step if origin else 0)
     model.mask_padding |= train_split.features.varies
+    model.text_encoder.micro_batch = settings.micro_batch
     model.to(compute.device)
+    loss = share_loss(BatchLoss(model, settings.margin))
     optimizer = build_optimizer(model, settings.learning_rate)
-    captions = [tokenize_split(tokenizer, split) for split in (train_split, dev_split)]
     record = begin_record(dataclasses.asdict(settings), data, str(compute), origin)
     resident = ResidentFeatures(train_split.features, compute.device) if settings.device_features else None
     splits = (train_split, captions[0], dev_split, captions[1])
-    run = Run(settings, compute, model, tokenizer, optimizer, *splits, resident, record)
+    run = Run(settings, compute, model, loss, tokenizer, optimizer, *splits, resident, record)
     if origin is not None:
         continue_from(run, origin)
         origin.content = {}  # gigabytes at full size, which model and optimiser hold now
@@ -131,12 +140,23 @@ def continue_from(run: Run, origin: Origin) -> None:
         return
     try:
         restore_optimizer(run.optimizer, origin.content["optimizer"])
-        restore_random_state(origin.content["random_state"], run.compute.device)
+        origin.notes += restore_own_random_state(origin.content["random_state"], run.compute.device)
     except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
         raise InputError(f"{origin.path}: its optimiser or random state does not fit ({reason(error)})") from None
 
 
-def introduce(run: Run, folder: RunFolder, origin: Origin | None, log: RunLog) -> None:
+@contextmanager
+def output(run: Run) -> Iterator[tuple[RunFolder | None, RunLog | Silence]]:
+    """Run folder and log. Of the job's processes only the first one has them."""
+    if not processes.is_first():
+        yield None, Silence()
+        return
+    path, settings = Path(run.settings.model_name), run.settings
+    with RunFolder(path, settings.keep) as folder, RunLog(path, Path(settings.logger_name), run.progress.step) as log:
+        yield folder, log
+
+
+def introduce(run: Run, folder: RunFolder | None, origin: Origin | None, log: RunLog) -> None:
     """Say what is trained on what, from where, and where it is written; begin the record."""
     settings = run.settings
     counts = run.model.parameter_counts()
@@ -160,6 +180,8 @@ def introduce(run: Run, folder: RunFolder, origin: Origin | None, log: RunLog) -
         log.say(f"goes on from {origin.path}: {done}")
     if run.progress.epoch >= settings.num_epochs:
         log.say(f"all {settings.num_epochs} epochs are done; a larger --num_epochs goes on")
+    if not folder:
+        return
     if origin and origin.in_place:
         folder.set_aside(origin.damaged)
         folder.settle(origin.path, run.progress)
@@ -176,7 +198,7 @@ def _describe_regions(features: FeatureFile) -> str:
     )
 
 
-def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
+def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> None:
     """One pass over all pairs, or over those that are left of it."""
     settings, model, progress = run.settings, run.model, run.progress
     rate = learning_rate_of(epoch, settings.learning_rate, settings.lr_update)
@@ -185,13 +207,13 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
     watch = CollapseWatch(settings.margin, settings.batch_size)
     data = (run.train, run.train_captions, run.tokenizer)
     half, resident = run.compute.half_features, settings.device_features
-    batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, half, resident)
-    left = Subset(batches, range(progress.batch, len(batches)))
-    bar = tqdm(loader(left, settings.workers, run.compute.device), desc=f"epoch {epoch + 1}", leave=False, disable=None)
+    part = divide(settings.batch_size, processes.count())[processes.rank()]
+    batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, half, resident, part)
+    left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
     model.train()
     figures = LateFigures(partial(check_figures, run, watch if hardest else None, log))
     since, pairs = time.perf_counter(), 0
-    for batch in on_device(bar, run.compute.device):
+    for batch in on_device(with_bar(left, f"epoch {epoch + 1}", len(left)), run.compute.device):
         enqueued = train_step(run, batch, hardest)
         progress.step += 1
         progress.batch += 1
@@ -206,10 +228,10 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder, log: RunLog) -> None:
                 f"rate {rate:.1e} {speed:.0f} pairs/s"
             )
             log_step(run, log, loss, gradient_norm, speed)
-        if run.interruption.signal or (settings.save_steps and progress.step % settings.save_steps == 0):
+        if run.interruption.agree() or (settings.save_steps and progress.step % settings.save_steps == 0):
             figures.settle()
             save(run, folder, log)
-            end_if_asked(run, folder)
+            end_if_asked(run)
     figures.settle()
 
 
@@ -218,25 +240,17 @@ def train_step(run: Run, batch: Batch, hardest: bool) -> Tensor:
 
     Returns (2,) on the device: the loss, and the gradient's global norm before clipping.
     """
-    settings = run.settings
-    features, counts, ids, lengths = batch
+    features, *rest = batch
     if run.resident:
         features = run.resident.gather(features)
+    arrive()
     with run.compute.autocast():
-        embeddings = run.model.embed(features.float(), counts, ids, lengths)
-        loss = batch_loss(run.model.similarity, embeddings, settings.margin, hardest)
+        loss = run.loss(features.to(torch.get_default_dtype()), *rest, hardest)
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
+    backward(loss)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     run.optimizer.step()  # even where they are no numbers: nothing is saved before the step's figures are checked
     return torch.stack([loss.detach(), norm])
-
-
-def batch_loss(similarity: Similarity, embeddings: tuple, margin: float, hardest: bool) -> Tensor:
-    """The hinge triplet loss of a batch, by the way that scores and differentiates least."""
-    if hardest:
-        return hinge_triplet_loss(similarity(*embeddings), margin, hardest=True)
-    return similarity.sum_over_negatives(partial(violations, margin=margin), *embeddings)
 
 
 def check_figures(
@@ -269,7 +283,7 @@ def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, speed: fl
     )
 
 
-def validate(run: Run, folder: RunFolder, log: RunLog) -> None:
+def validate(run: Run, folder: RunFolder | None, log: RunLog) -> None:
     """Recall on the whole of dev; says whether it is the best so far. Ends the epoch."""
     progress, settings = run.progress, run.settings
     matcher = Matcher(run.model, run.tokenizer, run.compute)
@@ -281,7 +295,7 @@ def validate(run: Run, folder: RunFolder, log: RunLog) -> None:
             metrics = measure(run.dev, rank_exactly(matcher.scorer(), embeddings, run.dev, parts, Timing()))
     except EndNow:  # dev is evaluated by the resumed run
         save(run, folder, log)
-        end_if_asked(run, folder)
+        end_if_asked(run)
     figures = {name: metrics[name] for name in ("rsum", "i2t", "t2i")}
     progress.end_epoch(figures)
     best = " (best)" if progress.is_best else ""
@@ -290,8 +304,11 @@ def validate(run: Run, folder: RunFolder, log: RunLog) -> None:
     log.figures(progress.step, dev_rsum=metrics["rsum"], **recalls)
 
 
-def save(run: Run, folder: RunFolder, log: RunLog) -> None:
+def save(run: Run, folder: RunFolder | None, log: RunLog) -> None:
     """Write a checkpoint that is complete, and the record."""
+    random_states = all_random_states(run.compute.device)
+    if not folder:
+        return
     settings, progress = dataclasses.asdict(run.settings), run.progress
     content = {
         "model": run.model.state_dict(),
@@ -299,18 +316,15 @@ def save(run: Run, folder: RunFolder, log: RunLog) -> None:
         "settings": settings,
         "progress": dataclasses.asdict(progress),
         "optimizer": run.optimizer.state_dict(),
-        "random_state": random_state(run.compute.device),
+        "random_state": random_states,
         "versions": run.record["sessions"][-1]["versions"],
         "data": run.record["data"],
     }
     folder.save(content, progress.is_best, record_now(run.record, run.progress), log.say)
 
 
-def end_if_asked(run: Run, folder: RunFolder) -> None:
+def end_if_asked(run: Run) -> None:
     """Raises Interrupted, after a save, where a signal has come."""
-    if run.interruption.signal:
-        name, progress = run.interruption.signal.name, run.progress
-        raise Interrupted(
-            f"{name}: saved after step {progress.step}; go on with: {command_to_go_on(folder.path)}",
-            run.interruption.signal,
-        )
+    if signal := run.interruption.agree():
+        goes_on = command_to_go_on(Path(run.settings.model_name))
+        raise Interrupted(f"{signal.name}: saved after step {run.progress.step}; go on with: {goes_on}", signal)

@@ -50,6 +50,20 @@ def two_workers(monkeypatch):
 # Training
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_parts_of_a_batch_put_together_are_the_batch(split, tokenizer, resident):
+    captions = tokenizer.tokenize(split.captions)
+    whole, *parts = (
+        EpochBatches(split, captions, tokenizer, BATCH_SIZE, 0, 0, resident=resident, part=part)[3]
+        for part in (slice(None), slice(0, 5), slice(5, 11), slice(11, 16))
+    )
+    assert torch.equal(torch.cat([part.features for part in parts]), whole.features)
+    assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
+    for part in parts:  # of all pairs: every process pads and counts alike
+        assert torch.equal(part.counts, whole.counts)
+        assert torch.equal(part.lengths, whole.lengths)
+
+
 def test_an_epoch_visits_every_pair_once_but_for_the_remainder(epoch_batches):
     batches = epoch_batches()
     assert len(batches) == 120 // BATCH_SIZE

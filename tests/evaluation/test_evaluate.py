@@ -15,7 +15,8 @@ from lib import load
 from lib.checkpoint import build_model, read_checkpoint
 from lib.errors import InputError
 from lib.evaluation.metrics import retrieval_metrics
-from lib.evaluation.ranks import folds, rank_matrix
+from lib.evaluation.parts import folds
+from lib.evaluation.ranks import rank_matrix
 from lib.model.xdim import XDim
 from tests.conftest import TINY_BERT, write_data
 from tests.model import oracle

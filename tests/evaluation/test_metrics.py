@@ -9,7 +9,8 @@ from lib.evaluation.metrics import (
     mean_metrics,
     retrieval_metrics,
 )
-from lib.evaluation.ranks import folds, rank_matrix
+from lib.evaluation.parts import folds
+from lib.evaluation.ranks import rank_matrix
 
 NAMES = ("r1", "r5", "r10", "medr", "meanr")
 

@@ -1,4 +1,4 @@
-"""Ranks counted block by block, of whole splits and of folds, against sorting each query's list."""
+"""Ranks counted strip by strip, of whole splits and of folds, against sorting each query's list."""
 
 from itertools import pairwise
 
@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 
 from lib.errors import InputError
-from lib.evaluation.ranks import count_ranks, folds, rank_matrix, whole
+from lib.evaluation.parts import folds, unshared, whole
+from lib.evaluation.ranks import count_ranks, rank_matrix
 from tests.evaluation.test_metrics import sorted_ranks
 
 
-def blocks_of(scores, edges):
-    """The matrix cut at some rows, the blocks out of order."""
-    cuts = [0, *sorted(edges), len(scores)]
-    blocks = [(first, scores[first:end]) for first, end in pairwise(cuts) if end > first]
-    return reversed(blocks)
+def strips_of(scores, edges):
+    """The matrix cut at some columns, the strips out of order."""
+    cuts = [0, *sorted(edges), scores.shape[1]]
+    return reversed([(first, scores[:, first:end]) for first, end in pairwise(cuts)])
 
 
 @settings(deadline=None)
@@ -28,15 +28,16 @@ def blocks_of(scores, edges):
     seed=st.integers(0, 2**32 - 1),
     data=st.data(),
 )
-def test_ranks_of_folds_and_whole_do_not_depend_on_the_blocks(images_of_fold, captions_of_image, levels, seed, data):
+def test_ranks_of_folds_and_whole_do_not_depend_on_the_strips(images_of_fold, captions_of_image, levels, seed, data):
     images = 5 * images_of_fold
     image_of_caption = np.repeat(np.arange(images), captions_of_image)
     scores = np.random.default_rng(seed).integers(levels, size=(images, len(image_of_caption))).astype(np.float32)
-    edges = data.draw(st.sets(st.integers(1, images - 1)))
+    edges = data.draw(st.sets(st.integers(1, len(image_of_caption) - 1)))
     parts = [whole(*scores.shape), *folds(5, images, image_of_caption)]
     true_scores = torch.from_numpy(scores[image_of_caption, np.arange(len(image_of_caption))])
-    blocks = blocks_of(torch.from_numpy(scores), edges)
-    ranks = count_ranks(blocks, true_scores, torch.from_numpy(image_of_caption), parts)
+    strips = strips_of(torch.from_numpy(scores), edges)
+    given = true_scores, torch.from_numpy(image_of_caption), parts, unshared(*scores.shape)
+    ranks = count_ranks(strips, *given)
     for part, (i2t, t2i) in zip(parts, ranks, strict=True):
         own = image_of_caption[part.captions] - part.images.start
         expected = sorted_ranks(scores[part.images, part.captions], own)
@@ -56,8 +57,8 @@ def test_folds_take_the_captions_of_their_images_where_images_have_any_number():
 
 
 @pytest.mark.parametrize("value", [float("nan")])
-def test_a_nan_in_any_block_is_an_error(value):
-    scores = np.zeros((200, 200), np.float32)
-    scores[199, 3] = value
+def test_a_nan_in_any_strip_is_an_error(value):
+    scores = np.zeros((200, 3000), np.float32)
+    scores[199, 2999] = value
     with pytest.raises(InputError, match="NaN"):
-        rank_matrix(scores, np.arange(200))
+        rank_matrix(scores, np.arange(3000) // 15)

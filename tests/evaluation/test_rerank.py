@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lib.evaluation.ranks import folds, rank_matrix, whole
+from lib.evaluation.parts import folds, whole
+from lib.evaluation.ranks import rank_matrix
 from lib.evaluation.rerank import Reranker
 
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from lib.checkpoint import read_checkpoint
+from lib.training import step as training_step
 from lib.training import train as training
 from tests.conftest import GOLDEN, TINY_BERT
 
@@ -104,13 +105,13 @@ def test_a_step_whose_figures_are_no_numbers_stops_the_run_and_nothing_is_saved_
 ):
     calls = []
 
-    def loss(scores, margin, hardest, plain=training.hinge_triplet_loss):
+    def loss(scores, margin, hardest, plain=training_step.hinge_triplet_loss):
         calls.append(None)
         if len(calls) != step:
             return plain(scores, margin, hardest)
         return scores.sum() * float("nan") if what == "loss" else (scores - scores.detach()).abs().sqrt().sum()
 
-    monkeypatch.setattr(training, "hinge_triplet_loss", loss)
+    monkeypatch.setattr(training_step, "hinge_triplet_loss", loss)
     folder = tmp_path / "run"
     flags = ["--model_name", str(folder), "--save_steps", "1", "--keep", "99", "--max_violation"]
     assert train.main([*tiny_flags, *flags]) == 1

@@ -1,0 +1,60 @@
+"""The loss of a batch that several processes share, and its gradients."""
+
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lib.loss import hinge_triplet_loss, violations
+from lib.model.collectives import divide, gather_parts, processes, rank
+from lib.model.similarity import Similarity, all_scores
+from lib.model.xdim import XDim
+
+
+class BatchLoss(nn.Module):
+    """The hinge triplet loss of a whole batch, of which each process embeds its own pairs.
+
+    A process then scores its own images against all captions, so that all B x B scores are computed once altogether;
+    from these every process computes the same loss.
+    """
+
+    def __init__(self, model: XDim, margin: float):
+        super().__init__()
+        self.model, self.margin = model, margin
+
+    def forward(self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, hardest: bool) -> Tensor:
+        """features: (n, img_dim) of the own images' regions, on the device; the others as in data.batches.Batch.
+
+        Returns a scalar, the same for all processes.
+        """
+        parts = divide(len(lengths), processes())
+        own = parts[rank()]
+        regions, words, _, real = self.model.embed(features, counts[own], ids, lengths[own], int(counts.max()))
+        words = gather_parts(words, [int(lengths[part].sum()) for part in parts])
+        return batch_loss(self.model.similarity, (regions, words, lengths, real), self.margin, hardest)
+
+
+def batch_loss(similarity: Similarity, embeddings: tuple, margin: float, hardest: bool) -> Tensor:
+    """The hinge triplet loss of a batch, by the way that scores and differentiates least.
+
+    embeddings: what the similarity takes: of the own images, of all captions.
+    """
+    if hardest:
+        return hinge_triplet_loss(all_scores(similarity(*embeddings)), margin, hardest=True)
+    return similarity.sum_over_negatives(partial(violations, margin=margin), *embeddings)
+
+
+def share_loss(loss: BatchLoss) -> nn.Module:
+    """The same, with gradients that are the mean over all processes after each backward pass.
+
+    Buckets that PyTorch rebuilt after the first step would be added up in another order than after a resume; with
+    find_unused_parameters (there are none) it leaves them as they are, and a resumed run equal to the bit.
+    """
+    if processes() == 1:
+        return loss
+    return DistributedDataParallel(loss, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+def backward(loss: Tensor) -> None:
+    """Compute gradients: of the loss in all parameters, on every process."""
+    (loss * processes()).backward()  # each process's part is one of a sum, but share_loss takes the mean
