@@ -110,9 +110,14 @@ def _processor() -> str:
 
 
 def show(title: str, columns: list[str], rows: list[list[str]], device: str) -> None:
-    """Print a table, numbers to the right, under the machine it was measured on."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    """Print a table under the machine it was measured on."""
     print(f"{title}\n{machine(device)}\n")
+    print_table(columns, rows)
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
         print(f"{row[0]:<{widths[0]}}", *cells[1:], sep="  ")

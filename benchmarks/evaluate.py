@@ -1,13 +1,15 @@
 """The whole evaluation command, eval.py, with BERT-base and random features: seconds of each part, and memory.
 
     python benchmarks/evaluate.py
+    python benchmarks/evaluate.py --processes 1 2 4    # jobs of torchrun, too: a GPU or a part of the cores each
 
 Makes a data set of random features and captions of random words in a temporary folder, trains one step to have a
-checkpoint, and evaluates it in each way in a process of its own. Memory counts all processes of the command, features
-included; it is read from /proc, so on Linux only.
+checkpoint, and evaluates it in each way in processes of their own. Memory counts all processes of the command, features
+included, and the largest of them; it is read from /proc, so on Linux only.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,12 +36,17 @@ def main() -> None:
     flags = common.parser(__doc__.splitlines()[0])
     flags.add_argument("--images", type=int, default=200, help="images; five captions each")
     flags.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to evaluate")
+    flags.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of processes")
     settings = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder), settings.images)
         bert = write_bert(Path(folder))
         train(settings, data, bert)
-        results = {name: evaluate(settings, data, WAYS[name]) for name in settings.ways}
+        results = {
+            name + (f", {count} processes" if count > 1 else ""): evaluate(settings, data, WAYS[name], count)
+            for name in settings.ways
+            for count in settings.processes
+        }
     report(settings, results)
 
 
@@ -82,50 +89,63 @@ def train(settings, data: Path, bert: Path) -> None:
     )
 
 
-def evaluate(settings, data: Path, flags: list[str]) -> dict:
+def evaluate(settings, data: Path, flags: list[str], count: int) -> dict:
     """Run eval.py on the test split: its own timing and results, the whole command's seconds and its memory."""
     written = data.parent / "results.json"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))} if count > 1 else {}
     started = time.perf_counter()
     process = subprocess.Popen(
         [
-            *(sys.executable, str(ROOT / "eval.py"), "--checkpoint", str(data.parent / "run"), *flags),
+            *(sys.executable, *launch, str(ROOT / "eval.py"), "--checkpoint", str(data.parent / "run"), *flags),
             *("--device", settings.device, "--json", str(written)),
         ],
         stdout=subprocess.DEVNULL,
-        start_new_session=True,
+        env={**os.environ, **threads},
     )
-    peak = 0
+    in_all = largest = 0
     while process.poll() is None:
-        peak = max(peak, held_by_session(process.pid))
+        held = held_by_those_that_mention(data.parent)
+        in_all, largest = max(in_all, sum(held)), max(largest, *held, 0)
         time.sleep(0.1)
     if process.returncode:
         sys.exit(process.returncode)
-    results = json.loads(written.read_text())
-    return {**results, "command_s": time.perf_counter() - started, "bytes": peak}
+    seconds = time.perf_counter() - started
+    return {**json.loads(written.read_text()), "command_s": seconds, "bytes": in_all, "bytes_of_largest": largest}
 
 
-def held_by_session(session: int) -> int:
-    """Bytes of memory that the processes of a session hold, what they share counted once."""
-    held = 0
+def held_by_those_that_mention(folder: Path) -> list[int]:
+    """Bytes of memory of each process whose command names a folder; what they share is divided among them."""
+    held = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if int((process / "stat").read_text().rsplit(")", 1)[1].split()[3]) == session:
+            if str(folder).encode() in (process / "cmdline").read_bytes():
                 lines = (process / "smaps_rollup").read_text().splitlines()
-                held += next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+                held.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")))
         except (OSError, StopIteration):
             continue  # it has just ended
     return held
 
 
 def report(settings, results: dict[str, dict]) -> None:
-    columns = ["", "command s", "load s", "encode s", "similarity s", "rank s", "exact pairs", "GB of memory"]
+    columns = [
+        "",
+        "command s",
+        "load s",
+        "encode s",
+        "similarity s",
+        "rank s",
+        "exact pairs",
+        "GB in all",
+        "GB of the largest",
+    ]
     rows = []
     for name, one in results.items():
         exact = 1.0 if one["rerank"] is None else one["rerank"]["exact_pairs"] / one["rerank"]["pairs"]
         name = name.replace("best K", f"best {one['rerank']['k']} (auto)") if one["rerank"] else name
         seconds = [one["command_s"], *(one["timing"][f"{part}_s"] for part in ("load", "encode", "similarity", "rank"))]
-        memory = f"{one['bytes'] / 1e9:.2f}"
-        rows.append([name, *(f"{value:.1f}" for value in seconds), f"{100 * exact:.1f} %", memory])
+        memory = [f"{one[part] / 1e9:.2f}" for part in ("bytes", "bytes_of_largest")]
+        rows.append([name, *(f"{value:.1f}" for value in seconds), f"{100 * exact:.1f} %", *memory])
     captions = 5 * settings.images
     title = f"eval.py, {settings.images} images x {captions} captions, BERT-base, {settings.embed_size} dimensions"
     common.show(title, columns, rows, settings.device)

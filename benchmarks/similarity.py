@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.loop import loop_scores
-from lib.evaluation.matcher import SCORE_IMAGES
-from lib.evaluation.ranks import whole
+from lib.evaluation.parts import BLOCK, whole
 from lib.evaluation.rerank import Reranker
 
 
@@ -25,7 +24,7 @@ def main() -> None:
     flags = common.parser(__doc__.splitlines()[0])
     flags.add_argument("--images", type=int, default=1000, help="images")
     flags.add_argument("--captions", type=int, default=1000, help="captions")
-    flags.add_argument("--some", type=int, default=SCORE_IMAGES, help="images on which exact scores are measured")
+    flags.add_argument("--some", type=int, default=BLOCK, help="images on which exact scores are measured")
     flags.add_argument("--loop", type=int, default=8, help="captions on which the loop is measured")
     flags.add_argument("--rerank", type=int, default=20, help="K of the coarse-to-fine ranking")
     settings = flags.parse_args()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.loop import loop_scores
 from lib.loss import hinge_triplet_loss
-from lib.training.train import batch_loss
+from lib.training.step import batch_loss
 
 MARGIN = 0.2
 WAYS = {  # name: (by the loop, hardest negatives, bfloat16)

@@ -21,9 +21,11 @@ from benchmarks import common
 from lib.compute import choose_compute
 from lib.data.batches import Batch, on_device
 from lib.training.optimizer import build_optimizer
+from lib.training.step import BatchLoss
 from lib.training.train import train_step
 
 IMG_DIM = 2048
+MARGIN = 0.2
 FLICKR30K = 145_000  # pairs of an epoch
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
 
@@ -74,10 +76,8 @@ def start(settings, precision: str) -> tuple[SimpleNamespace, list[Batch]]:
     torch.manual_seed(0)
     model = XDim(BertModel(BertConfig(), add_pooling_layer=False), IMG_DIM, settings.embed_size)
     model = model.to(compute.device).train()
-    recipe = SimpleNamespace(margin=0.2, grad_clip=2.0)
-    run = SimpleNamespace(
-        settings=recipe, compute=compute, model=model, optimizer=build_optimizer(model, 5e-4), resident=None
-    )
+    parts = {"model": model, "loss": BatchLoss(model, MARGIN), "optimizer": build_optimizer(model, 5e-4)}
+    run = SimpleNamespace(settings=SimpleNamespace(grad_clip=2.0), compute=compute, resident=None, **parts)
     return run, [random_batch(settings) for _ in range(2)]
 
 

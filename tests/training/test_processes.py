@@ -8,6 +8,7 @@ import torch
 
 import train
 from lib.checkpoint import read_checkpoint
+from lib.model import similarity
 from lib.training import train as training
 from tests.conftest import TINY_BERT
 from tests.ranks import run_ranks
@@ -90,12 +91,17 @@ def test_losses_gradients_and_weights_are_those_of_one_process(flags, tmp_path, 
             assert_equal(rank, whole)
 
 
-def test_few_negatives_that_count_are_differentiated_the_same_way(flags, tmp_path):
-    """A margin that few pairs violate: all are scored, and those that count are differentiated."""
+def train_as_if_few_negatives_counted(flags, steps):
+    similarity.FEW_PAIRS = 1.0
+    return train_in_float64(flags, steps)
+
+
+def test_where_few_negatives_count_so_it_is(flags, tmp_path):
+    """All pairs are scored then, and those that count are differentiated."""
     runs = []
     for count in (1, 3):
-        more = ["--margin", "0.001", "--model_name", str(tmp_path / str(count))]
-        runs.append(run_ranks(train_in_float64, count, [*flags, *more], 3)[0].value)
+        folder = ["--model_name", str(tmp_path / str(count))]
+        runs.append(run_ranks(train_as_if_few_negatives_counted, count, [*flags, *folder], 3)[0].value)
     assert_equal(*runs)
 
 
