@@ -43,7 +43,7 @@ choose_python
 LAUNCH=$PYTHON
 case ${NPROC:=1} in
     1) ;;
-    '' | *[!0-9]* | 0*)
+    *[!0-9]* | 0*)
         echo "error: NPROC=$NPROC: expected a number of processes" >&2
         exit 2
         ;;
