@@ -29,7 +29,7 @@ from lib.errors import InputError, Interrupted, TrainingStopped, reason
 from lib.evaluation import report
 from lib.evaluation.evaluate import Timing, embed_split, measure, rank_exactly
 from lib.evaluation.matcher import Matcher
-from lib.evaluation.ranks import whole
+from lib.evaluation.parts import whole
 from lib.model.collectives import arrive, divide
 from lib.model.xdim import XDim
 from lib.record import RECORD, write_record
