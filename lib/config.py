@@ -16,6 +16,7 @@ from lib.errors import InputError
 
 Settings = TypeVar("Settings")
 PRECISIONS = ("fp32", "tf32", "bf16")
+SAVED_SCORES = ".npy"  # ending of a file of scores that is given where a checkpoint could be
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -114,50 +115,86 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
 
 
 @dataclass
-class CheckpointSettings(ComputeSettings):
-    """checkpoint and where to run it; what is left out is taken from the checkpoint"""
+class ScoringSettings(ComputeSettings):
+    """data; what is left out is taken from the checkpoint"""
 
-    checkpoint: str = flag(
-        "", "checkpoint, run folder (its best), published file or exchange folder (default: newest best below runs/)"
-    )
     data_path: str = flag("", "folder of the data sets")
     data_name: str = flag("", "data set below DATA_PATH")
     bert: str = flag("", "BERT's name or folder; a checkpoint of this project carries its own")
     batch_size: int = flag(128, "images or captions encoded at a time")
     workers: int = flag(10, "processes that read features; never more than there are cores")
-    rerank: str = flag(
-        "", "score all pairs coarsely, the best K of each query exactly: K, or auto (default: all pairs exactly)"
-    )
+    json: str = flag("", "write the results to this file")
 
     def __post_init__(self):
-        _refuse(
-            self.rerank not in ("", "auto")
-            and not (self.rerank.isascii() and self.rerank.isdigit() and int(self.rerank)),
-            f"--rerank {self.rerank}: expected a number above 0, or auto",
-        )
         _refuse(self.batch_size <= 0, f"--batch_size {self.batch_size}: must be above 0")
         _refuse(self.workers < 0, f"--workers {self.workers}: must not be negative")
 
 
 @dataclass
-class EvaluationSettings(CheckpointSettings):
-    """Settings of eval.py."""
+class SplitSettings:
+    """split"""
 
     split: str = flag("test", "split to evaluate: dev, test, testall, train")
     fold5: bool = flag(False, "mean over five equal consecutive folds, and the full split")
+
+
+@dataclass
+class CheckpointSettings(ScoringSettings):
+    """what is evaluated, and how"""
+
+    checkpoint: tuple[str, ...] = flag(
+        (),
+        "checkpoint, run folder (its best), published file, exchange folder, or saved scores (.npy); given several "
+        "times: each alone, and the ensemble, the mean of their scores (default: newest best below runs/)",
+        action="append",
+    )
+    rerank: str = flag(
+        "", "score all pairs coarsely, the best K of each query exactly: K, or auto (default: all pairs exactly)"
+    )
+    eccv: bool = flag(
+        False, "ECCV Caption, CxC and the package's 1K and 5K recalls; for COCO's testall (pip install eccv_caption)"
+    )
+    ranks: str = flag("", "write each query's true ranks and top 10 to this file (JSON lines)")
     save_sims: str = flag("", "write the scores to this .npy file (float32, images x captions)")
-    json: str = flag("", "write the results to this file")
 
     def __post_init__(self):
         super().__post_init__()
-        _refuse(self.rerank and self.save_sims, "--save_sims: needs every pair's exact score, leave out --rerank")
+        self.checkpoint = tuple(self.checkpoint or [""])
+        _refuse(
+            self.rerank not in ("", "auto")
+            and not (self.rerank.isascii() and self.rerank.isdigit() and int(self.rerank)),
+            f"--rerank {self.rerank}: expected a number above 0, or auto",
+        )
+        for name in ("eccv", "ranks", "save_sims"):
+            _refuse(
+                self.rerank and getattr(self, name), f"--{name}: needs every pair's exact score, leave out --rerank"
+            )
+        several = len(self.checkpoint) > 1 or self.checkpoint[0].endswith(SAVED_SCORES)
+        _refuse(self.rerank and several, "--rerank: for a single checkpoint, leave it out")
+
+
+@dataclass
+class EvaluationSettings(SplitSettings, CheckpointSettings):
+    """Settings of eval.py."""
+
+
+@dataclass
+class CompareSettings(SplitSettings, ScoringSettings):
+    """what is compared"""
+
+    a: str = flag("", "checkpoint, run folder or saved scores (.npy)", positional=True)
+    b: str = flag("", "the same, to compare with A", positional=True)
 
 
 def parse(
-    settings: type[Settings], description: str, argv: Sequence[str] | None, defaults: dict | None = None
+    settings: type[Settings],
+    description: str,
+    argv: Sequence[str] | None,
+    defaults: dict | None = None,
+    command: str | None = None,
 ) -> Settings:
-    """Read the flags of a settings class; `defaults` replace the class's own."""
-    parser = Parser(description=description)
+    """Read the flags of a settings class; `defaults` replace the class's own. command: the program's name for this."""
+    parser = Parser(description=description, prog=command)
     for group in reversed(settings.__mro__[:-1]):
         names = [name for name in group.__annotations__ if name in settings.__dataclass_fields__]
         arguments = parser.add_argument_group(group.__doc__.strip().rstrip("."))
@@ -173,12 +210,16 @@ def parse(
 
 def _add_flag(arguments, field: dataclasses.Field) -> None:
     options = dict(field.metadata)
+    if options.pop("positional", False):
+        arguments.add_argument(field.name, metavar=field.name.upper(), **options)
+        return
     if field.type is bool:
         options["action"] = "store_true"
     else:
-        options["type"] = field.type
+        options["type"] = str if "action" in options else field.type
         options.setdefault("metavar", field.name.upper())
-    arguments.add_argument(f"--{field.name}", default=field.default, **options)
+    default = None if "append" in options.values() else field.default
+    arguments.add_argument(f"--{field.name}", default=default, **options)
 
 
 def _refuse(wrong: bool, message: str) -> None:

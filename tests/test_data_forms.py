@@ -71,7 +71,7 @@ def outcome(forms, tiny_flags, tmp_path_factory):
             losses = re.findall(r"step \d+ loss ([\d.]+)", (folder / "run.log").read_text())
             results = evaluate(
                 EvaluationSettings(
-                    **{"checkpoint": str(folder), "split": "testall", "fold5": True, "device": "cpu", "workers": 0},
+                    **{"checkpoint": (str(folder),), "split": "testall", "fold5": True, "device": "cpu", "workers": 0},
                     **{"precision": precision, "save_sims": str(folder / "sims.npy")},
                 )
             )

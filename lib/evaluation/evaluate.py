@@ -1,146 +1,162 @@
-"""One evaluation for every program: a checkpoint and a split in, scores, ranks, metrics, a table out."""
+"""One evaluation for every program: checkpoints and a split in, scores, ranks, metrics, tables out."""
 
-import dataclasses
 import json
 import time
-from contextlib import nullcontext
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Subset
 
 from lib import processes
+from lib.compute import Compute, choose_compute
 from lib.config import EvaluationSettings
-from lib.data.batches import ImageBatches, loader
-from lib.data.precomp import Split, open_split
-from lib.data.token_cache import tokenize_split
-from lib.data.tokenizer import TokenizedCaptions
-from lib.errors import InputError
-from lib.evaluation import report
-from lib.evaluation.matcher import (
-    Embeddings,
-    Matcher,
-    Strips,
-    gather_scores,
-    load_matcher,
-    score_pairs,
-    score_strips,
-    score_true_pairs,
-)
-from lib.evaluation.metrics import FOLDS, chance_metrics, mean_metrics, retrieval_metrics
-from lib.evaluation.parts import Part, Shares, blocks_of, folds, images_at_a_time, overlap, share_out, whole
+from lib.data.precomp import Split
+from lib.evaluation import coco, report
+from lib.evaluation.bootstrap import bootstrap, interval
+from lib.evaluation.embed import Timing
+from lib.evaluation.matcher import Embeddings, gather_scores, pool, score_pairs, score_strips
+from lib.evaluation.metrics import FOLDS, map_figures, mean_metrics, retrieval_metrics
+from lib.evaluation.parts import Part, folds, share_out, whole
+from lib.evaluation.provenance import Caveat
+from lib.evaluation.rankings import Judged, judge
 from lib.evaluation.ranks import Ranks, count_ranks
+from lib.evaluation.ranks_file import pair_protocols, write_ranks
 from lib.evaluation.rerank import Reranker
+from lib.evaluation.scores import Scores, kept, scores_of_model, side_by_side, with_mean, written
+from lib.evaluation.sources import CheckpointSource, Source, open_sources, open_split_for
 from lib.files import replacing
 from lib.model.similarity import Scorer
-from lib.record import quote, read_record
-
-
-@dataclasses.dataclass
-class Timing:
-    """Seconds of each part of an evaluation. `compile_s` is 0: nothing is compiled."""
-
-    load_s: float = 0.0
-    encode_s: float = 0.0
-    compile_s: float = 0.0
-    similarity_s: float = 0.0  # all pairs, exactly or coarsely
-    rank_s: float = 0.0  # with --rerank the exact scores too
 
 
 def evaluate(settings: EvaluationSettings) -> dict:
-    """Evaluate a checkpoint on a split, print the table, write what --json and --save_sims ask for.
+    """Evaluate checkpoints on a split, print the tables, write the files that are asked for.
 
-    All processes of a job take part, and find the same. Returns the results as --json holds them. Raises InputError.
+    All processes of a job take part, and find the same; the first one alone has what --eccv and --ranks tell. Returns
+    the results as --json holds them. Raises InputError.
     """
-    started = time.perf_counter()
-    matcher = load_matcher(settings.checkpoint, settings.bert, settings.device, settings.precision)
-    with processes.joined(matcher.compute.device):
-        split = _open_split(settings, matcher)
-        parts = [whole(len(split.features), len(split.captions))]
-        if settings.fold5:
-            parts += folds(FOLDS, len(split.features), split.image_of_caption)
-        with processes.first_goes_first():
-            captions = tokenize_split(matcher.tokenizer, split)
-        timing = Timing(load_s=time.perf_counter() - started)
-        print(_heading(matcher, split))
+    timing = Timing()
+    with timing.clock("load_s"):
+        sources = open_sources(settings.checkpoint, settings)
+        compute = choose_compute(settings.device, settings.precision)
+    with processes.joined(compute.device):
+        with timing.clock("load_s"):
+            split, data_name = open_split_for(sources, settings, settings.split)
+            parts = parts_of(split, settings.fold5)
+            fits = coco.open_coco(split) if settings.eccv else None
+            caveats = [source.caveats(split, data_name) for source in sources]
+        print(describe(sources, split, compute))
+        for source in sources:
+            source.embed(split, settings, timing)
 
-        embeddings = embed_split(matcher, split, captions, settings.batch_size, settings.workers, timing)
-        scorer, coarse, rerank = matcher.scorer(), matcher.scorer(coarse=True), None
-        del matcher, captions  # the encoders' memory is free for the scores
+        names, rerank, matrices = _name_rows(sources, caveats), None, []
         if settings.rerank:
-            ranks, rerank = rank_coarse_to_fine(scorer, coarse, embeddings, split, parts, settings.rerank, timing)
+            ranks, rerank = rank_coarse_to_fine(*sources, split, parts, settings.rerank, timing)
+            names = [f"{names[0]}, best {rerank['k']} exact"]
         else:
-            ranks = rank_exactly(scorer, embeddings, split, parts, timing, settings.save_sims)
-        results = {**measure(split, ranks), "rerank": rerank, "timing": dataclasses.asdict(timing)}
-
-        seconds = ", ".join(f"{name.removesuffix('_s')} {value:.1f}" for name, value in results["timing"].items())
-        print(f"seconds     {seconds}\n\n{_table(results, split)}")
-        if settings.json and processes.is_first():
-            with replacing(settings.json) as file:
-                file.write(json.dumps(results, indent=2).encode() + b"\n")
+            keep = len(names) if fits else int(bool(settings.ranks))
+            scores = scores_of(sources, split, compute, timing)
+            scores = with_mean(scores) if len(sources) > 1 else scores
+            ranks, matrices = rank_scores(scores, split, parts, timing, settings.save_sims, keep)
+        with timing.clock("protocols_s"):
+            rows = {
+                name: add_intervals(measure(one), one, parts, split.image_of_caption)
+                for name, one in zip(names, ranks, strict=True)
+            }
+            protocols = pair_protocols(split, parts) + (fits.protocols if fits else [])
+            judged = [list(judge(matrix, protocols)) for matrix in matrices]
+            beyond = _beyond_pairs(fits, judged, names, sources) if fits else None
+        results = {**_results(rows, split, caveats), "coco": beyond, "rerank": rerank, "timing": vars(timing)}
+        print(f"{'seconds':<12}{timing}\n\n{_tables(rows, results, split, caveats)}")
+        if beyond:
+            print(f"\n{coco.tables(**beyond)}")
+        if processes.is_first():
+            if settings.ranks:
+                write_ranks(settings.ranks, judged[-1], split, protocols, names[-1])
+            if settings.json:
+                write_json(settings.json, results)
     return results
 
 
-def embed_split(
-    matcher: Matcher, split: Split, captions: TokenizedCaptions, batch_size: int, workers: int, timing: Timing
-) -> Embeddings:
-    """Encode every image and caption of a split once: each process those of its share."""
-    started = time.perf_counter()
+def parts_of(split: Split, fold5: bool) -> list[Part]:
+    """What is ranked among itself: all of a split, and where asked for its folds. Raises InputError."""
+    parts = [whole(len(split.features), len(split.captions))]
+    return parts + (folds(FOLDS, len(split.features), split.image_of_caption) if fold5 else [])
+
+
+def describe(sources: Sequence[Source], split: Split, compute: Compute, labels: Sequence[str] = ()) -> str:
+    """The heading: what is evaluated, on what, with what. labels: of several sources."""
+    labels = labels or (["checkpoint"] if len(sources) == 1 else [f"single {k}" for k in range(1, len(sources) + 1)])
+    lines = [source.describe(label) for source, label in zip(sources, labels, strict=True)]
+    size = f"{len(split.features)} images, {len(split.captions)} captions"
+    data = f"{'data':<12}{split.folder} {split.name}: {size}"
+    return "\n".join([*lines, data, f"{'device':<12}{compute}"])
+
+
+def write_json(path: str, results: dict) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
+
+
+# From scores to ranks
+
+
+def scores_of(sources: Sequence[Source], split: Split, compute: Compute, timing: Timing) -> Scores:
+    """The exact scores of all sources, a row each; those of true pairs are computed here, the others on their way."""
     shares = share_out(len(split.features), split.image_of_caption)
-    own, size = shares.mine.images, images_at_a_time(batch_size)
-    counts = torch.from_numpy(split.features.counts[own])
-    batches = ImageBatches(split.features, size, matcher.compute.half_features)
-    images = Subset(batches, range(own.start // size, -(-own.stop // size)))
-    regions = matcher.embed_images(loader(images, workers, matcher.compute.device), counts)
-    groups = [block.captions for block in blocks_of(shares.mine, split.image_of_caption)]
-    embeddings = Embeddings(regions, counts, *matcher.embed_captions(captions, groups, batch_size), shares)
-    matcher.compute.synchronize()
-    timing.encode_s = time.perf_counter() - started
-    return embeddings
+    with timing.clock("similarity_s"):
+        return side_by_side([source.scores(split, shares, compute.device) for source in sources])
+
+
+def rank_scores(
+    scores: Scores, split: Split, parts: Sequence[Part], timing: Timing, save_sims: str = "", keep: int = 0
+) -> tuple[list[list[Ranks]], np.ndarray]:
+    """The ranks of each part, of each row of scores, and all scores (rows, images, captions) of the last `keep` rows.
+
+    save_sims: a file that the last row is written to. Other processes than the first keep no scores: (0, ...).
+    """
+    started, before = time.perf_counter(), timing.similarity_s
+    shape = (len(split.features), len(split.captions))
+    shares = share_out(shape[0], split.image_of_caption)
+    image_of_caption = torch.from_numpy(split.image_of_caption).to(scores.of_true_pairs[0].device)
+    strips = _clock(scores.strips, timing)
+    matrices = np.empty((keep, *shape) if processes.is_first() else (0, *shape), np.float32)
+    if keep:
+        strips = kept(strips, keep, matrices, shares)
+    if save_sims:
+        strips = written(strips, save_sims, shape, shares)
+    ranks = count_ranks(strips, scores.of_true_pairs, image_of_caption, parts, shares)
+    timing.rank_s += time.perf_counter() - started - (timing.similarity_s - before)
+    return ranks, matrices
 
 
 def rank_exactly(
-    scorer: Scorer, embeddings: Embeddings, split: Split, parts: list[Part], timing: Timing, save_sims: str = ""
+    scorer: Scorer, embeddings: Embeddings, split: Split, parts: Sequence[Part], timing: Timing, save_sims: str = ""
 ) -> list[Ranks]:
-    """The ranks of each part from exact scores of all pairs, which go to a file where one is named."""
-    started, shares = time.perf_counter(), embeddings.shares
-    true_scores = score_true_pairs(scorer, embeddings, split.image_of_caption)
-    image_of_caption = torch.from_numpy(split.image_of_caption).to(true_scores.device)
-    strips = _clock(score_strips(scorer, embeddings), timing)
-    strips = _put_true_scores(strips, true_scores, image_of_caption, shares.mine)
-    if save_sims:
-        strips = _write_scores(strips, save_sims, (len(split.features), len(split.captions)), shares)
-    ranks = count_ranks(strips, true_scores, image_of_caption, parts, shares)
-    timing.rank_s = time.perf_counter() - started - timing.similarity_s
+    """The ranks of each part from one model's exact scores of all pairs, which go to a file where one is named."""
+    scores = scores_of_model(scorer, embeddings, split.image_of_caption)
+    ((ranks,), _) = rank_scores(scores, split, parts, timing, save_sims)
     return ranks
 
 
 def rank_coarse_to_fine(
-    exact: Scorer, coarse: Scorer, embeddings: Embeddings, split: Split, parts: list[Part], rerank: str, timing: Timing
-) -> tuple[list[Ranks], dict]:
-    """The ranks of each part from coarse scores of all pairs and exact ones of the best; K, and how many were exact."""
-    started = time.perf_counter()
-    scores = gather_scores(score_strips(coarse, embeddings), embeddings)
+    source: CheckpointSource, split: Split, parts: Sequence[Part], rerank: str, timing: Timing
+) -> tuple[list[list[Ranks]], dict]:
+    """The ranks of each part, in one row, from coarse scores of all pairs and exact ones of the best.
+
+    Returns K too, and how many scores were exact.
+    """
+    started, embeddings = time.perf_counter(), source.embeddings
+    scores = gather_scores(score_strips(source.scorer(coarse=True), embeddings), embeddings)
     timing.similarity_s, started = time.perf_counter() - started, time.perf_counter()
-    reranker = Reranker(scores, partial(score_pairs, exact, embeddings), split.image_of_caption, parts)
+    exact = partial(score_pairs, source.scorer(), embeddings)
+    reranker = Reranker(scores, exact, split.image_of_caption, parts)
     ranks, k = reranker.ranks_until_they_stay() if rerank == "auto" else (reranker.ranks(int(rerank)), int(rerank))
     timing.rank_s = time.perf_counter() - started
-    return ranks, {"k": k, "exact_pairs": len(reranker.known), "pairs": scores.numel()}
+    return [ranks], {"k": k, "exact_pairs": len(reranker.known), "pairs": scores.numel()}
 
 
-def measure(split: Split, ranks: list[Ranks]) -> dict:
-    """All metrics; with ranks of folds after those of the whole split, those at the top are the folds' means."""
-    full, *of_folds = [retrieval_metrics(one) for one in ranks]
-    sizes = {"split": split.name, "images": len(split.features), "captions": len(split.captions)}
-    if not of_folds:
-        return {**sizes, **full, "folds": []}
-    return {**sizes, **mean_metrics(of_folds), "folds": of_folds, "full": full}
-
-
-def _clock(strips: Strips, timing: Timing) -> Strips:
+def _clock(strips, timing: Timing):
     """Strips on their way; the time it takes to make them is added up."""
     started = time.perf_counter()
     for strip in strips:
@@ -149,75 +165,90 @@ def _clock(strips: Strips, timing: Timing) -> Strips:
         started = time.perf_counter()
 
 
-def _put_true_scores(strips: Strips, true_scores: Tensor, image_of_caption: Tensor, share: Part) -> Strips:
-    """Strips with the true pairs' scores as they were computed before, so that each pair has one score to the bit."""
-    for first, scores in strips:
-        own = overlap(slice(first, first + scores.shape[1]), share.captions)
-        captions = torch.arange(own.start, own.stop, device=scores.device)
-        scores[image_of_caption[captions] - share.images.start, captions - first] = true_scores[captions]
-        yield first, scores
+# From ranks to figures
 
 
-def _write_scores(strips: Strips, path: str, shape: tuple[int, int], shares: Shares) -> Strips:
-    """Strips on their way; the first process writes those of all to a .npy file."""
-    with replacing(path) if shares.own == 0 else nullcontext() as file:
-        if file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            begin = file.tell()
-        for first, scores in strips:
-            every = shares.gather_images(scores)
-            if file:
-                for image, row in enumerate(every.cpu().numpy().astype("<f4", copy=False)):
-                    file.seek(begin + 4 * (image * shape[1] + first))
-                    file.write(row)
-            del every
-            yield first, scores
+def measure(ranks: Sequence[Ranks]) -> dict:
+    """All metrics; with ranks of folds after those of the whole split, those at the top are the folds' means."""
+    full, *of_folds = [retrieval_metrics(one) for one in ranks]
+    return {**mean_metrics(of_folds), "folds": of_folds, "full": full} if of_folds else {**full, "folds": []}
 
 
-def _open_split(settings: EvaluationSettings, matcher: Matcher) -> Split:
-    trained = matcher.checkpoint["settings"]
-    data_path, data_name = (
-        settings.data_path or trained.get("data_path"),
-        settings.data_name or trained.get("data_name"),
-    )
-    if not data_path or not data_name:
-        raise InputError(
-            f"{matcher.checkpoint['path']}: a published checkpoint; say with --data_path where the data is"
-        )
-    return open_split(data_path, data_name, settings.split, matcher.checkpoint["architecture"]["img_dim"])
+def add_intervals(metrics: dict, ranks: Sequence[Ranks], parts: Sequence[Part], image_of_caption: np.ndarray) -> dict:
+    """Metrics as `measure` makes them, with the interval of every figure: of all, of each fold and of their mean."""
+    full, *of_folds = draw(ranks, parts, image_of_caption)
+    if not of_folds:
+        return {**metrics, "interval": map_figures(interval, full)}
+    folds = [
+        {**fold, "interval": map_figures(interval, drawn)}
+        for fold, drawn in zip(metrics["folds"], of_folds, strict=True)
+    ]
+    return {
+        **metrics,
+        "interval": map_figures(interval, mean_metrics(of_folds)),
+        "folds": folds,
+        "full": {**metrics["full"], "interval": map_figures(interval, full)},
+    }
 
 
-def _heading(matcher: Matcher, split: Split) -> str:
-    progress = matcher.checkpoint["progress"]
-    dev = progress["history"][-1]["dev"]["rsum"] if progress["history"] else progress["best_rsum"]
-    measured = f", dev rSum {dev:.1f}" if dev >= 0 else ""  # a checkpoint from before the first evaluation has none
-    trained = f"{matcher.checkpoint['path']}, {progress['epoch']} epochs{measured}"
-    size = f"{len(split.features)} images, {len(split.captions)} captions"
-    run = _quote_run(matcher.checkpoint["path"])
-    return f"checkpoint  {trained}\n{run}data        {split.folder} {split.name}: {size}\ndevice      {matcher.compute}"
+def draw(ranks: Sequence[Ranks], parts: Sequence[Part], image_of_caption: np.ndarray) -> list[dict]:
+    """The metrics of each draw of a bootstrap, of each part; images are drawn within it."""
+    return [
+        bootstrap(one, image_of_caption[part.captions] - part.images.start, seed=number)
+        for number, (one, part) in enumerate(zip(ranks, parts, strict=True))
+    ]
 
 
-def _quote_run(checkpoint: Path) -> str:
-    """What the run's record says of how the checkpoint was chosen, where there is a record beside it."""
-    try:
-        record = read_record(checkpoint.parent)
-        return f"run         {quote(record)}\n" if record else ""
-    except InputError as error:
-        return f"run         {error}\n"
+def _beyond_pairs(
+    fits: coco.Coco, judged: Sequence[Sequence[Judged]], names: Sequence[str], sources: Sequence[Source]
+) -> dict | None:
+    """COCO's further protocols by row; None on other processes than the first."""
+    embedded = all(source.embeddings for source in sources)
+    pooled = [pool(source.embeddings) for source in sources] if fits.intra and embedded else []
+    if not processes.is_first():
+        return None
+    several = [*([one] for one in pooled), pooled] if len(pooled) > 1 else [pooled] * len(pooled)
+    intra = {name: fits.intra_figures(some) for name, some in zip(names, several, strict=bool(pooled))}
+    return {
+        "rows": {name: fits.figures(one) for name, one in zip(names, judged, strict=True)},
+        "intra": intra,
+        "note": fits.note,
+    }
 
 
-def _table(results: dict, split: Split) -> str:
-    name, note = "X-Dim", ""
-    if results["rerank"]:
-        k, exact, pairs = results["rerank"].values()
-        name = f"X-Dim, best {k} exact"
-        note = f"\n\nbest {k} of each query by exact score: {exact} of {pairs} pairs ({100 * exact / pairs:.1f} %)"
-    if not results["folds"]:
-        return report.table({name: results, "chance": chance_metrics(split.image_of_caption)}) + note
-    size = len(split.features) // len(results["folds"])
-    rows = {f"fold {k}": fold for k, fold in enumerate(results["folds"], start=1)}
-    rows[f"mean of {len(rows)} folds of {size}"] = results
-    rows[f"chance, {size} images"] = chance_metrics(split.image_of_caption[split.image_of_caption < size])
-    rows[f"all {len(split.features)} images"] = results["full"]
-    rows[f"chance, {len(split.features)} images"] = chance_metrics(split.image_of_caption)
-    return report.table(rows) + note
+# What is printed and written
+
+
+def _name_rows(sources: Sequence[Source], caveats: Sequence[Sequence[Caveat]]) -> list[str]:
+    """A name for each row of the table, with what has to be known of it."""
+    names = [sources[0].name] if len(sources) == 1 else [f"single {k}" for k in range(1, len(sources) + 1)]
+    labels = [[caveat.label for caveat in of_one] for of_one in caveats]
+    if len(sources) > 1:
+        names.append(f"ensemble of {len(sources)}")
+        labels.append(list(dict.fromkeys(label for of_one in labels for label in of_one)))
+    return [", ".join([name, *of_one]) for name, of_one in zip(names, labels, strict=True)]
+
+
+def _results(rows: dict[str, dict], split: Split, caveats: Sequence[Sequence[Caveat]]) -> dict:
+    """What was found; at the top the figures of the last row, the ensemble's where there is one."""
+    *singles, last = rows
+    return {
+        **{"data": str(split.folder), "split": split.name},
+        **{"images": len(split.features), "captions": len(split.captions)},
+        **{"row": last, "caveats": list(dict.fromkeys(caveat.text for of_one in caveats for caveat in of_one))},
+        **rows[last],
+        "singles": {name: rows[name] for name in singles},
+    }
+
+
+def _tables(rows: dict[str, dict], results: dict, split: Split, caveats: Sequence[Sequence[Caveat]]) -> str:
+    """The table of all rows, and below it what has to be known."""
+    lines, notes = [], [report.INTERVALS]
+    for name, figures in rows.items():
+        lines += report.figure_rows(name, figures, len(split.features), with_folds=name == results["row"])
+    if rerank := results["rerank"]:
+        k, exact, pairs = rerank.values()
+        notes.append(f"best {k} of each query by exact score: {exact} of {pairs} pairs ({100 * exact / pairs:.1f} %)")
+    notes += dict.fromkeys(f"{caveat.label}: {caveat.text}" for of_one in caveats for caveat in of_one)
+    lines += report.chance_rows(split.image_of_caption, len(results["folds"]))
+    return "\n".join([report.table(lines), "", *notes])

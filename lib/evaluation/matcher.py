@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lib.bar import with_bar
 from lib.checkpoint import build_model, find_checkpoint, read_checkpoint
@@ -17,7 +18,7 @@ from lib.errors import InputError
 from lib.evaluation.parts import Shares, blocks, blocks_of, chunks, count, overlap, unshared, within
 from lib.model import collectives
 from lib.model.regions import pad_regions, real_regions
-from lib.model.similarity import Scorer
+from lib.model.similarity import Scorer, Similarity
 from lib.model.xdim import XDim
 
 LIKE_COUNTS = 8  # images padded to one number of regions, where the numbers differ
@@ -153,8 +154,13 @@ class Matcher:
 
     def scorer(self, coarse: bool = False) -> Scorer:
         """What scores embeddings in this matcher's precision; see Similarity.scorer."""
-        with self.compute.autocast():
-            return self.model.similarity.scorer(coarse)
+        return make_scorer(self.model.similarity, self.compute, coarse)
+
+
+def make_scorer(similarity: Similarity, compute: Compute, coarse: bool = False) -> Scorer:
+    """What scores embeddings in a precision; it needs no encoder. coarse: see Similarity.scorer."""
+    with compute.autocast():
+        return similarity.scorer(coarse)
 
 
 def score_strips(scorer: Scorer, embeddings: Embeddings) -> Strips:
@@ -202,6 +208,20 @@ def score_true_pairs(scorer: Scorer, embeddings: Embeddings, image_of_caption: n
     return embeddings.shares.gather_captions(torch.cat(scores))
 
 
+def pool(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+    """The mean region of each image (images, D) and the mean word of each caption (captions, D), as unit vectors.
+
+    On every process. X-Dim itself scores images against captions only: this is what compares two of a kind.
+    """
+    shares = embeddings.shares
+    lengths = embeddings.lengths[shares.mine.captions]
+    images, captions = (
+        F.normalize(torch.segment_reduce(rows, "mean", lengths=of_each.to(rows.device)), dim=1)
+        for rows, of_each in ((embeddings.regions, embeddings.counts), (embeddings.words, lengths))
+    )
+    return shares.gather_images(images), shares.gather_captions(captions)
+
+
 def score_pairs(scorer: Scorer, embeddings: Embeddings, images: Tensor, captions: Tensor) -> Tensor:
     """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, on every process.
 
@@ -247,5 +267,5 @@ def load_matcher(checkpoint, bert: str = "", device: str = "auto", precision: st
     path = find_checkpoint(str(checkpoint))
     content = read_checkpoint(path, mapped=True)
     model, tokenizer = build_model(content, bert)
-    about = {name: content[name] for name in ("settings", "progress", "architecture")}
+    about = {name: content[name] for name in ("settings", "progress", "architecture", "data") if name in content}
     return Matcher(model, tokenizer, compute, {**about, "path": path})

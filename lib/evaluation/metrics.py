@@ -1,5 +1,10 @@
-"""Retrieval metrics from ranks: recall at K, median and mean rank, rSum. How ranks are counted: ranks.py."""
+"""Retrieval metrics from ranks: recall at K, median and mean rank, rSum. How ranks are counted: ranks.py.
 
+Metrics are {"i2t": {"r1": ..., ...}, "t2i": {...}, "rsum": ...}; a figure is a number, or an array of one number for
+each draw of a bootstrap.
+"""
+
+from collections.abc import Callable
 from math import comb
 
 import numpy as np
@@ -7,6 +12,8 @@ import numpy as np
 from lib.evaluation.ranks import Ranks
 
 RECALL_AT = (1, 5, 10)
+RECALLS = tuple(f"r{k}" for k in RECALL_AT)
+WAYS = ("i2t", "t2i")
 FOLDS = 5
 
 
@@ -17,16 +24,13 @@ def summarize(ranks: np.ndarray) -> dict[str, float]:
 
 
 def retrieval_metrics(ranks: Ranks) -> dict:
-    """{"i2t": ..., "t2i": ..., "rsum": ...} of the ranks of both directions."""
-    return _with_rsum(summarize(ranks.i2t), summarize(ranks.t2i))
+    """The metrics of the ranks of both directions."""
+    return complete(summarize(ranks.i2t), summarize(ranks.t2i))
 
 
 def mean_metrics(folds: list[dict]) -> dict:
     """Each figure averaged over the folds."""
-    i2t, t2i = (
-        {name: float(np.mean([fold[way][name] for fold in folds])) for name in folds[0][way]} for way in ("i2t", "t2i")
-    )
-    return _with_rsum(i2t, t2i)
+    return map_figures(lambda *figures: np.mean(figures, axis=0), *folds)
 
 
 def chance_metrics(image_of_caption: np.ndarray) -> dict:
@@ -38,8 +42,17 @@ def chance_metrics(image_of_caption: np.ndarray) -> dict:
         seen = min(k, captions)
         missed = [comb(captions - int(true), seen) / comb(captions, seen) for true in captions_of_image]
         i2t[f"r{k}"] = 100 * (1 - float(np.mean(missed)))
-    return _with_rsum(i2t, {f"r{k}": 100 * min(1.0, k / images) for k in RECALL_AT})
+    return complete(i2t, {f"r{k}": 100 * min(1.0, k / images) for k in RECALL_AT})
 
 
-def _with_rsum(i2t: dict, t2i: dict) -> dict:
-    return {"i2t": i2t, "t2i": t2i, "rsum": sum(way[f"r{k}"] for way in (i2t, t2i) for k in RECALL_AT)}
+def complete(i2t: dict, t2i: dict) -> dict:
+    """Metrics of both directions with what follows from the recalls: their mean (avg) in each, the sum of all six."""
+    sums = [sum(way[name] for name in RECALLS) for way in (i2t, t2i)]
+    ways = ({**way, "avg": total / len(RECALLS)} for way, total in zip((i2t, t2i), sums, strict=True))
+    return {**dict(zip(WAYS, ways, strict=True)), "rsum": sum(sums)}
+
+
+def map_figures(function: Callable, *metrics: dict) -> dict:
+    """Metrics of what a function makes of each figure of some metrics, which all have the same figures."""
+    ways = {way: {name: function(*(one[way][name] for one in metrics)) for name in metrics[0][way]} for way in WAYS}
+    return {**ways, "rsum": function(*(one["rsum"] for one in metrics))}

@@ -52,32 +52,36 @@ class RankCounter:
 
 
 def count_ranks(
-    strips: Iterable[tuple[int, Tensor]],
-    true_scores: Tensor,
+    strips: Iterable[tuple[int, list[Tensor]]],
+    true_scores: list[Tensor],
     image_of_caption: Tensor,
     parts: Iterable[Part],
     shares: Shares,
-) -> list[Ranks]:
-    """The ranks of each part, on all processes.
+) -> list[list[Ranks]]:
+    """The ranks of each part, of each row of scores, on all processes.
 
-    strips: first caption and scores (own images, captions) of consecutive captions, all on one device; every process
-    has as many. true_scores: (C,) of each caption and its own image, the very numbers that stand in the strips.
-    image_of_caption: (C,), ascending. Raises InputError on NaN, on all processes.
+    strips: first caption and of each row the scores (own images, captions) of consecutive captions, all on one device;
+    every process has as many. true_scores: of each row (C,) of each caption and its own image, the very numbers that
+    stand in the strips. image_of_caption: (C,), ascending. Raises InputError on NaN, on all processes.
     """
-    counters = [RankCounter(part, true_scores, image_of_caption, shares) for part in parts]
-    for first, scores in strips:
-        if shares.add_up(scores.isnan().any().long()):
-            raise InputError(
-                "the scores hold NaN: the checkpoint or the features are damaged, or --precision is too low"
-            )
-        for counter in counters:
-            counter.add(first, scores)
-    return [counter.ranks() for counter in counters]
+    parts = list(parts)
+    counters = [[RankCounter(part, true, image_of_caption, shares) for part in parts] for true in true_scores]
+    for first, rows in strips:
+        for scores, of_row in zip(rows, counters, strict=True):
+            if shares.add_up(scores.isnan().any().long()):
+                raise InputError(
+                    "the scores hold NaN: the checkpoint, the features or the saved matrix is damaged, or --precision "
+                    "is too low"
+                )
+            for counter in of_row:
+                counter.add(first, scores)
+    return [[counter.ranks() for counter in of_row] for of_row in counters]
 
 
 def rank_matrix(scores: np.ndarray | Tensor, image_of_caption: np.ndarray, parts: Iterable[Part] = ()) -> list[Ranks]:
     """The ranks of a whole matrix of scores (I, C), or of parts of it. Raises InputError on NaN."""
     scores, image = torch.as_tensor(scores), torch.as_tensor(image_of_caption, device=getattr(scores, "device", None))
     true_scores = scores[image, torch.arange(len(image), device=scores.device)]
-    strips = ((chunk.start, scores[:, chunk]) for chunk in chunks(scores.shape[1]))
-    return count_ranks(strips, true_scores, image, parts or [whole(*scores.shape)], unshared(*scores.shape))
+    strips = ((chunk.start, [scores[:, chunk]]) for chunk in chunks(scores.shape[1]))
+    (ranks,) = count_ranks(strips, [true_scores], image, parts or [whole(*scores.shape)], unshared(*scores.shape))
+    return ranks

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.data.precomp import Split
-from lib.evaluation.evaluate import Timing, embed_split, rank_exactly
+from lib.evaluation.embed import Timing, embed_split
+from lib.evaluation.evaluate import rank_exactly
 from lib.evaluation.matcher import Matcher
 from lib.evaluation.metrics import retrieval_metrics
 from lib.evaluation.parts import whole

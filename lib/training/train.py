@@ -27,7 +27,8 @@ from lib.data.token_cache import tokenize_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
 from lib.errors import InputError, Interrupted, TrainingStopped, reason
 from lib.evaluation import report
-from lib.evaluation.evaluate import Timing, embed_split, measure, rank_exactly
+from lib.evaluation.embed import Timing, embed_split
+from lib.evaluation.evaluate import measure, rank_exactly
 from lib.evaluation.matcher import Matcher
 from lib.evaluation.parts import whole
 from lib.model.collectives import arrive, divide
@@ -292,7 +293,7 @@ def validate(run: Run, folder: RunFolder | None, log: RunLog) -> None:
             size, workers = settings.batch_size, settings.workers
             embeddings = embed_split(matcher, run.dev, run.dev_captions, size, workers, Timing())
             parts = [whole(len(run.dev.features), len(run.dev.captions))]
-            metrics = measure(run.dev, rank_exactly(matcher.scorer(), embeddings, run.dev, parts, Timing()))
+            metrics = measure(rank_exactly(matcher.scorer(), embeddings, run.dev, parts, Timing()))
     except EndNow:  # dev is evaluated by the resumed run
         save(run, folder, log)
         end_if_asked(run)

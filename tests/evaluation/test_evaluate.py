@@ -90,11 +90,14 @@ def test_folds_mean_and_full_set_equal_an_independent_computation_from_one_matri
 def test_json_has_the_documented_form(evaluated, trained_run, tmp_path):
     results = evaluated[0]
     assert (results["split"], results["images"], results["captions"]) == ("testall", 20, 100)
-    assert set(results) == {"split", "images", "captions", "i2t", "t2i", "rsum", "folds", "full", "rerank", "timing"}
-    assert results["rerank"] is None
-    assert set(results["i2t"]) == {"r1", "r5", "r10", "medr", "meanr"}
-    assert set(results["folds"][0]) == {"i2t", "t2i", "rsum"}
-    assert set(results["timing"]) == {"load_s", "encode_s", "compile_s", "similarity_s", "rank_s"}
+    figures = {"i2t", "t2i", "rsum", "interval"}
+    about = {"data", "split", "images", "captions", "row", "caveats", "singles", "coco", "rerank", "timing"}
+    assert set(results) == {*about, *figures, "folds", "full"}
+    assert results["rerank"] is results["coco"] is None
+    assert (results["row"], results["caveats"], results["singles"]) == ("X-Dim", [], {})
+    assert set(results["i2t"]) == set(results["interval"]["t2i"]) == {"r1", "r5", "r10", "avg", "medr", "meanr"}
+    assert all(set(one) == figures for one in (results["full"], *results["folds"]))
+    assert set(results["timing"]) == {"load_s", "encode_s", "compile_s", "similarity_s", "rank_s", "protocols_s"}
     eval_program.main(["--checkpoint", str(trained_run), "--json", str(tmp_path / "plain.json"), *FLAGS])
     plain = json.loads((tmp_path / "plain.json").read_text())
     assert plain["folds"] == []
@@ -105,7 +108,7 @@ def test_saved_scores_give_the_reported_ranks(evaluated):
     results, scores = evaluated
     parts = folds(5, 20, np.repeat(np.arange(20), 5))
     metrics = [retrieval_metrics(ranks) for ranks in rank_matrix(scores, np.repeat(np.arange(20), 5), parts)]
-    assert metrics == results["folds"]
+    assert metrics == [{name: fold[name] for name in ("i2t", "t2i", "rsum")} for fold in results["folds"]]
 
 
 def test_coarse_to_fine_with_every_pair_exact_reports_what_exact_scores_do(trained_run, evaluated, tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 import eval as eval_program
 import train
 from lib import load, processes
-from lib.evaluation import evaluate, parts
+from lib.evaluation import parts, sources
 from lib.model.similarity import Scorer
 from tests.ranks import run_ranks
 
@@ -48,14 +48,14 @@ def run(data, tiny_flags, tmp_path_factory):
 def evaluate_in_rank(flags, sizes):
     """The exit code of eval.py with blocks and chunks of other sizes, and the regions and words that this rank held."""
     parts.BLOCK, parts.CHUNK = sizes
-    embed_split, held = evaluate.embed_split, []
+    embed_split, held = sources.embed_split, []
 
     def embed(*given):
         embeddings = embed_split(*given)
         held.extend([len(embeddings.regions), len(embeddings.words)])
         return embeddings
 
-    evaluate.embed_split = embed
+    sources.embed_split = embed
     return eval_program.main(flags), held
 
 

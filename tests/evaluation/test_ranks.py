@@ -17,7 +17,7 @@ from tests.evaluation.test_metrics import sorted_ranks
 def strips_of(scores, edges):
     """The matrix cut at some columns, the strips out of order."""
     cuts = [0, *sorted(edges), scores.shape[1]]
-    return reversed([(first, scores[:, first:end]) for first, end in pairwise(cuts)])
+    return reversed([(first, [scores[:, first:end]]) for first, end in pairwise(cuts)])
 
 
 @settings(deadline=None)
@@ -36,8 +36,8 @@ def test_ranks_of_folds_and_whole_do_not_depend_on_the_strips(images_of_fold, ca
     parts = [whole(*scores.shape), *folds(5, images, image_of_caption)]
     true_scores = torch.from_numpy(scores[image_of_caption, np.arange(len(image_of_caption))])
     strips = strips_of(torch.from_numpy(scores), edges)
-    given = true_scores, torch.from_numpy(image_of_caption), parts, unshared(*scores.shape)
-    ranks = count_ranks(strips, *given)
+    given = [true_scores], torch.from_numpy(image_of_caption), parts, unshared(*scores.shape)
+    (ranks,) = count_ranks(strips, *given)
     for part, (i2t, t2i) in zip(parts, ranks, strict=True):
         own = image_of_caption[part.captions] - part.images.start
         expected = sorted_ranks(scores[part.images, part.captions], own)

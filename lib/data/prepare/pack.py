@@ -203,7 +203,8 @@ def _compare_scores(matcher, args: argparse.Namespace) -> str:
     before, after = (open_split(str(args.data_path), name, args.split) for name in (args.data_name, args.to))
     found = compare_scores(matcher, before, after)
     difference = f"by {found.largest:.2g} at most and {found.mean:.2g} in the mean; they spread by {found.spread:.2g}"
-    rows = {f"{args.data_name}, {before.features.dtype}": found.before, f"{args.to}, float16": found.after}
+    names = f"{args.data_name}, {before.features.dtype}", f"{args.to}, float16"
+    rows = [report.Row(name, metrics) for name, metrics in zip(names, (found.before, found.after), strict=True)]
     return (
         f"\n{matcher.checkpoint['path']} on {args.split} ({matcher.compute}): scores differ {difference} (standard "
         f"deviation)\n\n{report.table(rows)}"

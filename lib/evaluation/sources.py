@@ -1,0 +1,104 @@
+"""What gives scores: a checkpoint, which embeds the split, or a file of saved scores."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from lib import processes
+from lib.config import SAVED_SCORES, ScoringSettings
+from lib.data.precomp import Split, open_split
+from lib.data.token_cache import tokenize_split
+from lib.errors import InputError
+from lib.evaluation.embed import Timing, embed_split
+from lib.evaluation.matcher import Embeddings, load_matcher, make_scorer
+from lib.evaluation.parts import Shares
+from lib.evaluation.provenance import Caveat, find_caveats, quote_checkpoint, quote_run
+from lib.evaluation.scores import Scores, open_matrix, saved_scores, scores_of_model
+
+
+class CheckpointSource:
+    """A checkpoint. Once it has embedded a split, its encoders' memory is free for the scores."""
+
+    name = "X-Dim"
+
+    def __init__(self, checkpoint: str, settings: ScoringSettings):
+        self.matcher = load_matcher(checkpoint, settings.bert, settings.device, settings.precision)
+        self.checkpoint = self.matcher.checkpoint
+        self.scorer = partial(make_scorer, self.matcher.model.similarity, self.matcher.compute)
+        self.embeddings: Embeddings | None = None
+
+    def describe(self, label: str) -> str:
+        """Lines of a heading."""
+        run = quote_run(self.checkpoint["path"])
+        return f"{label:<12}{quote_checkpoint(self.checkpoint)}" + (f"\n{'run':<12}{run}" if run else "")
+
+    def caveats(self, split: Split, data_name: str) -> list[Caveat]:
+        return find_caveats(self.checkpoint, split, data_name)
+
+    def embed(self, split: Split, settings: ScoringSettings, timing: Timing) -> None:
+        with timing.clock("load_s"), processes.first_goes_first():
+            captions = tokenize_split(self.matcher.tokenizer, split)
+        self.embeddings = embed_split(self.matcher, split, captions, settings.batch_size, settings.workers, timing)
+        self.matcher = None
+
+    def scores(self, split: Split, shares: Shares, device: torch.device) -> Scores:
+        return scores_of_model(self.scorer(), self.embeddings, split.image_of_caption)
+
+
+class SavedSource:
+    """Scores in a .npy file, images x captions, as --save_sims writes them."""
+
+    name = "saved scores"
+    checkpoint = None
+    embeddings = None
+
+    def __init__(self, path: str):
+        self.path, self.matrix = path, open_matrix(path)
+
+    def describe(self, label: str) -> str:
+        """Lines of a heading."""
+        return f"{label:<12}{self.path}"
+
+    def caveats(self, split: Split, data_name: str) -> list[Caveat]:
+        return []
+
+    def embed(self, split: Split, settings: ScoringSettings, timing: Timing) -> None:
+        """Nothing to do but to see whether they are scores of this split. Raises InputError."""
+        expected = (len(split.features), len(split.captions))
+        if self.matrix.shape != expected:
+            raise InputError(
+                f"{self.path}: {self.matrix.shape[0]} x {self.matrix.shape[1]} scores, but {split.folder} {split.name} "
+                f"has {expected[0]} images and {expected[1]} captions"
+            )
+
+    def scores(self, split: Split, shares: Shares, device: torch.device) -> Scores:
+        return saved_scores(self.matrix, split.image_of_caption, shares, device)
+
+
+Source = CheckpointSource | SavedSource
+
+
+def open_sources(given: Sequence[str], settings: ScoringSettings) -> list[Source]:
+    """What --checkpoint names. Raises InputError."""
+    return [SavedSource(one) if one.endswith(SAVED_SCORES) else CheckpointSource(one, settings) for one in given]
+
+
+def open_split_for(sources: Sequence[Source], settings: ScoringSettings, split: str) -> tuple[Split, str]:
+    """A split and its data set's name: what the flags say, else what the first checkpoint was trained on.
+
+    Raises InputError.
+    """
+    checkpoints = [source.checkpoint for source in sources if source.checkpoint]
+    trained = checkpoints[0]["settings"] if checkpoints else {}
+    data_path = settings.data_path or trained.get("data_path")
+    data_name = settings.data_name or trained.get("data_name")
+    if not data_path or not data_name:
+        what = f"{checkpoints[0]['path']}: a published checkpoint" if checkpoints else "saved scores alone"
+        missing = "--data_path" if data_name else "--data_path and --data_name"
+        raise InputError(f"{what}; say with {missing} where the data is")
+    dims = {checkpoint["architecture"]["img_dim"] for checkpoint in checkpoints}
+    if len(dims) > 1:
+        sizes = " and of ".join(map(str, sorted(dims)))
+        raise InputError(f"the checkpoints take features of {sizes} numbers, which no data set has at once")
+    return open_split(data_path, data_name, split, *dims), data_name
