@@ -39,7 +39,7 @@ def main() -> None:
     flags.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of processes")
     settings = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = write_data(Path(folder), settings.images)
+        data = write_data(Path(folder), {"train": 8, "dev": 8, "test": settings.images}, IMG_DIM)
         bert = write_bert(Path(folder))
         train(settings, data, bert)
         results = {
@@ -50,13 +50,13 @@ def main() -> None:
     report(settings, results)
 
 
-def write_data(folder: Path, images: int) -> Path:
-    """Random unit-free features and captions of 3 to 20 words, as dev, test and train."""
+def write_data(folder: Path, images: dict[str, int], img_dim: int) -> Path:
+    """Random unit-free features and captions of 3 to 20 words. images: how many in each split."""
     data, rng = folder / "random_precomp", np.random.default_rng(0)
     data.mkdir()
-    for split, count in (("train", 8), ("dev", 8), ("test", images)):
+    for split, count in images.items():
         features = np.lib.format.open_memmap(
-            data / f"{split}_ims.npy", "w+", np.float32, (count, common.REGIONS, IMG_DIM)
+            data / f"{split}_ims.npy", "w+", np.float32, (count, common.REGIONS, img_dim)
         )
         for image in features:
             image[:] = rng.standard_normal(image.shape, dtype=np.float32)
@@ -66,21 +66,29 @@ def write_data(folder: Path, images: int) -> Path:
     return data
 
 
-def write_bert(folder: Path) -> Path:
-    """BERT-base's configuration and a vocabulary of its size; weights start at random."""
+def write_bert(folder: Path, **sizes: int) -> Path:
+    """BERT-base's configuration, but for some sizes, and a vocabulary of its size; weights start at random."""
     from transformers import BertConfig
 
     bert = folder / "bert"
-    BertConfig().save_pretrained(bert)
+    BertConfig(**sizes).save_pretrained(bert)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(30_517))]
     (bert / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return bert
 
 
-def train(settings, data: Path, bert: Path) -> None:
+def train(settings, data: Path, bert: Path, *flags: str) -> None:
     subprocess.run(
         [
-            *(sys.executable, str(ROOT / "train.py"), "--data_path", str(data.parent), "--data_name", data.name),
+            *(
+                sys.executable,
+                str(ROOT / "train.py"),
+                "--data_path",
+                str(data.parent),
+                "--data_name",
+                data.name,
+                *flags,
+            ),
             *("--bert", str(bert), "--embed_size", str(settings.embed_size), "--batch_size", "8", "--num_epochs", "1"),
             *("--model_name", str(data.parent / "run"), "--device", settings.device, "--workers", "0"),
         ],

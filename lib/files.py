@@ -1,5 +1,6 @@
 """Writing files so that a kill or a full disk never leaves half of one under its final name."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -47,6 +48,24 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{error.filename or folder} could not be written: {error.strerror or error}") from error
+
+
+def check_writable(path: str) -> None:
+    """Refuse a file that could not be written later, before the work is done that it is for. Empty: none is.
+
+    Raises InputError.
+    """
+    if not path:
+        return
+    temporary = Path(f"{path}.{os.getpid()}{TEMPORARY}")
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error.strerror or error}") from None
 
 
 def check_space(folder: str | Path, needed: int, what: str) -> None:

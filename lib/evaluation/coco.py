@@ -2,7 +2,7 @@
 
 COCO 1K, COCO 5K   the data set's own pairs, in the five folds of the package eccv_caption and among all
 CxC                Crisscrossed Captions (Parekh et al. 2021): pairs that people rated 3 of 5 or better count as well
-ECCV Caption       1,332 images and 1,261 captions with all that fits them (Chun et al. 2022)
+ECCV Caption       1,261 images and 1,332 captions with all that fits them (Chun et al. 2022)
 PMRP               plausible matches (Chun et al. 2021), where pm_image_to_caption.json and pm_caption_to_image.json are
                    in cxc_annots/
 CxC i2i, t2t       images among images, captions among captions, where cxc_annots/ has GPO's cxc_i2i.json and
@@ -30,7 +30,7 @@ from lib.errors import InputError, reason
 from lib.evaluation import report
 from lib.evaluation.bootstrap import bootstrap_means, interval
 from lib.evaluation.metrics import FOLDS, RECALLS
-from lib.evaluation.rankings import Judged, Protocol, RankedList, query_figures
+from lib.evaluation.rankings import ABSENT, Judged, Protocol, RankedList, query_figures
 
 ANNOTATIONS = "cxc_annots"
 PLAUSIBLE = ("pm_image_to_caption.json", "pm_caption_to_image.json")
@@ -39,6 +39,14 @@ RATED_RIGHT = 3.0  # from which rating on the package's own CxC pairs count
 RECALL_FIGURES = (*RECALLS, "avg")
 RANKING_FIGURES = ("map_at_r", "r_precision", "r1")
 AT_ONCE = 256  # queries whose cosines to all others are computed at a time
+
+NOT_EMBEDDED = "saved scores do not say how images compare with images, or captions with captions"
+
+# What reading a damaged file may raise
+DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError),
+    csv.Error,
+)
 
 Right = dict[int, np.ndarray]  # right answers to each query
 
@@ -128,21 +136,20 @@ def _number_ids(split: Split, package) -> tuple[dict[int, int], dict[int, int], 
     own = [int(caption) for caption in package.coco_ids]
     image_of = {caption: image for caption, (image,) in package.coco_gts["t2i"].items()}
     own_images = [image_of[caption] for caption in own[::CAPTIONS_PER_IMAGE]]
-    place = f"{split.folder} {split.name}"
     if len(split.features) != len(own_images) or (np.bincount(split.image_of_caption) != CAPTIONS_PER_IMAGE).any():
+        found = f"{split.folder} {split.name} has {len(split.features)} images and {len(split.captions)} captions"
         raise InputError(
-            f"--eccv: {place} has {len(split.features)} images and {len(split.captions)} captions, but these protocols "
-            f"are for COCO's {len(own_images)} test images with five captions each (--split testall)"
+            f"--eccv: {found}, but these protocols are for COCO's {len(own_images)} test images with five captions "
+            "each (--split testall)"
         )
-    ids = read_ids(split)
+    ids, ids_path = read_ids(split), split.folder / f"{split.name}_ids.txt"
     if ids is None:
-        images, note = own_images, f"ids: {split.name}_ids.txt is missing, the order of eccv_caption is taken"
+        images, note = own_images, f"ids: {ids_path.name} is missing, the order of eccv_caption is taken"
     else:
-        images, note = _numbers(ids, f"{place}_ids.txt"), f"ids: {split.name}_ids.txt"
+        images, note = _numbers(ids, ids_path), f"ids: {ids_path.name}"
     if strange := sorted(set(own_images) ^ set(images)):
         raise InputError(
-            f"--eccv: {split.folder / f'{split.name}_ids.txt'}: these are not COCO's {len(own_images)} test images "
-            f"({strange[0]} is on one side only)"
+            f"--eccv: {ids_path}: these are not COCO's {len(own_images)} test images ({strange[0]} is on one side only)"
         )
     captions, of_captions = _caption_ids(split, images, own, image_of)
     numbers = ({one: number for number, one in enumerate(each)} for each in (images, captions))
@@ -157,8 +164,12 @@ def _caption_ids(split: Split, images: list[int], own: list[int], image_of: dict
         for caption in own:
             of_image[image_of[caption]].append(caption)
         return [caption for image in images for caption in of_image[image]], "captions of an image in its order there"
-    captions = _numbers(path.read_text(encoding="utf-8", errors="replace").split(), path)
-    if [image_of.get(caption) for caption in captions] != [images[image] for image in split.image_of_caption]:
+    try:
+        captions = _numbers(path.read_text(encoding="utf-8-sig", errors="replace").split(), path)
+    except OSError as error:
+        raise InputError(f"--eccv: {path}: cannot be read ({reason(error)})") from None
+    expected = [images[image] for image in split.image_of_caption]
+    if [image_of.get(caption) for caption in captions] != expected or len(set(captions)) != len(captions):
         raise InputError(f"--eccv: {path}: its ids are not those of the captions of {split.name}_ids.txt's images")
     return captions, path.name
 
@@ -183,7 +194,7 @@ def _protocol(
 
 
 def _all_numbers(ids: Iterable[int], numbers: dict[int, int]) -> np.ndarray:
-    return np.unique([numbers[one] for one in ids])
+    return np.sort([numbers.get(one, ABSENT) for one in set(ids)])
 
 
 def _folds(package, images: dict, captions: dict) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -197,8 +208,10 @@ def _folds(package, images: dict, captions: dict) -> list[tuple[np.ndarray, np.n
 def _plausible(folder: Path, package, images: dict, captions: dict) -> Protocol:
     try:
         package.set_pm_gts(*(str(folder / name) for name in PLAUSIBLE))
+        if not all(pairs and all(pairs.values()) for pairs in package.pm_gts.values()):
+            raise ValueError("a query without an answer, or no query")
         return _protocol("PMRP", ("r_precision",), package.pm_gts, images, captions)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         what = f"{' or '.join(PLAUSIBLE)} is damaged, or not of COCO's testall ({reason(error)})"
         raise InputError(f"{folder}: {what}") from None
 
@@ -221,14 +234,14 @@ def _read_intra(folder: Path, way: str, images: dict, captions: dict, split: Spl
         for one, other in _rated_right(path):
             if one in numbers and other in numbers and one != other:
                 right[numbers[one]].add(numbers[other])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: damaged, or not CxC's ({reason(error)})") from None
+    if not right:
+        raise InputError(f"{path}: none of its pairs is of this split")
     if way == "t2t" and path.suffix == ".csv":  # captions of one image fit each other, however they were rated
         first = np.searchsorted(split.image_of_caption, split.image_of_caption)
         for caption, begin in enumerate(first.tolist()):
             right[caption].update(set(range(begin, begin + CAPTIONS_PER_IMAGE)) - {caption})
-    if not right:
-        raise InputError(f"{path}: none of its pairs is of this split")
     return {query: np.array(sorted(right[query])) for query in sorted(right)}
 
 
@@ -241,7 +254,8 @@ def _rated_right(path: Path) -> Iterable[tuple[int, int]]:
         return
     with open(path, encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
-        next(rows)
+        if next(rows, None) is None:
+            raise ValueError("it is empty")
         for one, other, rating, _ in rows:
             if float(rating) >= RATED_RIGHT:
                 a, b = (int(re.findall(r"\d+", name)[-1]) for name in (one, other))

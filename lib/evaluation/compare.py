@@ -5,17 +5,17 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import processes
-from lib.compute import choose_compute
 from lib.config import CompareSettings
 from lib.data.precomp import Split
 from lib.errors import one_line
 from lib.evaluation import report
 from lib.evaluation.bootstrap import interval, p_value
 from lib.evaluation.embed import Timing
-from lib.evaluation.evaluate import describe, draw, measure, parts_of, rank_scores, scores_of, write_json
+from lib.evaluation.evaluate import describe, draw_metrics, measure, rank_scores, scores_of, write_json
 from lib.evaluation.metrics import WAYS, map_figures, mean_metrics
 from lib.evaluation.ranks import Ranks
-from lib.evaluation.sources import open_sources, open_split_for
+from lib.evaluation.sources import opened
+from lib.files import check_writable
 
 SURE = 0.05  # largest p-value of the difference in rSum that makes a winner
 CHANGED = 5  # queries of each direction that are shown
@@ -33,20 +33,14 @@ class Change(NamedTuple):
 def compare(settings: CompareSettings) -> dict:
     """Score a split with A and with B, print what differs, write --json. Returns the results. Raises InputError."""
     timing = Timing()
-    with timing.clock("load_s"):
-        sources = open_sources([settings.a, settings.b], settings)
-        compute = choose_compute(settings.device, settings.precision)
-    with processes.joined(compute.device):
-        with timing.clock("load_s"):
-            split, data_name = open_split_for(sources, settings, settings.split)
-            parts = parts_of(split, settings.fold5)
-            caveats = [source.caveats(split, data_name) for source in sources]
+    check_writable(settings.json if processes.is_first() else "")
+    with opened([settings.a, settings.b], settings, timing) as (sources, split, parts, compute, caveats):
         print(describe(sources, split, compute, ("A", "B")))
         for source in sources:
             source.embed(split, settings, timing)
         ranks, _ = rank_scores(scores_of(sources, split, compute, timing), split, parts, timing)
         with timing.clock("protocols_s"):
-            drawn = [draw(one, parts, split.image_of_caption) for one in ranks]
+            drawn = [draw_metrics(one, parts, split.image_of_caption) for one in ranks]
         figures = [measure(one) for one in ranks]
         results = {
             **{"data": str(split.folder), "split": split.name},

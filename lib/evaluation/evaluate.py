@@ -9,23 +9,23 @@ import numpy as np
 import torch
 
 from lib import processes
-from lib.compute import Compute, choose_compute
+from lib.compute import Compute
 from lib.config import EvaluationSettings
 from lib.data.precomp import Split
 from lib.evaluation import coco, report
 from lib.evaluation.bootstrap import bootstrap, interval
 from lib.evaluation.embed import Timing
 from lib.evaluation.matcher import Embeddings, gather_scores, pool, score_pairs, score_strips
-from lib.evaluation.metrics import FOLDS, map_figures, mean_metrics, retrieval_metrics
-from lib.evaluation.parts import Part, folds, share_out, whole
+from lib.evaluation.metrics import map_figures, mean_metrics, retrieval_metrics
+from lib.evaluation.parts import Part, share_out
 from lib.evaluation.provenance import Caveat
 from lib.evaluation.rankings import Judged, judge
 from lib.evaluation.ranks import Ranks, count_ranks
 from lib.evaluation.ranks_file import pair_protocols, write_ranks
 from lib.evaluation.rerank import Reranker
 from lib.evaluation.scores import Scores, kept, scores_of_model, side_by_side, with_mean, written
-from lib.evaluation.sources import CheckpointSource, Source, open_sources, open_split_for
-from lib.files import replacing
+from lib.evaluation.sources import CheckpointSource, Source, opened
+from lib.files import check_writable, replacing
 from lib.model.similarity import Scorer
 
 
@@ -36,57 +36,36 @@ def evaluate(settings: EvaluationSettings) -> dict:
     the results as --json holds them. Raises InputError.
     """
     timing = Timing()
-    with timing.clock("load_s"):
-        sources = open_sources(settings.checkpoint, settings)
-        compute = choose_compute(settings.device, settings.precision)
-    with processes.joined(compute.device):
-        with timing.clock("load_s"):
-            split, data_name = open_split_for(sources, settings, settings.split)
-            parts = parts_of(split, settings.fold5)
-            fits = coco.open_coco(split) if settings.eccv else None
-            caveats = [source.caveats(split, data_name) for source in sources]
+    for path in (settings.save_sims, settings.ranks, settings.json) if processes.is_first() else ():
+        check_writable(path)
+    with opened(settings.checkpoint, settings, timing) as (sources, split, parts, compute, caveats):
+        fits = coco.open_coco(split) if settings.eccv else None
         print(describe(sources, split, compute))
         for source in sources:
             source.embed(split, settings, timing)
-
-        names, rerank, matrices = _name_rows(sources, caveats), None, []
-        if settings.rerank:
-            ranks, rerank = rank_coarse_to_fine(*sources, split, parts, settings.rerank, timing)
-            names = [f"{names[0]}, best {rerank['k']} exact"]
-        else:
-            keep = len(names) if fits else int(bool(settings.ranks))
-            scores = scores_of(sources, split, compute, timing)
-            scores = with_mean(scores) if len(sources) > 1 else scores
-            ranks, matrices = rank_scores(scores, split, parts, timing, settings.save_sims, keep)
+        names, ranks, rerank, matrices = _rank(settings, sources, split, parts, compute, timing)
         with timing.clock("protocols_s"):
             rows = {
                 name: add_intervals(measure(one), one, parts, split.image_of_caption)
-                for name, one in zip(names, ranks, strict=True)
+                for name, one in zip(_label(names, caveats), ranks, strict=True)
             }
             protocols = pair_protocols(split, parts) + (fits.protocols if fits else [])
             judged = [list(judge(matrix, protocols)) for matrix in matrices]
-            beyond = _beyond_pairs(fits, judged, names, sources) if fits else None
+            beyond = _beyond_pairs(fits, judged, list(rows), sources) if fits else None
         results = {**_results(rows, split, caveats), "coco": beyond, "rerank": rerank, "timing": vars(timing)}
         print(f"{'seconds':<12}{timing}\n\n{_tables(rows, results, split, caveats)}")
         if beyond:
             print(f"\n{coco.tables(**beyond)}")
-        if processes.is_first():
-            if settings.ranks:
-                write_ranks(settings.ranks, judged[-1], split, protocols, names[-1])
-            if settings.json:
-                write_json(settings.json, results)
+        if settings.json and processes.is_first():
+            write_json(settings.json, results)
+        if settings.ranks and processes.is_first():
+            write_ranks(settings.ranks, judged[-1], split, protocols, results["row"])
     return results
-
-
-def parts_of(split: Split, fold5: bool) -> list[Part]:
-    """What is ranked among itself: all of a split, and where asked for its folds. Raises InputError."""
-    parts = [whole(len(split.features), len(split.captions))]
-    return parts + (folds(FOLDS, len(split.features), split.image_of_caption) if fold5 else [])
 
 
 def describe(sources: Sequence[Source], split: Split, compute: Compute, labels: Sequence[str] = ()) -> str:
     """The heading: what is evaluated, on what, with what. labels: of several sources."""
-    labels = labels or (["checkpoint"] if len(sources) == 1 else [f"single {k}" for k in range(1, len(sources) + 1)])
+    labels = labels or (["checkpoint"] if len(sources) == 1 else _singles(sources))
     lines = [source.describe(label) for source, label in zip(sources, labels, strict=True)]
     size = f"{len(split.features)} images, {len(split.captions)} captions"
     data = f"{'data':<12}{split.folder} {split.name}: {size}"
@@ -99,6 +78,26 @@ def write_json(path: str, results: dict) -> None:
 
 
 # From scores to ranks
+
+
+def _rank(
+    settings: EvaluationSettings,
+    sources: Sequence[Source],
+    split: Split,
+    parts: Sequence[Part],
+    compute: Compute,
+    timing: Timing,
+) -> tuple[list[str], list[list[Ranks]], dict | None, np.ndarray]:
+    """Names of rows, their ranks of each part, what --rerank has done, and the rows' scores that are needed further."""
+    if settings.rerank:
+        ranks, rerank = rank_coarse_to_fine(*sources, split, parts, settings.rerank, timing)
+        return [f"{sources[0].name}, best {rerank['k']} exact"], ranks, rerank, np.empty((0, 0, 0))
+    names, scores = [sources[0].name], scores_of(sources, split, compute, timing)
+    if len(sources) > 1:
+        names, scores = [*_singles(sources), f"ensemble of {len(sources)}"], with_mean(scores)
+    keep = len(names) if settings.eccv else int(bool(settings.ranks))
+    ranks, matrices = rank_scores(scores, split, parts, timing, settings.save_sims, keep)
+    return names, ranks, None, matrices
 
 
 def scores_of(sources: Sequence[Source], split: Split, compute: Compute, timing: Timing) -> Scores:
@@ -176,7 +175,7 @@ def measure(ranks: Sequence[Ranks]) -> dict:
 
 def add_intervals(metrics: dict, ranks: Sequence[Ranks], parts: Sequence[Part], image_of_caption: np.ndarray) -> dict:
     """Metrics as `measure` makes them, with the interval of every figure: of all, of each fold and of their mean."""
-    full, *of_folds = draw(ranks, parts, image_of_caption)
+    full, *of_folds = draw_metrics(ranks, parts, image_of_caption)
     if not of_folds:
         return {**metrics, "interval": map_figures(interval, full)}
     folds = [
@@ -191,7 +190,7 @@ def add_intervals(metrics: dict, ranks: Sequence[Ranks], parts: Sequence[Part], 
     }
 
 
-def draw(ranks: Sequence[Ranks], parts: Sequence[Part], image_of_caption: np.ndarray) -> list[dict]:
+def draw_metrics(ranks: Sequence[Ranks], parts: Sequence[Part], image_of_caption: np.ndarray) -> list[dict]:
     """The metrics of each draw of a bootstrap, of each part; images are drawn within it."""
     return [
         bootstrap(one, image_of_caption[part.captions] - part.images.start, seed=number)
@@ -212,19 +211,21 @@ def _beyond_pairs(
     return {
         "rows": {name: fits.figures(one) for name, one in zip(names, judged, strict=True)},
         "intra": intra,
-        "note": fits.note,
+        "note": fits.note if embedded or not fits.intra else f"{fits.note}\n{coco.NOT_EMBEDDED}",
     }
 
 
 # What is printed and written
 
 
-def _name_rows(sources: Sequence[Source], caveats: Sequence[Sequence[Caveat]]) -> list[str]:
-    """A name for each row of the table, with what has to be known of it."""
-    names = [sources[0].name] if len(sources) == 1 else [f"single {k}" for k in range(1, len(sources) + 1)]
+def _singles(sources: Sequence[Source]) -> list[str]:
+    return [f"single {number}" for number in range(1, len(sources) + 1)]
+
+
+def _label(names: Sequence[str], caveats: Sequence[Sequence[Caveat]]) -> list[str]:
+    """Names of rows with what has to be known of each; an ensemble's, below its models, is what is true of any."""
     labels = [[caveat.label for caveat in of_one] for of_one in caveats]
-    if len(sources) > 1:
-        names.append(f"ensemble of {len(sources)}")
+    if len(names) > len(labels):
         labels.append(list(dict.fromkeys(label for of_one in labels for label in of_one)))
     return [", ".join([name, *of_one]) for name, of_one in zip(names, labels, strict=True)]
 

@@ -12,11 +12,15 @@ from lib.bar import with_bar
 from lib.evaluation.metrics import RECALL_AT
 
 TOP = 10
+ABSENT = -1
 AT_ONCE = 256  # captions whose scores are turned into rows at a time
 
 
 class Protocol(NamedTuple):
-    """Which items count as right answers to which queries; a query that is not in it does not count."""
+    """Which items count as right answers to which queries; a query that is not in it does not count.
+
+    A right answer that is not among the items at all (ECCV Caption knows two such captions) is one of number ABSENT.
+    """
 
     name: str
     figures: tuple[str, ...]  # of query_figures, by which it is reported
@@ -33,14 +37,16 @@ class RankedList:
         self.scores, self.ascending = scores, np.sort(scores)
 
     def positions(self, right: np.ndarray) -> np.ndarray:
-        """Where each of the right items (n,) stands, from 0: no two in the same place."""
-        scores = self.scores[right]
+        """Where each of the right items (n,) stands, from 0: no two in the same place. ABSENT ones are behind all."""
+        known, positions = right != ABSENT, len(self.scores) + np.arange(len(right))
+        scores = self.scores[right[known]]
         order = np.argsort(-scores, kind="stable")
         ordinal = np.empty_like(order)
         ordinal[order] = np.arange(len(order))
         as_good = _count_as_good(self.ascending, scores)  # items, itself included
         right_as_good = _count_as_good(np.sort(scores), scores)
-        return as_good - right_as_good + ordinal
+        positions[known] = as_good - right_as_good + ordinal
+        return positions
 
     def top(self, right: np.ndarray, k: int = TOP) -> np.ndarray:
         """The first k items, or all where there are fewer."""

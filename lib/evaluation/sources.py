@@ -1,18 +1,22 @@
 """What gives scores: a checkpoint, which embeds the split, or a file of saved scores."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from lib import processes
+from lib.compute import Compute, choose_compute
 from lib.config import SAVED_SCORES, ScoringSettings
 from lib.data.precomp import Split, open_split
 from lib.data.token_cache import tokenize_split
 from lib.errors import InputError
 from lib.evaluation.embed import Timing, embed_split
 from lib.evaluation.matcher import Embeddings, load_matcher, make_scorer
-from lib.evaluation.parts import Shares
+from lib.evaluation.metrics import FOLDS
+from lib.evaluation.parts import Part, Shares, folds, whole
 from lib.evaluation.provenance import Caveat, find_caveats, quote_checkpoint, quote_run
 from lib.evaluation.scores import Scores, open_matrix, saved_scores, scores_of_model
 
@@ -79,12 +83,33 @@ class SavedSource:
 Source = CheckpointSource | SavedSource
 
 
-def open_sources(given: Sequence[str], settings: ScoringSettings) -> list[Source]:
-    """What --checkpoint names. Raises InputError."""
-    return [SavedSource(one) if one.endswith(SAVED_SCORES) else CheckpointSource(one, settings) for one in given]
+class Opened(NamedTuple):
+    """What an evaluation works on."""
+
+    sources: list[Source]
+    split: Split
+    parts: list[Part]  # what is ranked among itself: all of the split, then its folds
+    compute: Compute
+    caveats: list[list[Caveat]]  # of each source
 
 
-def open_split_for(sources: Sequence[Source], settings: ScoringSettings, split: str) -> tuple[Split, str]:
+@contextmanager
+def opened(given: Sequence[str], settings: ScoringSettings, timing: Timing) -> Iterator[Opened]:
+    """Checkpoints and files of scores, and the split that the flags name. Within this context the job's processes work
+    together. Raises InputError."""
+    with timing.clock("load_s"):
+        sources = [SavedSource(one) if one.endswith(SAVED_SCORES) else CheckpointSource(one, settings) for one in given]
+        compute = choose_compute(settings.device, settings.precision)
+    with processes.joined(compute.device):
+        with timing.clock("load_s"):
+            split, data_name = _open_split(sources, settings)
+            parts = [whole(len(split.features), len(split.captions))]
+            parts += folds(FOLDS, len(split.features), split.image_of_caption) if settings.fold5 else []
+            caveats = [source.caveats(split, data_name) for source in sources]
+        yield Opened(sources, split, parts, compute, caveats)
+
+
+def _open_split(sources: Sequence[Source], settings: ScoringSettings) -> tuple[Split, str]:
     """A split and its data set's name: what the flags say, else what the first checkpoint was trained on.
 
     Raises InputError.
@@ -101,4 +126,4 @@ def open_split_for(sources: Sequence[Source], settings: ScoringSettings, split: 
     if len(dims) > 1:
         sizes = " and of ".join(map(str, sorted(dims)))
         raise InputError(f"the checkpoints take features of {sizes} numbers, which no data set has at once")
-    return open_split(data_path, data_name, split, *dims), data_name
+    return open_split(data_path, data_name, settings.split, *dims), data_name

@@ -69,7 +69,7 @@ def evaluated(run, tmp_path_factory):
             folder = tmp_path_factory.mktemp("results")
             written = {"--json": folder / "results.json"}
             if "--rerank" not in flags:
-                written["--save_sims"] = folder / "sims.npy"
+                written.update({"--save_sims": folder / "sims.npy", "--ranks": folder / "ranks.jsonl"})
             given = ["--checkpoint", str(run), *FLAGS, *flags, *(str(one) for item in written.items() for one in item)]
             outcomes = run_ranks(evaluate_in_rank, count, given, sizes)
             assert [one.value[0] for one in outcomes] == [0] * count, outcomes[0].err
@@ -77,9 +77,9 @@ def evaluated(run, tmp_path_factory):
             assert {path.name for path in folder.iterdir()} == {path.name for path in written.values()}
             results = json.loads(written["--json"].read_text())
             del results["timing"]
-            scores = (folder / "sims.npy").read_bytes() if "--save_sims" in written else b""
+            scores, ranks = (written[f].read_bytes() if f in written else b"" for f in ("--save_sims", "--ranks"))
             held = np.array([one.value[1] for one in outcomes])
-            done[count, flags, sizes] = outcomes[0].out, results, scores, held
+            done[count, flags, sizes] = outcomes[0].out, results, scores, held, ranks
         return done[count, flags, sizes]
 
     return evaluate
@@ -94,6 +94,7 @@ def assert_equal(one, other):
     assert without_device_and_seconds(one[0]) == without_device_and_seconds(other[0])
     assert one[1] == other[1]
     assert one[2] == other[2]
+    assert one[4] == other[4]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -102,6 +103,31 @@ def test_table_results_and_scores_are_the_same_to_the_bit_on_any_number_of_proce
     flags = ["--fold5", "--precision", precision]
     assert "mean of 5 folds of 30" in evaluated(1, *flags)[0]
     assert_equal(evaluated(count, *flags), evaluated(1, *flags))
+
+
+def test_an_ensemble_with_saved_scores_is_the_same_on_any_number_of_processes(evaluated, run, tmp_path):
+    flags = ["--checkpoint", str(run), *FLAGS, "--save_sims", str(tmp_path / "half.npy"), "--precision", "bf16"]
+    assert eval_program.main(flags) == 0
+    flags = ["--fold5", "--checkpoint", str(tmp_path / "half.npy")]
+    alone = evaluated(1, *flags)
+    assert {"single 1", "single 2", "ensemble of 2"} == {*alone[1]["singles"], alone[1]["row"]}
+    assert alone[1]["rsum"] != evaluated(1, "--fold5", "--precision", "fp32")[1]["rsum"]
+    assert_equal(evaluated(3, *flags), alone)
+
+
+def compare_in_rank(flags):
+    return eval_program.main(flags)
+
+
+def test_a_comparison_is_the_same_on_any_number_of_processes(run, tmp_path):
+    scores = tmp_path / "scores.npy"
+    assert eval_program.main(["--checkpoint", str(run), *FLAGS, "--save_sims", str(scores)]) == 0
+    np.save(scores, np.load(scores) + np.random.default_rng(0).normal(0, 0.1, np.load(scores).shape).astype("f4"))
+    flags = ["compare", str(run), str(scores), *FLAGS]
+    alone, several = (run_ranks(compare_in_rank, count, flags) for count in (1, 2))
+    assert [one.value for one in (*alone, *several)] == [0, 0, 0]
+    assert without_device_and_seconds(alone[0].out) == without_device_and_seconds(several[0].out)
+    assert not several[1].out
 
 
 @pytest.mark.parametrize("count", [2, 3])
