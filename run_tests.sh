@@ -1,5 +1,5 @@
 #!/bin/sh
-# Linter and tests, in the environment of setup_env.sh; further arguments go to pytest.
+# Linter and tests, on all cores, in the environment of setup_env.sh; further arguments go to pytest.
 set -eu
 cd "$(dirname "$0")"
 REQUIREMENTS="requirements.txt requirements-dev.txt"
@@ -7,4 +7,4 @@ REQUIREMENTS="requirements.txt requirements-dev.txt"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n auto --dist loadfile "$@"
