@@ -39,6 +39,7 @@ def interval(draws: np.ndarray) -> list[float]:
 
 def p_value(differences: np.ndarray) -> float:
     """Two-sided: how probable so large a difference is where there is none, from differences (DRAWS,) of pairs."""
+    differences = differences.round(9)  # a sum of what one gains and the other loses is zero but for rounding
     on_one_side = min((differences <= 0).sum(), (differences >= 0).sum())
     return min(1.0, 2 * (1 + float(on_one_side)) / (1 + len(differences)))
 

@@ -39,7 +39,8 @@ def evaluate(settings: EvaluationSettings) -> dict:
     for path in (settings.save_sims, settings.ranks, settings.json) if processes.is_first() else ():
         check_writable(path)
     with opened(settings.checkpoint, settings, timing) as (sources, split, parts, compute, caveats):
-        fits = coco.open_coco(split) if settings.eccv else None
+        with timing.clock("load_s"):
+            fits = coco.open_coco(split) if settings.eccv else None
         print(describe(sources, split, compute))
         for source in sources:
             source.embed(split, settings, timing)

@@ -275,3 +275,13 @@ def test_the_p_value_does_not_ask_which_of_the_two_comes_first(differences):
     differences = np.array(differences, float)
     assert p_value(differences) == p_value(-differences)
     assert 0 < p_value(differences) <= 1
+
+
+def test_draws_in_which_each_gains_what_the_other_loses_are_no_difference():
+    ranks, image_of_caption = random_ranks([5] * 82, 15, 0)
+    a, b = ranks.i2t.copy(), ranks.i2t.copy()
+    a[:7], b[:7] = [7] * 5 + [0] * 2, [3] * 7
+    drawn = [bootstrap(Ranks(one, ranks.t2i), image_of_caption) for one in (a, b)]
+    hits = np.array([sum(one < k for k in (1, 5, 10)) for one in (a, b)])
+    gained = (hits[1] - hits[0])[redraw(82, 0)].sum(axis=1)
+    assert p_value(drawn[1]["rsum"] - drawn[0]["rsum"]) == p_value(gained)
