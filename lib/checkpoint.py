@@ -26,6 +26,7 @@ from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.errors import InputError, reason
 from lib.files import replacing
+from lib.model.similarities import GATES, SIMILARITIES
 from lib.model.xdim import XDim
 
 FORM = "x-dim checkpoint "
@@ -34,7 +35,11 @@ TYPES = {
     **{"model": dict, "architecture": dict, "bert_config": dict, "tokenizer": str, "settings": dict, "progress": dict},
     **{"optimizer": dict, "random_state": dict, "versions": dict, "data": dict},
 }
-ARCHITECTURE = {"img_dim": int, "embed_size": int, "no_imgnorm": bool, "no_txtnorm": bool, "mask_padding": bool}
+ARCHITECTURE = {
+    **{"img_dim": int, "embed_size": int, "no_imgnorm": bool, "no_txtnorm": bool, "mask_padding": bool},
+    **{"similarity": str, "gate": str},
+}
+ADDED = {"similarity": "xdim", "gate": "adaptive"}  # what checkpoints from before there was a choice do not say
 PROGRESS = {"epoch": int, "batch": int, "step": int, "best_rsum": float, "best_epoch": int, "history": list}
 # What of BERT's configuration decides over its layers; the rest could only make transformers do something else.
 BERT_FIELDS = {
@@ -82,6 +87,7 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict:
     """
     content = exchange.read(path) if exchange.is_exchange(path) else _read_file(path, mapped)
     content["path"] = str(path)
+    content["architecture"] = {**ADDED, **content["architecture"]}
     for problem in _problems(content):
         raise InputError(f"{path}: not a sound checkpoint: {problem}")
     return content
@@ -128,6 +134,11 @@ def _problems(content: dict):
         f"architecture: {name} is {content['architecture'][name]}"
         for name in ("img_dim", "embed_size")
         if content["architecture"][name] < 1
+    )
+    yield from (
+        f"architecture: unknown {name} {published.listed([content['architecture'][name]])}"
+        for name, known in (("similarity", SIMILARITIES), ("gate", GATES))
+        if content["architecture"][name] not in known
     )
     yield from _wrong_fields("progress", content["progress"], PROGRESS)
     yield from (f"progress: {name} is negative" for name in ("epoch", "batch", "step") if content["progress"][name] < 0)
@@ -239,6 +250,8 @@ def new_model(bert, settings: dict) -> XDim:
         normalize_regions=not settings["no_imgnorm"],
         normalize_words=not settings["no_txtnorm"],
         mask_padding=settings["mask_padding"],
+        similarity=settings["similarity"],
+        gate=settings["gate"],
     )
 
 

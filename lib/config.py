@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from lib.cli import Parser
 from lib.errors import InputError
+from lib.model.similarities import GATED, GATES, SIMILARITIES
 
 Settings = TypeVar("Settings")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -49,6 +50,8 @@ class ModelSettings:
     embed_size: int = flag(1024, "dimensions that images and captions share")
     no_imgnorm: bool = flag(False, "do not normalise region embeddings")
     no_txtnorm: bool = flag(False, "do not normalise word embeddings")
+    similarity: str = flag("xdim", f"how images and captions are compared: {', '.join(SIMILARITIES)}")
+    gate: str = flag("adaptive", f"what makes X-Dim's dependencies: {', '.join(GATES)}")
     mask_padding: bool = flag(False, "keep padding regions out of attention and BatchNorm (published: they take part)")
 
 
@@ -107,6 +110,12 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
         _refuse(self.seed >= 2**63, f"--seed {self.seed}: must be below 2**63")
         _refuse(self.batch_size < 2, "--batch_size 1: a batch needs a second pair to take negatives from")
         _refuse(self.embed_size < 2, f"--embed_size {self.embed_size}: the gate needs at least 2 dimensions")
+        for name, known in (("similarity", SIMILARITIES), ("gate", GATES)):
+            _refuse(getattr(self, name) not in known, f"--{name} {getattr(self, name)}: expected {', '.join(known)}")
+        _refuse(
+            self.gate != "adaptive" and self.similarity != GATED,
+            f"--gate {self.gate}: --similarity {self.similarity} has no gate",
+        )
         _refuse(
             self.resume and self.init_from, "--init_from: starts a new run, --resume goes on with one; give one of them"
         )

@@ -91,8 +91,11 @@ def revert(content: dict) -> dict:
     """The content of a published file from a checkpoint in this project's form.
 
     One that was published once becomes what it was, to the bit; another one gets an `opt` of its own settings, and no
-    weights that are never used.
+    weights that are never used. Raises InputError for a model that the published code does not know.
     """
+    for name, own in (("similarity", "xdim"), ("gate", "adaptive")):
+        if (found := content["architecture"].get(name, own)) != own:
+            raise InputError(f"{content['path']}: the published code does not know --{name} {found}")
     origin = content.get("published") or _origin(content)
     weights = {**content["model"], **origin["never_used"]}
     parts = [

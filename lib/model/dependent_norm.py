@@ -11,7 +11,7 @@ zero, ||x D^T|| + 1e-8 (||A V|| + 1e-8).
 
 import math
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,14 @@ def _fused_norm(device: torch.device, dtype: torch.dtype) -> "type[FusedNorm] | 
     return FusedNorm if works(device, dtype) else None
 
 
+class Norm(Protocol):
+    """What gives (G, W) norms of G images and W words."""
+
+    def weigh(self, words: Tensor) -> Tensor: ...
+
+    def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor: ...
+
+
 class FactorNorm:
     """||x F^T||, exact. A triangular F halves the products."""
 
@@ -96,8 +104,51 @@ class DiagonalNorm:
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         x, guard = _correspond(attention, regions, weights, self.scratch)
-        norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        return norms.view(attention.shape[:2]) + guard
+        return _norms(x).view(attention.shape[:2]) + guard
+
+
+def differentiable_norm(gram: Tensor | None, dtype: torch.dtype) -> "GramNorm | DiagonalGramNorm | ContextNorm":
+    """The norm with gradients: by all of K (D, D), by its diagonal (D,) alone, or without K that of the context."""
+    if gram is None:
+        return ContextNorm()
+    return (GramNorm if gram.ndim == 2 else DiagonalGramNorm)(gram, dtype)
+
+
+class ContextNorm:
+    """||A V|| + 1e-8, which makes the sum of a word's correspondences its cosine with its context. No K takes part."""
+
+    leaves = totals = ()
+
+    def weigh(self, words: Tensor) -> Tensor:
+        return words
+
+    def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
+        return _norms(torch.bmm(attention, regions)) + EPSILON
+
+    def gradient(self) -> None:
+        return None
+
+
+class DiagonalGramNorm:
+    """sqrt(sum_j k_j x_j^2) with gradients, for the diagonal k (D,) of K; those in k, a leaf, are
+    for the caller to add up in `totals`."""
+
+    def __init__(self, diagonal: Tensor, dtype: torch.dtype):
+        self.leaves = (diagonal.detach().to(dtype).requires_grad_(),)
+        self.totals = (torch.zeros_like(diagonal),)
+
+    def weigh(self, words: Tensor) -> Tensor:
+        return words
+
+    def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
+        context = torch.bmm(attention, regions)
+        weighted = (context * weights).square() * self.leaves[0]
+        squares = weighted.sum(dim=-1, dtype=torch.promote_types(context.dtype, torch.float32))
+        return squares.clamp(min=1e-30).sqrt() + _guard(context)
+
+    def gradient(self) -> Tensor:
+        """The sum (D,) of all gradients in k."""
+        return self.totals[0]
 
 
 class GramNorm:
@@ -106,6 +157,8 @@ class GramNorm:
     K's gradient is summed up over all calls: `gradient()` gives it after the backward passes. Each call must be
     differentiated before the next, which uses the same memory.
     """
+
+    leaves = totals = ()
 
     def __init__(self, gram: Tensor, dtype: torch.dtype):
         self.gram = gram.to(dtype)
@@ -166,6 +219,11 @@ def _attend(attention: Tensor, regions: Tensor, scratch: Scratch) -> Tensor:
     """The words' context A V (G, W, D), not normalised."""
     shape = (*attention.shape[:2], regions.shape[-1])
     return torch.bmm(attention, regions, out=scratch("context", regions, *shape))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norms of rows (..., D), in float32 at least."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def _guard(context: Tensor) -> Tensor | float:

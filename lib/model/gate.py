@@ -1,4 +1,4 @@
-"""The adaptive sparse probabilistic gate: which dimensions depend on which (paper, section 3.2)."""
+"""The adaptive sparse probabilistic gate: which dimensions depend on which (paper, section 3.2), and its ablations."""
 
 import math
 
@@ -17,6 +17,8 @@ class DependencyGate(nn.Module):
     P = sigmoid(E), the joint probabilities; a row's threshold is its mean plus `threshold_scale` standard deviations;
     M = tanh(exp(sharpness * (P - threshold))) opens where P lies above the threshold.
     """
+
+    diagonal = False  # whether norms take K = D^T D for its diagonal
 
     def __init__(self, embed_size: int):
         super().__init__()
@@ -38,10 +40,43 @@ class DependencyGate(nn.Module):
         return l2_normalize(mask * probabilities)
 
     @torch.no_grad()
-    def sparsity(self) -> float:
-        """Share of the mask's entries that are closed (below a half)."""
+    def figures(self) -> dict[str, float]:
+        """For logs: the share of the mask's entries that are closed (below a half), its sharpness, lambda's mean."""
         mask, _ = self.mask()
-        return (mask < 0.5).float().mean().item()
+        closed = (mask < 0.5).float().mean().item()
+        threshold = self.threshold_scale.mean().item()
+        return {"sparsity": closed, "sharpness": self.log_sharpness.exp().item(), "threshold": threshold}
+
+
+class FixedGate(DependencyGate):
+    """Thresholds stay where they start: lambda is not learned."""
+
+    def __init__(self, embed_size: int):
+        super().__init__(embed_size)
+        self.threshold_scale.requires_grad_(False)
+
+
+class DiagonalGate(DependencyGate):
+    """Norms by the diagonal of D^T D alone: D multiply-adds for a word and an image instead of D^2 / 2."""
+
+    diagonal = True
+
+
+class DenseGate(nn.Module):
+    """No mask: every dimension depends on every other one, D = P with L2-normalised rows."""
+
+    diagonal = False
+
+    def __init__(self, embed_size: int):
+        super().__init__()
+        self.joint_logits = nn.Parameter(torch.randn(embed_size, embed_size))  # E
+
+    def forward(self) -> Tensor:
+        """The dependency matrix (D, D)."""
+        return l2_normalize(self.joint_logits.sigmoid())
+
+    def figures(self) -> dict[str, float]:
+        return {}
 
 
 def initial_log_temperature() -> Tensor:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lib.model.collectives import add_up, divide, gather, gather_results, processes, rank
-from lib.model.dependent_norm import DiagonalNorm, FactorNorm, GramNorm, scoring_norm
+from lib.model.dependent_norm import DiagonalNorm, Norm, differentiable_norm, scoring_norm
 from lib.model.gate import DependencyGate, initial_log_temperature
 from lib.model.norm import EPSILON
 from lib.model.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
@@ -35,13 +35,25 @@ ONE_IN = 8  # of the images, one in so many tells how large that share is
 PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Similarity(nn.Module):
-    """Scores images against captions from their embeddings; under autocast with products in bfloat16."""
+class AttentionSimilarity(nn.Module):
+    """Scores images against captions by each word's attention over regions; under autocast, products in bfloat16.
 
-    def __init__(self, embed_size: int):
+    What a subclass says: `_of_gate`, how words meet regions and what norms are taken by, and `_scoring_norm`.
+    """
+
+    unit_vectors = True  # takes regions and words one by one as unit vectors
+
+    def __init__(self):
         super().__init__()
-        self.gate = DependencyGate(embed_size)
         self.log_temperature = nn.Parameter(initial_log_temperature())
+
+    def _of_gate(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """The dependency matrix D, delta (D,), K or its diagonal, and the attention's temperature."""
+        raise NotImplementedError
+
+    def _scoring_norm(self, dependency: Tensor | None, dtype: torch.dtype, once=False, coarse=False) -> Norm:
+        """What computes norms without gradients; see dependent_norm.py."""
+        raise NotImplementedError
 
     def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
         """Similarity of all pairs, differentiable.
@@ -53,7 +65,7 @@ class Similarity(nn.Module):
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
             dependency, *of_gate = self._of_gate()
-            norm = scoring_norm(dependency.detach(), dtype, once=True)
+            norm = self._scoring_norm(dependency, dtype, once=True)
             return _AllPairs.apply(regions, words, *of_gate, lengths, real, dtype, norm)
 
     def sum_over_negatives(
@@ -68,10 +80,7 @@ class Similarity(nn.Module):
         """
         inputs = (regions, words, lengths, real)
         if self._share_that_counts(loss, *inputs) <= FEW_PAIRS:
-            scores = all_scores(self(*inputs))
-            true = scores.diagonal()
-            wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-            return loss(scores, true[:, None], true).where(wrong, 0).sum()
+            return sum_over_wrong(loss, all_scores(self(*inputs)))
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
             _, *of_gate = self._of_gate()
@@ -87,24 +96,50 @@ class Similarity(nn.Module):
         counts = loss(scores, true[pairs.own][some, None], true) != 0
         return (add_up(counts.sum()) / add_up(counts.new_tensor(counts.numel(), dtype=torch.long))).item()
 
-    def _of_gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The dependency matrix D, its column sums, K = D^T D, and the attention's temperature."""
-        dependency = self.gate()
-        return dependency, dependency.sum(dim=0), dependency.T @ dependency, self.log_temperature.exp()
-
     @torch.no_grad()
     def scorer(self, coarse: bool = False) -> "Scorer":
         """The gate computed once, for scoring without gradients; coarse: with K = D^T D replaced by its diagonal."""
         dtype = product_dtype(self.log_temperature)
         with torch.autocast(self.log_temperature.device.type, enabled=False):
-            dependency = self.gate()
-            norm = DiagonalNorm(dependency) if coarse else scoring_norm(dependency, dtype)
-            return Scorer(dependency.sum(dim=0), self.log_temperature.exp(), norm, dtype)
+            dependency, delta, _, temperature = self._of_gate()
+            return Scorer(delta, temperature, self._scoring_norm(dependency, dtype, coarse=coarse), dtype)
+
+    def figures(self) -> dict[str, float]:
+        """For logs."""
+        return {"temperature": self.log_temperature.exp().item()}
+
+
+class Similarity(AttentionSimilarity):
+    """X-Dim's. gate: what makes the dependency matrix, one of gate.py's; None: X-Dim's own."""
+
+    def __init__(self, embed_size: int, gate: nn.Module | None = None):
+        super().__init__()
+        self.gate = gate or DependencyGate(embed_size)
+
+    def _of_gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dependency = self.gate()
+        gram = dependency.square().sum(dim=0) if self.gate.diagonal else dependency.T @ dependency
+        return dependency, dependency.sum(dim=0), gram, self.log_temperature.exp()
+
+    def _scoring_norm(self, dependency: Tensor, dtype: torch.dtype, once=False, coarse=False) -> Norm:
+        if coarse or self.gate.diagonal:
+            return DiagonalNorm(dependency.detach())
+        return scoring_norm(dependency.detach(), dtype, once)
+
+    def figures(self) -> dict[str, float]:
+        return {**self.gate.figures(), **super().figures()}
 
 
 def all_scores(scores: Tensor) -> Tensor:
     """The scores (B, B) of a batch from those that each process has of its images (I, B), differentiable."""
     return gather_results(scores, _Pairs(scores.shape[1]).sizes)
+
+
+def sum_over_wrong(loss: PairLoss, scores: Tensor) -> Tensor:
+    """Sum of a loss over all wrong pairs of scores (B, B), where image k belongs to caption k."""
+    true = scores.diagonal()
+    wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    return loss(scores, true[:, None], true).where(wrong, 0).sum()
 
 
 class _Pairs:
@@ -125,7 +160,7 @@ class _Pairs:
 class Scorer:
     """Scores pairs without gradients, or with them where a tile's inputs ask for it."""
 
-    def __init__(self, delta: Tensor, temperature: Tensor, norm: FactorNorm | DiagonalNorm | GramNorm, dtype):
+    def __init__(self, delta: Tensor, temperature: Tensor, norm: Norm, dtype):
         """delta: column sums of D (D,). norm: see dependent_norm.py. dtype: of the products."""
         self.delta, self.temperature, self.norm, self.dtype = delta, temperature, norm, dtype
 
@@ -223,7 +258,7 @@ class _SumOverNegatives(torch.autograd.Function):
         exact = regions.dtype  # of the true pairs, which are few
         lengths, pairs = lengths.cpu(), _Pairs(len(lengths))
         images_captions = (pairs.images, pairs.captions)
-        scorer = Scorer(delta, temperature, GramNorm(gram, exact), exact)
+        scorer = Scorer(delta, temperature, differentiable_norm(gram, exact), exact)
         negatives = _Negatives(loss, pairs.gather(scorer.pairs(regions, words, lengths, *images_captions, real)), pairs)
         wrong, true = _Differentiator(*inputs, dtype), _Differentiator(*inputs, exact)
         rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
@@ -232,13 +267,14 @@ class _SumOverNegatives(torch.autograd.Function):
         total, of_true = add_up(negatives.sum), add_up(negatives.of_true)[pairs.own]
         for tile in pair_tiles(*images_captions, lengths, scorer.rows(regions), regions.device):
             true.add(tile, lambda _, tile=tile: of_true[tile.places])
-        ctx.save_for_backward(*(a + b for a, b in zip(wrong.gradients(), true.gradients(), strict=True)))
+        both = zip(wrong.gradients(), true.gradients(), strict=True)
+        ctx.save_for_backward(*(None if a is None else a + b for a, b in both))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return *(gradient * one for one in ctx.saved_tensors), None, None, None, None
+        return *(None if one is None else gradient * one for one in ctx.saved_tensors), None, None, None, None
 
 
 class _Negatives:
@@ -281,7 +317,7 @@ class _Differentiator:
     def __init__(self, regions, words, delta, gram, temperature, real: Tensor | None, dtype: torch.dtype):
         self.inputs, self.real, self.dtype = (regions.to(dtype), words, delta, temperature), real, dtype
         self.totals = [torch.zeros_like(tensor) for tensor in (regions, words, delta, temperature)]
-        self.norm = GramNorm(gram, dtype)
+        self.norm = differentiable_norm(gram, dtype)
 
     def add(self, tile: Tile, gradient_of: Callable[[Tensor], Tensor]) -> None:
         """gradient_of: takes the tile's scores (G, c), returns the loss's gradient in them."""
@@ -291,13 +327,14 @@ class _Differentiator:
         with torch.enable_grad():
             scorer = Scorer(delta, temperature, self.norm, self.dtype)
             scores = scorer.tile(regions, *scorer.prepare(words), mask)
-        of_regions, of_words, *others = torch.autograd.grad(scores, parts, gradient_of(scores.detach()))
+        leaves = [*parts, *self.norm.leaves]
+        of_regions, of_words, *others = torch.autograd.grad(scores, leaves, gradient_of(scores.detach()))
         if isinstance(tile.images, slice):
             self.totals[0][tile.images] += of_regions
         else:
             self.totals[0].index_add_(0, tile.images, of_regions)
         self.totals[1].index_add_(0, tile.words.flatten(), of_words.flatten(0, 2))
-        for total, other in zip(self.totals[2:], others, strict=True):
+        for total, other in zip([*self.totals[2:], *self.norm.totals], others, strict=True):
             total += other
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

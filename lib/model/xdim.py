@@ -10,7 +10,7 @@ from transformers import BertModel
 
 from lib.model.image_encoder import ImageEncoder
 from lib.model.regions import pad_regions, real_regions
-from lib.model.similarity import Similarity
+from lib.model.similarities import make_similarity
 from lib.model.text_encoder import TextEncoder
 
 
@@ -19,7 +19,8 @@ class XDim(nn.Module):
 
     bert: the language model to build on (without its pooling layer). img_dim: numbers of a region feature.
     embed_size: shared dimensions D. normalize_regions, normalize_words: L2-normalise each embedding (--no_imgnorm,
-    --no_txtnorm switch it off). mask_padding: in training, keep padding regions out of the attention and of BatchNorm.
+    --no_txtnorm switch it off), where the similarity takes unit vectors. mask_padding: in training, keep padding
+    regions out of the attention and of BatchNorm. similarity, gate: names in similarities.py.
     """
 
     def __init__(
@@ -30,12 +31,16 @@ class XDim(nn.Module):
         normalize_regions: bool = True,
         normalize_words: bool = True,
         mask_padding: bool = False,
+        similarity: str = "xdim",
+        gate: str = "adaptive",
     ):
         super().__init__()
         self.mask_padding = mask_padding
-        self.image_encoder = ImageEncoder(img_dim, embed_size, normalize_regions)
-        self.text_encoder = TextEncoder(bert, embed_size, normalize_words)
-        self.similarity = Similarity(embed_size)
+        made = make_similarity(similarity, embed_size, gate)
+        unit = made.unit_vectors
+        self.image_encoder = ImageEncoder(img_dim, embed_size, normalize_regions and unit)
+        self.text_encoder = TextEncoder(bert, embed_size, normalize_words and unit)
+        self.similarity = made
 
     def forward(self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores (B, B) of all images against all captions of a batch.
@@ -72,6 +77,6 @@ class XDim(nn.Module):
             "image encoder": self.image_encoder,
             "BERT": self.text_encoder.bert,
             "text projection": self.text_encoder.linear,
-            "dependency gate": self.similarity,
+            "similarity": self.similarity,
         }
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

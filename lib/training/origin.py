@@ -11,7 +11,8 @@ from lib.training.folder import checkpoints, is_of_this_job, newest_sound, step_
 from lib.training.progress import Progress
 
 OF_ONE_START = ("resume", "init_from", "allow_changes", "model_name", "logger_name")  # not taken from a checkpoint
-BUILT_IN = ("img_dim", "embed_size", "no_imgnorm", "no_txtnorm")  # in the weights: nothing can change these
+# In the weights: nothing can change these
+BUILT_IN = ("img_dim", "embed_size", "no_imgnorm", "no_txtnorm", "similarity", "gate")
 RECIPE = (
     "mask_padding",
     *(name for name in RecipeSettings.__annotations__ if name != "num_epochs"),

@@ -269,7 +269,6 @@ def check_figures(
 
 def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, speed: float) -> None:
     """Figures of a step for TensorBoard."""
-    similarity = run.model.similarity
     rate, bert_rate = (group["lr"] for group in run.optimizer.param_groups)
     log.figures(
         run.progress.step,
@@ -278,9 +277,7 @@ def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, speed: fl
         train_pairs_per_second=speed,
         rate_learning=rate,
         rate_bert=bert_rate,
-        gate_sparsity=similarity.gate.sparsity(),
-        gate_sharpness=similarity.gate.log_sharpness.exp().item(),
-        gate_temperature=similarity.log_temperature.exp().item(),
+        **{f"gate_{name}": value for name, value in run.model.similarity.figures().items()},
     )
 
 

@@ -358,7 +358,7 @@ def test_a_sharp_gate_keeps_values_and_gradients_finite():
 def test_gate_sparsity_is_the_share_of_closed_entries():
     gate = random_similarity(32).gate
     closed = [[bool(value < 0.5) for value in row] for row in gate.mask()[0]]
-    assert gate.sparsity() == pytest.approx(sum(map(sum, closed)) / 32**2)
+    assert gate.figures()["sparsity"] == pytest.approx(sum(map(sum, closed)) / 32**2)
 
 
 @settings(deadline=None)
