@@ -26,7 +26,7 @@ from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.errors import InputError, reason
 from lib.files import replacing
-from lib.model.similarities import GATES, SIMILARITIES
+from lib.model.similarities import GATED, GATES, OWN_GATE, SIMILARITIES
 from lib.model.xdim import XDim
 
 FORM = "x-dim checkpoint "
@@ -39,7 +39,7 @@ ARCHITECTURE = {
     **{"img_dim": int, "embed_size": int, "no_imgnorm": bool, "no_txtnorm": bool, "mask_padding": bool},
     **{"similarity": str, "gate": str},
 }
-ADDED = {"similarity": "xdim", "gate": "adaptive"}  # what checkpoints from before there was a choice do not say
+ADDED = {"similarity": GATED, "gate": OWN_GATE}  # what checkpoints from before there was a choice do not say
 PROGRESS = {"epoch": int, "batch": int, "step": int, "best_rsum": float, "best_epoch": int, "history": list}
 # What of BERT's configuration decides over its layers; the rest could only make transformers do something else.
 BERT_FIELDS = {
@@ -87,7 +87,7 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict:
     """
     content = exchange.read(path) if exchange.is_exchange(path) else _read_file(path, mapped)
     content["path"] = str(path)
-    content["architecture"] = {**ADDED, **content["architecture"]}
+    content["architecture"] = content["architecture"] | (ADDED | content["architecture"])
     for problem in _problems(content):
         raise InputError(f"{path}: not a sound checkpoint: {problem}")
     return content

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from lib.cli import Parser
 from lib.errors import InputError
-from lib.model.similarities import GATED, GATES, SIMILARITIES
+from lib.model.similarities import GATED, GATES, OWN_GATE, SIMILARITIES
 
 Settings = TypeVar("Settings")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -50,8 +50,8 @@ class ModelSettings:
     embed_size: int = flag(1024, "dimensions that images and captions share")
     no_imgnorm: bool = flag(False, "do not normalise region embeddings")
     no_txtnorm: bool = flag(False, "do not normalise word embeddings")
-    similarity: str = flag("xdim", f"how images and captions are compared: {', '.join(SIMILARITIES)}")
-    gate: str = flag("adaptive", f"what makes X-Dim's dependencies: {', '.join(GATES)}")
+    similarity: str = flag(GATED, f"how images and captions are compared: {', '.join(SIMILARITIES)}")
+    gate: str = flag(OWN_GATE, f"what makes X-Dim's dependencies: {', '.join(GATES)}")
     mask_padding: bool = flag(False, "keep padding regions out of attention and BatchNorm (published: they take part)")
 
 
@@ -113,7 +113,7 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
         for name, known in (("similarity", SIMILARITIES), ("gate", GATES)):
             _refuse(getattr(self, name) not in known, f"--{name} {getattr(self, name)}: expected {', '.join(known)}")
         _refuse(
-            self.gate != "adaptive" and self.similarity != GATED,
+            self.gate != OWN_GATE and self.similarity != GATED,
             f"--gate {self.gate}: --similarity {self.similarity} has no gate",
         )
         _refuse(

@@ -27,7 +27,10 @@ def sound_content() -> dict:
     progress = {"epoch": 1, "batch": 0, "step": 3, "best_rsum": 7.5, "best_epoch": 1}
     return {
         "model": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)},
-        "architecture": {"img_dim": 4, "embed_size": 2, "no_imgnorm": False, "no_txtnorm": False, "mask_padding": True},
+        "architecture": {
+            **{"img_dim": 4, "embed_size": 2, "no_imgnorm": False, "no_txtnorm": False, "mask_padding": True},
+            **{"similarity": "xdim", "gate": "adaptive"},
+        },
         **{"bert_config": {"vocab_size": 3}, "tokenizer": "{}", "settings": {"margin": 0.2, "data_name": "demo"}},
         "progress": {**progress, "history": [{"epoch": 1, "step": 3, "dev": {"rsum": 7.5}}]},
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"betas": (0.9, 0.999)}]},

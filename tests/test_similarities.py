@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import convert
 import eval as eval_program
@@ -47,6 +48,7 @@ def test_a_choice_is_trained_kept_resumed_and_evaluated(train_with, tmp_path, na
     assert (content["architecture"]["similarity"], content["architecture"]["gate"]) == (name, gate)
     results, scores = results_of(run, tmp_path)
     assert 0 <= results["rsum"] <= 600
+    assert results["row"] == (name if name != "xdim" else f"X-Dim, {gate} gate")
     folder = Path(results["data"])
     captions = (folder / "test_caps.txt").read_text().splitlines()
     again = load(run, device="cpu").score(np.load(folder / "test_ims.npy")[::5], captions)
@@ -63,9 +65,17 @@ def test_two_epochs_are_those_of_one_that_is_resumed(train_with):
     assert all(np.array_equal(one[name].numpy(), other[name].numpy()) for name in one)
 
 
-def test_hardest_negatives_train_every_choice(train_with):
+@pytest.mark.parametrize("flags", [["--max_violation"], ["--precision", "bf16"], ["--max_violation", "--mask_padding"]])
+def test_every_choice_is_trained_in_any_way(train_with, flags):
     for number, (name, gate) in enumerate(CHOICES):
-        train_with("--similarity", name, "--gate", gate, "--max_violation", name=f"run{number}")
+        train_with("--similarity", name, "--gate", gate, *flags, name=f"run{number}")
+
+
+def test_bfloat16_scores_stay_near_float32(train_with, tmp_path):
+    for number, (name, gate) in enumerate(CHOICES):
+        run = train_with("--similarity", name, "--gate", gate, name=f"run{number}")
+        exact, rounded = (results_of(run, tmp_path, "--precision", precision)[1] for precision in ("fp32", "bf16"))
+        assert 0 < np.abs(rounded - exact).max() < 0.1 * max(1.0, exact.std())
 
 
 def test_vectors_that_are_pooled_are_not_normalised_before(train_with):
@@ -123,8 +133,6 @@ def test_a_similarity_of_ones_own_is_trained_and_evaluated_as_the_page_says(own_
 
 
 def score_by_means(matcher, features):
-    import torch
-
     with torch.no_grad():
         ids, lengths = map(torch.from_numpy, matcher.tokenizer.pad(matcher.tokenizer.tokenize(["a dog"])))
         word = matcher.model.encode_captions(ids, lengths).mean(dim=0)
@@ -133,8 +141,6 @@ def score_by_means(matcher, features):
 
 
 def test_checkpoints_from_before_there_was_a_choice_are_xdims(trained_run, tmp_path):
-    import torch
-
     content = torch.load(trained_run / "last.pt", weights_only=True)
     for name in ("similarity", "gate"):
         del content["architecture"][name], content["settings"][name]

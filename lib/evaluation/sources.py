@@ -19,16 +19,16 @@ from lib.evaluation.metrics import FOLDS
 from lib.evaluation.parts import Part, Shares, folds, whole
 from lib.evaluation.provenance import Caveat, find_caveats, quote_checkpoint, quote_run
 from lib.evaluation.scores import Scores, open_matrix, saved_scores, scores_of_model
+from lib.model.similarities import GATED, OWN_GATE
 
 
 class CheckpointSource:
     """A checkpoint. Once it has embedded a split, its encoders' memory is free for the scores."""
 
-    name = "X-Dim"
-
     def __init__(self, checkpoint: str, settings: ScoringSettings):
         self.matcher = load_matcher(checkpoint, settings.bert, settings.device, settings.precision)
         self.checkpoint = self.matcher.checkpoint
+        self.name = _name_model(**self.checkpoint["architecture"])
         self.scorer = partial(make_scorer, self.matcher.model.similarity, self.matcher.compute)
         self.embeddings: Embeddings | None = None
 
@@ -81,6 +81,12 @@ class SavedSource:
 
 
 Source = CheckpointSource | SavedSource
+
+
+def _name_model(similarity: str, gate: str, **_) -> str:
+    """What a table calls a model."""
+    name = "X-Dim" if similarity == GATED else similarity
+    return name if gate == OWN_GATE else f"{name}, {gate} gate"
 
 
 class Opened(NamedTuple):

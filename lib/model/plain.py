@@ -1,7 +1,7 @@
 """A similarity from one formula: what a subclass computes is differentiated by autograd, all pairs at once.
 
-Enough for a similarity that is cheap, or that is tried out. attention-based ones at full size want the tiles of
-similarity.py.
+Enough for a similarity that is cheap, or that is tried out. One that attends with each word to all regions wants the
+tiles of similarity.py at full size.
 """
 
 from collections.abc import Callable

@@ -17,13 +17,18 @@ GATES = {
     "dense": "lib.model.gate:DenseGate",
     "diagonal": "lib.model.gate:DiagonalGate",
 }
-GATED = "xdim"  # the similarity that has a gate
+GATED, OWN_GATE = "xdim", "adaptive"  # the similarity that has a gate, and the paper's
 
 
 def make_similarity(similarity: str, embed_size: int, gate: str):
     """A similarity of random weights, by name; gate: of the one that has a gate."""
     made = _find(SIMILARITIES[similarity])
     return made(embed_size, _find(GATES[gate])(embed_size)) if similarity == GATED else made(embed_size)
+
+
+def takes_unit_vectors(similarity: str) -> bool:
+    """Whether a similarity, by name, takes regions and words that are normalised one by one."""
+    return _find(SIMILARITIES[similarity]).unit_vectors
 
 
 def _find(place: str) -> type:

@@ -10,7 +10,7 @@ from transformers import BertModel
 
 from lib.model.image_encoder import ImageEncoder
 from lib.model.regions import pad_regions, real_regions
-from lib.model.similarities import make_similarity
+from lib.model.similarities import make_similarity, takes_unit_vectors
 from lib.model.text_encoder import TextEncoder
 
 
@@ -36,11 +36,10 @@ class XDim(nn.Module):
     ):
         super().__init__()
         self.mask_padding = mask_padding
-        made = make_similarity(similarity, embed_size, gate)
-        unit = made.unit_vectors
+        unit = takes_unit_vectors(similarity)
         self.image_encoder = ImageEncoder(img_dim, embed_size, normalize_regions and unit)
         self.text_encoder = TextEncoder(bert, embed_size, normalize_words and unit)
-        self.similarity = made
+        self.similarity = make_similarity(similarity, embed_size, gate)
 
     def forward(self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores (B, B) of all images against all captions of a batch.

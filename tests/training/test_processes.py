@@ -76,6 +76,9 @@ RECIPES = {
     "padding masked": ["--mask_padding", "--max_violation"],
     "captions in micro batches": ["--micro_batch", "2"],
     "uneven batches": ["--batch_size", "11", "--max_violation"],
+    "independent": ["--similarity", "independent"],
+    "pooled": ["--similarity", "gpo", "--batch_size", "11", "--mask_padding"],
+    "diagonal": ["--gate", "diagonal", "--batch_size", "11"],
 }
 
 
