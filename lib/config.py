@@ -195,6 +195,31 @@ class CompareSettings(SplitSettings, ScoringSettings):
     b: str = flag("", "the same, to compare with A", positional=True)
 
 
+@dataclass
+class AblationSettings:
+    """variants and seeds; flags for train.py follow after --"""
+
+    folder: str = flag("runs/ablation", "folder of the run folders, the table and the curves")
+    variants: tuple[str, ...] = flag(
+        ("xdim", "independent"), "SIMILARITY or SIMILARITY:GATE, the first is what others are compared with", nargs="+"
+    )
+    seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of each variant", nargs="+", type=int)
+    split: str = flag("dev", "split to compare on")
+
+    def __post_init__(self):
+        self.variants, self.seeds = tuple(self.variants), tuple(self.seeds)
+        for variant in self.variants:
+            similarity, _, gate = variant.partition(":")
+            _refuse(
+                similarity not in SIMILARITIES or (gate or OWN_GATE) not in GATES or bool(gate and similarity != GATED),
+                f"--variants {variant}: expected {', '.join(SIMILARITIES)}, or {GATED} with one of "
+                f"{', '.join(f':{name}' for name in GATES)}",
+            )
+        for name in ("variants", "seeds"):
+            values = getattr(self, name)
+            _refuse(len(set(values)) < len(values), f"--{name} {' '.join(map(str, values))}: one is there twice")
+
+
 def parse(
     settings: type[Settings],
     description: str,
@@ -225,7 +250,7 @@ def _add_flag(arguments, field: dataclasses.Field) -> None:
     if field.type is bool:
         options["action"] = "store_true"
     else:
-        options["type"] = str if "action" in options else field.type
+        options.setdefault("type", str if "action" in options or "nargs" in options else field.type)
         options.setdefault("metavar", field.name.upper())
     default = None if "append" in options.values() else field.default
     arguments.add_argument(f"--{field.name}", default=default, **options)

@@ -1,0 +1,159 @@
+"""Variants of the model x seeds: trained one after the other, evaluated on one split, compared on the same queries.
+
+FOLDER/VARIANT-seedN/     the run folders; a rerun goes on with what is not finished
+FOLDER/table.json         what the table says     FOLDER/curves.csv   rSum on dev after each epoch of each run
+"""
+
+import csv
+import io
+import math
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.checkpoint import BEST
+from lib.config import AblationSettings, EvaluationSettings
+from lib.data.precomp import open_split
+from lib.errors import TrainingStopped
+from lib.evaluation.bootstrap import bootstrap, interval, p_value
+from lib.evaluation.evaluate import evaluate, write_json
+from lib.evaluation.metrics import retrieval_metrics
+from lib.evaluation.ranks import rank_matrix
+from lib.files import replacing
+from lib.model.similarities import OWN_GATE
+from lib.record import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEED = re.compile(r" (\d+) pairs/s$", re.MULTILINE)
+
+
+class Run(NamedTuple):
+    """One variant with one seed."""
+
+    variant: str  # SIMILARITY or SIMILARITY:GATE
+    seed: int
+    folder: Path
+
+
+class Outcome(NamedTuple):
+    """What a run has come to on the split."""
+
+    rsum: float
+    draws: np.ndarray  # rSum of each draw of the bootstrap
+    step_ms: float  # the median over the lines of its log
+
+
+def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
+    """Train and evaluate what is not done yet, print the table, write it and the curves. flags: for train.py.
+
+    A run that stops (its loss is no number, say) is left out of the table, which says so. Returns the table's content.
+    Raises InputError, or TrainingStopped where nothing is left to compare.
+    """
+    folder = Path(settings.folder)
+    runs = [
+        Run(variant, seed, folder / f"{variant.replace(':', '-')}-seed{seed}")
+        for seed in settings.seeds
+        for variant in settings.variants
+    ]
+    outcomes = {run: _evaluate(run.folder, settings.split) for run in runs if _train(run, flags)}
+    stopped = [f"{run.variant} seed {run.seed}" for run in runs if run not in outcomes]
+    if not any(run.variant == settings.variants[0] for run in outcomes):
+        raise TrainingStopped(f"no run of {settings.variants[0]} has come to its end: there is nothing to compare with")
+    table = {
+        variant: _summarize([outcomes[run] for run in outcomes if run.variant == variant], _first(settings, outcomes))
+        for variant in settings.variants
+        if any(run.variant == variant for run in outcomes)
+    }
+    results = {"split": settings.split, "flags": list(flags), "variants": table, "stopped": stopped}
+    print(f"\n{_show(results)}")
+    write_json(str(folder / "table.json"), results)
+    _write_curves(folder / "curves.csv", outcomes)
+    return results
+
+
+def _train(run: Run, flags: Sequence[str]) -> bool:
+    """Train what is left of a run, in a process of its own; whether it has come to its end."""
+    similarity, _, gate = run.variant.partition(":")
+    print(f"\n{run.variant}, seed {run.seed}", flush=True)
+    process = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "train.py"), *flags, "--similarity", similarity, "--gate", gate or OWN_GATE),
+            *("--seed", str(run.seed), "--model_name", str(run.folder), "--resume", "auto"),
+        ]
+    )
+    if process.returncode not in (0, TrainingStopped.exit_code):
+        sys.exit(process.returncode)  # train.py has said why: wrong flags, or an interruption
+    return process.returncode == 0
+
+
+def _evaluate(folder: Path, split_name: str) -> Outcome:
+    """The outcome of a run's best checkpoint, whose scores are kept beside it."""
+    trained, scores = read_record(folder)["settings"], folder / f"{split_name}_sims.npy"
+    if not scores.is_file() or scores.stat().st_mtime < (folder / BEST).stat().st_mtime:
+        same = {name: trained[name] for name in ("batch_size", "workers", "device", "precision")}
+        evaluate(EvaluationSettings(checkpoint=(str(folder),), split=split_name, save_sims=str(scores), **same))
+    split = open_split(trained["data_path"], trained["data_name"], split_name)
+    (ranks,) = rank_matrix(np.load(scores, mmap_mode="r"), split.image_of_caption)
+    speeds = [int(speed) for speed in SPEED.findall((folder / "run.log").read_text(encoding="utf-8"))]
+    step = 1000 * trained["batch_size"] / statistics.median(speeds) if speeds else math.nan
+    return Outcome(retrieval_metrics(ranks)["rsum"], bootstrap(ranks, split.image_of_caption)["rsum"], step)
+
+
+def _first(settings: AblationSettings, outcomes: dict[Run, Outcome]) -> list[Outcome]:
+    return [outcome for run, outcome in outcomes.items() if run.variant == settings.variants[0]]
+
+
+def _summarize(outcomes: Sequence[Outcome], first: Sequence[Outcome]) -> dict:
+    """Mean and spread over seeds, and the difference from the first variant on the same draws of queries."""
+    rsums = [outcome.rsum for outcome in outcomes]
+    draws = [np.mean([outcome.draws for outcome in some], axis=0) for some in (outcomes, first)]
+    return {
+        "rsum": statistics.mean(rsums),
+        "spread": statistics.stdev(rsums) if len(rsums) > 1 else None,
+        "rsums": rsums,
+        "step_ms": statistics.median(outcome.step_ms for outcome in outcomes),
+        "difference": statistics.mean(rsums) - statistics.mean(outcome.rsum for outcome in first),
+        "interval": interval(draws[0] - draws[1]),
+        "p": p_value(draws[0] - draws[1]),
+    }
+
+
+def _show(results: dict) -> str:
+    """The table; differences are from its first row."""
+    names = max(map(len, results["variants"])) + 2
+    lines = [
+        f"{'':<{names}}{'rSum':>7}{'spread':>8}{'ms a step':>11}{'difference':>12}{'95 %':>18}{'p':>8}  of each seed"
+    ]
+    for name, row in results["variants"].items():
+        spread = "" if row["spread"] is None else f"{row['spread']:.1f}"
+        apart = f"{'':>12}{'':>18}{'':>8}"
+        if len(lines) > 1:
+            ends = "{:+.1f} to {:+.1f}".format(*row["interval"])
+            apart = f"{row['difference']:>+12.1f}{ends:>18}{row['p']:>8.3f}"
+        rsums = " ".join(f"{rsum:.1f}" for rsum in row["rsums"])
+        lines.append(f"{name:<{names}}{row['rsum']:>7.1f}{spread:>8}{row['step_ms']:>11.0f}{apart}  {rsums}")
+    lines += [
+        "",
+        f"rSum on {results['split']}; spread: standard deviation over seeds; 95 % and p: by bootstrap over images",
+    ]
+    if results["stopped"]:
+        lines.append(f"stopped before the end, not counted: {', '.join(results['stopped'])}")
+    return "\n".join(lines)
+
+
+def _write_curves(path: Path, runs: Iterable[Run]) -> None:
+    """rSum on dev after each epoch."""
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["variant", "seed", "epoch", "step", "dev_rsum"])
+    for run in runs:
+        for epoch in read_record(run.folder)["history"]:
+            rows.writerow([run.variant, run.seed, epoch["epoch"], epoch["step"], epoch["dev"]["rsum"]])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
