@@ -118,8 +118,9 @@ class Similarity(AttentionSimilarity):
 
     def _of_gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dependency = self.gate()
+        delta = dependency.sum(dim=0)  # in this order: so are D's gradients added up
         gram = dependency.square().sum(dim=0) if self.gate.diagonal else dependency.T @ dependency
-        return dependency, dependency.sum(dim=0), gram, self.log_temperature.exp()
+        return dependency, delta, gram, self.log_temperature.exp()
 
     def _scoring_norm(self, dependency: Tensor, dtype: torch.dtype, once=False, coarse=False) -> Norm:
         if coarse or self.gate.diagonal:
