@@ -37,7 +37,7 @@ def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS, ways: Sequence[
         " " * names + "  ".join(headings for _ in ways) + (f"{'rSum':>{WIDTH + 2}}" if rsum else ""),
     ]
     for name, metrics, form in rows:
-        sides = [_cells([_figure(metrics[way].get(column), form) for column in columns]) for way in ways]
+        sides = [_cells([_figure(metrics.get(way, {}).get(column), form) for column in columns]) for way in ways]
         total = f"{_figure(metrics.get('rsum'), form):>{WIDTH + 2}}" if rsum else ""
         lines.append(f"{name:<{names}}{'  '.join(sides)}{total}")
     return "\n".join(line.rstrip() for line in lines)

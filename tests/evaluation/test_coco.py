@@ -317,6 +317,13 @@ def flat_figures(names, ways, percent):
     return {**figures, "interval": {way: {name: [percent - 1, percent + 1] for name in names} for way in ways}}
 
 
+def test_a_table_of_images_among_images_alone_leaves_captions_among_captions_blank():
+    rows = {"X-Dim": {"CxC": flat_figures((*RECALLS, "avg"), WAYS, 40.0)}}
+    rows["X-Dim"]["ECCV Caption"] = flat_figures(("map_at_r", "r_precision", "r1"), WAYS, 20.0)
+    made = coco.tables(rows, {"X-Dim": flat_figures((*RECALLS, "avg"), ("i2i",), 60.0)}, "a note")
+    assert made.split("\n\n")[2].splitlines()[2].split() == ["CxC,", "pooled", "cosine", *["60.0"] * 4]
+
+
 def test_tables_of_several_rows_name_each_and_have_one_for_images_among_images():
     rows = {
         f"single {k}": {
