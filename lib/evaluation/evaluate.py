@@ -50,7 +50,7 @@ def evaluate(settings: EvaluationSettings) -> dict:
                 name: add_intervals(measure(one), one, parts, split.image_of_caption)
                 for name, one in zip(_label(names, caveats), ranks, strict=True)
             }
-            protocols = pair_protocols(split, parts) + (fits.protocols if fits else [])
+            protocols = pair_protocols(split, parts) + (fits.protocols if fits else []) if len(matrices) else []
             judged = [list(judge(matrix, protocols)) for matrix in matrices]
             beyond = _beyond_pairs(fits, judged, list(rows), sources) if fits else None
         results = {**_results(rows, split, caveats), "coco": beyond, "rerank": rerank, "timing": vars(timing)}

@@ -18,8 +18,11 @@ class IndependentSimilarity(AttentionSimilarity):
         super().__init__()
         self.register_buffer("delta", torch.ones(embed_size), persistent=False)
 
-    def _of_gate(self) -> tuple[None, Tensor, None, Tensor]:
-        return None, self.delta, None, self.log_temperature.exp()
+    def _of_gate(self) -> tuple[None, Tensor]:
+        return None, self.delta
+
+    def _gram(self, dependency: None) -> None:
+        return None
 
     def _scoring_norm(self, dependency: None, dtype: torch.dtype, once=False, coarse=False) -> Norm:
         return ContextNorm()

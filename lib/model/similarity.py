@@ -38,7 +38,7 @@ PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 class AttentionSimilarity(nn.Module):
     """Scores images against captions by each word's attention over regions; under autocast, products in bfloat16.
 
-    What a subclass says: `_of_gate`, how words meet regions and what norms are taken by, and `_scoring_norm`.
+    What a subclass says: `_of_gate`, how words meet regions, and what norms are taken by, `_gram` and `_scoring_norm`.
     """
 
     unit_vectors = True  # takes regions and words one by one as unit vectors
@@ -47,8 +47,12 @@ class AttentionSimilarity(nn.Module):
         super().__init__()
         self.log_temperature = nn.Parameter(initial_log_temperature())
 
-    def _of_gate(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-        """The dependency matrix D, delta (D,), K or its diagonal, and the attention's temperature."""
+    def _of_gate(self) -> tuple[Tensor | None, Tensor]:
+        """The dependency matrix D and delta (D,)."""
+        raise NotImplementedError
+
+    def _gram(self, dependency: Tensor | None) -> Tensor | None:
+        """K or its diagonal, by which norms are differentiated; None: by neither."""
         raise NotImplementedError
 
     def _scoring_norm(self, dependency: Tensor | None, dtype: torch.dtype, once=False, coarse=False) -> Norm:
@@ -64,9 +68,9 @@ class AttentionSimilarity(nn.Module):
         """
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
-            dependency, *of_gate = self._of_gate()
+            dependency, *parameters = self._parameters_of_pairs()
             norm = self._scoring_norm(dependency, dtype, once=True)
-            return _AllPairs.apply(regions, words, *of_gate, lengths, real, dtype, norm)
+            return _AllPairs.apply(regions, words, *parameters, lengths, real, dtype, norm)
 
     def sum_over_negatives(
         self, loss: PairLoss, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None
@@ -83,8 +87,13 @@ class AttentionSimilarity(nn.Module):
             return sum_over_wrong(loss, all_scores(self(*inputs)))
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
-            _, *of_gate = self._of_gate()
-            return _SumOverNegatives.apply(regions, words, *of_gate, lengths, real, dtype, loss)
+            _, *parameters = self._parameters_of_pairs()
+            return _SumOverNegatives.apply(regions, words, *parameters, lengths, real, dtype, loss)
+
+    def _parameters_of_pairs(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """The dependency matrix D, and what scores are differentiated in: delta, K, the attention's temperature."""
+        dependency, delta = self._of_gate()  # before K: so are D's gradients added up
+        return dependency, delta, self._gram(dependency), self.log_temperature.exp()
 
     @torch.no_grad()
     def _share_that_counts(self, loss: PairLoss, regions, words, lengths, real) -> float:
@@ -101,8 +110,9 @@ class AttentionSimilarity(nn.Module):
         """The gate computed once, for scoring without gradients; coarse: with K = D^T D replaced by its diagonal."""
         dtype = product_dtype(self.log_temperature)
         with torch.autocast(self.log_temperature.device.type, enabled=False):
-            dependency, delta, _, temperature = self._of_gate()
-            return Scorer(delta, temperature, self._scoring_norm(dependency, dtype, coarse=coarse), dtype)
+            dependency, delta = self._of_gate()
+            norm = self._scoring_norm(dependency, dtype, coarse=coarse)
+            return Scorer(delta, self.log_temperature.exp(), norm, dtype)
 
     def figures(self) -> dict[str, float]:
         """For logs."""
@@ -116,11 +126,12 @@ class Similarity(AttentionSimilarity):
         super().__init__()
         self.gate = gate or DependencyGate(embed_size)
 
-    def _of_gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _of_gate(self) -> tuple[Tensor, Tensor]:
         dependency = self.gate()
-        delta = dependency.sum(dim=0)  # in this order: so are D's gradients added up
-        gram = dependency.square().sum(dim=0) if self.gate.diagonal else dependency.T @ dependency
-        return dependency, delta, gram, self.log_temperature.exp()
+        return dependency, dependency.sum(dim=0)
+
+    def _gram(self, dependency: Tensor) -> Tensor:
+        return dependency.square().sum(dim=0) if self.gate.diagonal else dependency.T @ dependency
 
     def _scoring_norm(self, dependency: Tensor, dtype: torch.dtype, once=False, coarse=False) -> Norm:
         if coarse or self.gate.diagonal:
