@@ -23,7 +23,7 @@ from benchmarks import common, training
 from lib import processes
 from lib.data.batches import Batch
 from lib.model.collectives import add_up, divide
-from lib.training.step import share_loss
+from lib.training.step import HARDEST, share_loss
 from lib.training.train import train_step
 
 FLOAT = 4  # bytes
@@ -141,7 +141,7 @@ def measure(settings) -> None:
         def steps() -> None:
             for batch in islice(cycle(batches), settings.steps):
                 moved = (batch.features.to(run.compute.device), batch.counts, batch.ids.to(run.compute.device))
-                train_step(run, Batch(*moved, batch.lengths), hardest=True)
+                train_step(run, Batch(*moved, batch.lengths), HARDEST)
             add_up(torch.zeros(1))  # nobody is ahead
 
         steps()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.loop import loop_scores
 from lib.loss import hinge_triplet_loss
-from lib.training.step import batch_loss
+from lib.training.step import ALL, HARDEST, batch_loss
 
 MARGIN = 0.2
 WAYS = {  # name: (by the loop, hardest negatives, bfloat16)
@@ -48,7 +48,8 @@ class Step:
         if loop:
             return hinge_triplet_loss(self.loop_scores(), MARGIN, hardest)
         with torch.autocast(self.device, torch.bfloat16, enabled=half):
-            return batch_loss(self.similarity, (*self.inputs[:2], self.lengths), MARGIN, hardest)
+            embeddings = (*self.inputs[:2], self.lengths)
+            return batch_loss(self.similarity, embeddings, MARGIN, HARDEST if hardest else ALL)[0]
 
     def gradients(self, loop: bool, hardest: bool, half: bool) -> tuple[Tensor, ...]:
         """Gradients of the loss in embeddings and parameters."""

@@ -21,7 +21,7 @@ from benchmarks import common
 from lib.compute import choose_compute
 from lib.data.batches import Batch, on_device
 from lib.training.optimizer import build_optimizer
-from lib.training.step import BatchLoss
+from lib.training.step import ALL, HARDEST, RAMPED, BatchLoss
 from lib.training.train import train_step
 
 IMG_DIM = 2048
@@ -37,19 +37,19 @@ def main() -> None:
     settings = flags.parse_args()
     results = {}
     for precision in PRECISIONS[settings.device]:
-        for hardest in (False, True):
-            name = f"{precision}, {'hardest' if hardest else 'all'} negatives"
-            results[name] = [measure(settings, precision, hardest) for _ in range(settings.rounds)]
+        for negatives in (ALL, HARDEST, RAMPED):
+            name = f"{precision}, {negatives}"
+            results[name] = [measure(settings, precision, negatives) for _ in range(settings.rounds)]
     report(settings, results)
 
 
-def measure(settings, precision: str, hardest: bool) -> dict:
+def measure(settings, precision: str, negatives: str) -> dict:
     """Milliseconds a step; on a GPU memory, and what the profiler saw of two further steps."""
     run, batches = start(settings, precision)
 
     def steps(count: int) -> None:
         for batch in on_device(islice(cycle(batches), count), run.compute.device):
-            train_step(run, batch, hardest)
+            train_step(run, batch, negatives)
 
     steps(settings.steps)
     if settings.device == "cuda":

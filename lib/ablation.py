@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.checkpoint import BEST
-from lib.config import AblationSettings, EvaluationSettings
+from lib.config import AblationSettings, EvaluationSettings, TrainSettings, parse
 from lib.data.precomp import open_split
 from lib.errors import TrainingStopped
 from lib.evaluation.bootstrap import bootstrap, interval, p_value
@@ -36,9 +36,16 @@ SPEED = re.compile(r" (\d+) pairs/s$", re.MULTILINE)
 class Run(NamedTuple):
     """One variant with one seed."""
 
-    variant: str  # SIMILARITY or SIMILARITY:GATE
+    variant: str  # SIMILARITY or SIMILARITY:GATE, and further flags for train.py
     seed: int
     folder: Path
+
+    def flags(self) -> list[str]:
+        """What the run has beyond the flags of all: the variant's, its seed and its folder."""
+        name, *others = self.variant.split()
+        similarity, _, gate = name.partition(":")
+        of_variant = ["--similarity", similarity, "--gate", gate or OWN_GATE, *others]
+        return [*of_variant, "--seed", str(self.seed), "--model_name", str(self.folder), "--resume", "auto"]
 
 
 class Outcome(NamedTuple):
@@ -57,10 +64,12 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
     """
     folder = Path(settings.folder)
     runs = [
-        Run(variant, seed, folder / f"{variant.replace(':', '-')}-seed{seed}")
+        Run(variant, seed, folder / f"{_file_name(variant)}-seed{seed}")
         for seed in settings.seeds
         for variant in settings.variants
     ]
+    for run in runs:
+        parse(TrainSettings, "", [*flags, *run.flags()], command="train.py")  # all, before hours of training
     outcomes = {run: _evaluate(run.folder, settings.split) for run in runs if _train(run, flags)}
     stopped = [f"{run.variant} seed {run.seed}" for run in runs if run not in outcomes]
     if not any(run.variant == settings.variants[0] for run in outcomes):
@@ -77,16 +86,15 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
     return results
 
 
+def _file_name(variant: str) -> str:
+    """A variant as a part of a folder's name: its words and numbers, joined."""
+    return "-".join(re.findall(r"[\w.]+", variant))
+
+
 def _train(run: Run, flags: Sequence[str]) -> bool:
     """Train what is left of a run, in a process of its own; whether it has come to its end."""
-    similarity, _, gate = run.variant.partition(":")
     print(f"\n{run.variant}, seed {run.seed}", flush=True)
-    process = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "train.py"), *flags, "--similarity", similarity, "--gate", gate or OWN_GATE),
-            *("--seed", str(run.seed), "--model_name", str(run.folder), "--resume", "auto"),
-        ]
-    )
+    process = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, *run.flags()])
     if process.returncode not in (0, TrainingStopped.exit_code):
         sys.exit(process.returncode)  # train.py has said why: wrong flags, or an interruption
     return process.returncode == 0

@@ -17,6 +17,7 @@ from lib.model.similarities import GATED, GATES, OWN_GATE, SIMILARITIES
 
 Settings = TypeVar("Settings")
 PRECISIONS = ("fp32", "tf32", "bf16")
+HARDNESS = ("epochs", "recall")
 SAVED_SCORES = ".npy"  # ending of a file of scores that is given where a checkpoint could be
 
 
@@ -64,8 +65,16 @@ class RecipeSettings:
     learning_rate: float = flag(0.0005, "learning rate; BERT's is a tenth of it")
     lr_update: int = flag(15, "epoch, counted from 0, from which on the learning rate is a tenth")
     margin: float = flag(0.2, "margin of the hinge loss")
+    hardness: str = flag(
+        "epochs",
+        "what lets the hardest negatives take over: epochs (published), or recall: a ramp by how well batches are "
+        "retrieved already, which does not collapse",
+        choices=HARDNESS,
+    )
     max_violation: bool = flag(False, "hardest negatives from the first step on")
-    vse_mean_warmup_epochs: int = flag(1, "epochs with all negatives before the hardest ones take over")
+    vse_mean_warmup_epochs: int = flag(
+        1, "epochs with all negatives before the hardest ones take over (--hardness epochs)"
+    )
     grad_clip: float = flag(2.0, "largest global gradient norm; 0 = no clipping")
     seed: int = flag(0, "seed of weights, order, augmentation and dropout")
 
@@ -115,6 +124,9 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
         _refuse(
             self.gate != OWN_GATE and self.similarity != GATED,
             f"--gate {self.gate}: --similarity {self.similarity} has no gate",
+        )
+        _refuse(
+            self.max_violation and self.hardness == "recall", "--max_violation: says what --hardness recall decides on"
         )
         _refuse(
             self.resume and self.init_from, "--init_from: starts a new run, --resume goes on with one; give one of them"
@@ -201,7 +213,10 @@ class AblationSettings:
 
     folder: str = flag("runs/ablation", "folder of the run folders, the table and the curves")
     variants: tuple[str, ...] = flag(
-        ("xdim", "independent"), "SIMILARITY or SIMILARITY:GATE, the first is what others are compared with", nargs="+"
+        ("xdim", "independent"),
+        "SIMILARITY or SIMILARITY:GATE, with further flags for train.py in quotes: 'xdim --mask_padding'; the first is "
+        "what others are compared with",
+        nargs="+",
     )
     seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of each variant", nargs="+", type=int)
     split: str = flag("dev", "split to compare on")
@@ -209,7 +224,7 @@ class AblationSettings:
     def __post_init__(self):
         self.variants, self.seeds = tuple(self.variants), tuple(self.seeds)
         for variant in self.variants:
-            similarity, _, gate = variant.partition(":")
+            similarity, _, gate = next(iter(variant.split()), "").partition(":")
             _refuse(
                 similarity not in SIMILARITIES or (gate or OWN_GATE) not in GATES or bool(gate and similarity != GATED),
                 f"--variants {variant}: expected {', '.join(SIMILARITIES)}, or {GATED} with one of "

@@ -15,7 +15,8 @@ from lib.evaluation.bootstrap import bootstrap, interval, p_value
 from lib.evaluation.metrics import retrieval_metrics
 from lib.evaluation.ranks import rank_matrix
 
-VARIANTS, SEEDS = ("xdim:diagonal", "independent"), (0, 1)
+FOLDERS = {"xdim:diagonal": "xdim-diagonal", "independent --margin 0.3": "independent-margin-0.3"}
+VARIANTS, SEEDS = tuple(FOLDERS), (0, 1)
 IMAGE_OF_CAPTION = np.repeat(np.arange(10), 5)
 
 
@@ -38,7 +39,7 @@ def alone(ablated, tmp_path_factory):
     for variant in VARIANTS:
         ranks[variant] = []
         for seed in SEEDS:
-            run = ablated / f"{variant.replace(':', '-')}-seed{seed}"
+            run = ablated / f"{FOLDERS[variant]}-seed{seed}"
             flags = ["--split", "dev", "--save_sims", str(scores), "--device", "cpu", "--workers", "0"]
             assert eval_program.main(["--checkpoint", str(run), *flags]) == 0
             ranks[variant] += rank_matrix(np.load(scores), IMAGE_OF_CAPTION)
@@ -75,8 +76,8 @@ def test_a_rerun_trains_nothing_again_and_says_the_same(ablated, tiny_flags, cap
     out = capfd.readouterr().out
     assert out.count("all 1 epochs are done") == 4
     lines = out[out.rindex("rSum  spread") :].splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == list(VARIANTS)
-    row = json.loads(table)["variants"]["independent"]
+    assert [line.startswith(variant) for line, variant in zip(lines[1:3], VARIANTS, strict=True)] == [True, True]
+    row = json.loads(table)["variants"][VARIANTS[1]]
     assert f"{row['difference']:+.1f}" in lines[2]
     assert lines[2].endswith(" ".join(f"{rsum:.1f}" for rsum in row["rsums"]))
 
@@ -86,7 +87,7 @@ def test_curves_hold_every_epoch_of_every_run(ablated):
         rows = list(csv.DictReader(file))
     assert {(row["variant"], int(row["seed"])) for row in rows} == {(v, s) for v in VARIANTS for s in SEEDS}
     for row in rows:
-        record = json.loads((ablated / f"{row['variant'].replace(':', '-')}-seed{row['seed']}/run.json").read_text())
+        record = json.loads((ablated / f"{FOLDERS[row['variant']]}-seed{row['seed']}/run.json").read_text())
         assert (int(row["epoch"]), int(row["step"])) == (1, 15)
         assert float(row["dev_rsum"]) == record["history"][0]["dev"]["rsum"]
 
@@ -105,18 +106,38 @@ def test_a_run_that_stops_is_left_out_and_said(ablated, tiny_flags, monkeypatch,
     assert len(started) == 4
     table = json.loads((ablated / "table.json").read_text())
     (ablated / "table.json").write_text(before)
-    assert table["stopped"] == ["independent seed 1"]
-    assert len(table["variants"]["independent"]["rsums"]) == 1
-    assert table["variants"]["independent"]["spread"] is None
-    assert "stopped before the end, not counted: independent seed 1" in capsys.readouterr().out
+    assert table["stopped"] == [f"{VARIANTS[1]} seed 1"]
+    assert len(table["variants"][VARIANTS[1]]["rsums"]) == 1
+    assert table["variants"][VARIANTS[1]]["spread"] is None
+    assert f"stopped before the end, not counted: {VARIANTS[1]} seed 1" in capsys.readouterr().out
+
+
+def test_a_variants_own_flags_reach_its_runs_alone(ablated):
+    margins = {
+        path.parent.name: json.loads(path.read_text())["settings"]["margin"] for path in ablated.glob("*/run.json")
+    }
+    assert margins == {f"{FOLDERS[v]}-seed{s}": 0.3 if "--margin" in v else 0.2 for v in VARIANTS for s in SEEDS}
+
+
+@pytest.mark.parametrize("flags", [["--batch_size", "1"], ["--no_such_flag"]])
+def test_a_later_variants_wrong_flags_are_refused_before_anything_is_trained(flags, tmp_path, capfd):
+    folder = tmp_path / "runs"
+    try:
+        code = ablate.main(["--folder", str(folder), "--variants", "xdim", f"gpo {' '.join(flags)}"])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert " ".join(flags) in line
+    assert not folder.exists()
 
 
 def test_what_train_refuses_ends_the_ablation_with_its_one_line(tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
-        ablate.main(["--folder", str(tmp_path / "runs"), "--seeds", "0", "--", "--batch_size", "1"])
+        ablate.main(["--folder", str(tmp_path / "runs"), "--seeds", "0", "--", "--data_path", "nowhere"])
     assert ended.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "--batch_size 1" in line
+    assert "nowhere" in line
 
 
 @pytest.mark.parametrize(
@@ -124,6 +145,7 @@ def test_what_train_refuses_ends_the_ablation_with_its_one_line(tmp_path, capfd)
     [
         (["--variants", "cosine"], "--variants cosine: expected xdim, independent, gpo, or xdim with one of :adaptive"),
         (["--variants", "gpo:dense"], "--variants gpo:dense"),
+        (["--variants", ""], "--variants : expected xdim"),
         (["--variants", "xdim", "xdim"], "--variants xdim xdim: one is there twice"),
         (["--seeds", "1", "1"], "--seeds 1 1: one is there twice"),
         (["--batch_size", "3"], "unrecognized arguments"),

@@ -1,29 +1,36 @@
-"""Notices the known way in which training on hardest negatives dies: all scores equal."""
+"""Notices the known way in which training on hardest negatives dies: all scores become equal.
 
-from collections import deque
+A loss that only sees the hardest negative is lowest, for a model that cannot tell it from the true pair, where all
+scores are the same: 2 x margin x batch size. From there no gradient says which pair is the true one.
+"""
 
-WATCHED_STEPS = 50
-TOLERANCE = 0.02
+WATCHED_STEPS = 25
+EQUAL = 0.1  # of the margin: a smaller spread of a batch's scores cannot tell pairs apart by a margin
 
 ADVICE = (
-    "warning: for {steps} steps the loss has stayed at 2 x margin x batch size = {level:.1f}: the scores have "
-    "collapsed to one value. Start again with more --vse_mean_warmup_epochs or a lower --learning_rate; "
-    "more steps will not mend it."
+    "warning: for {steps} steps the scores of a batch have differed by less than {most:g} (standard deviation; the "
+    "margin is {margin:g}): they have collapsed to one value, more steps will not mend it. Start again with {remedy}"
 )
+REMEDIES = {
+    "epochs": "--hardness recall, more --vse_mean_warmup_epochs, or a lower --learning_rate",
+    "recall": "a lower --learning_rate",
+}
 
 
 class CollapseWatch:
-    """Says once when the loss on hardest negatives is stuck at 2 x margin x batch size, where equal scores put it."""
+    """Says once when a batch's scores have long been nearly equal."""
 
-    def __init__(self, margin: float, batch_size: int):
-        self.level = 2 * margin * batch_size
-        self.near = deque(maxlen=WATCHED_STEPS)
-        self.warned = False
+    def __init__(self, margin: float, hardness: str):
+        self.margin, self.hardness = margin, hardness
+        self.steps = 0  # in a row
 
-    def warning(self, loss: float) -> str | None:
-        """Take note of a step's loss; returns the warning when it is due, else None."""
-        self.near.append(abs(loss - self.level) <= TOLERANCE * self.level)
-        if self.warned or len(self.near) < WATCHED_STEPS or not all(self.near):
+    def warning(self, spread: float) -> str | None:
+        """Take note of the standard deviation of a step's scores; returns the warning when it is due, else None.
+
+        NaN, where the step had no matrix of scores, is no sign of a collapse.
+        """
+        most = EQUAL * self.margin
+        self.steps = self.steps + 1 if spread < most else 0
+        if self.steps != WATCHED_STEPS:
             return None
-        self.warned = True
-        return ADVICE.format(steps=WATCHED_STEPS, level=self.level)
+        return ADVICE.format(steps=WATCHED_STEPS, most=most, margin=self.margin, remedy=REMEDIES[self.hardness])

@@ -2,17 +2,20 @@
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.loss import hinge_triplet_loss, violations
+from lib.loss import hinge_triplet_loss, ramped_triplet_loss, violations
 from lib.model.collectives import divide, gather_parts, processes, rank
 from lib.model.similarity import Similarity, all_scores
 from lib.model.xdim import XDim
 
+ALL, HARDEST, RAMPED = "all negatives", "hardest negatives", "ramped hardness"  # what a batch's loss is taken over
+
 
 class BatchLoss(nn.Module):
-    """The hinge triplet loss of a whole batch, of which each process embeds its own pairs.
+    """The loss of a whole batch, of which each process embeds its own pairs.
 
     A process then scores its own images against all captions, so that all B x B scores are computed once altogether;
     from these every process computes the same loss.
@@ -22,26 +25,33 @@ class BatchLoss(nn.Module):
         super().__init__()
         self.model, self.margin = model, margin
 
-    def forward(self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, hardest: bool) -> Tensor:
+    def forward(
+        self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, negatives: str
+    ) -> tuple[Tensor, Tensor]:
         """features: (n, img_dim) of the own images' regions, on the device; the others as in data.batches.Batch.
 
-        Returns a scalar, the same for all processes.
+        Returns two scalars, see batch_loss, the same for all processes.
         """
         parts = divide(len(lengths), processes())
         own = parts[rank()]
         regions, words, _, real = self.model.embed(features, counts[own], ids, lengths[own], int(counts.max()))
         words = gather_parts(words, [int(lengths[part].sum()) for part in parts])
-        return batch_loss(self.model.similarity, (regions, words, lengths, real), self.margin, hardest)
+        return batch_loss(self.model.similarity, (regions, words, lengths, real), self.margin, negatives)
 
 
-def batch_loss(similarity: Similarity, embeddings: tuple, margin: float, hardest: bool) -> Tensor:
-    """The hinge triplet loss of a batch, by the way that scores and differentiates least.
+def batch_loss(similarity: Similarity, embeddings: tuple, margin: float, negatives: str) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, by the way that scores and differentiates least.
 
-    embeddings: what the similarity takes: of the own images, of all captions.
+    embeddings: what the similarity takes: of the own images, of all captions. negatives: ALL, HARDEST or RAMPED.
+    Returns the loss, and the standard deviation of the batch's scores: NaN with ALL, where they are never all there.
     """
-    if hardest:
-        return hinge_triplet_loss(all_scores(similarity(*embeddings)), margin, hardest=True)
-    return similarity.sum_over_negatives(partial(violations, margin=margin), *embeddings)
+    if negatives == ALL:
+        loss = similarity.sum_over_negatives(partial(violations, margin=margin), *embeddings)
+        return loss, torch.full_like(loss, float("nan"))
+    scores = all_scores(similarity(*embeddings))
+    if negatives == RAMPED:
+        return ramped_triplet_loss(scores, margin), scores.detach().std()
+    return hinge_triplet_loss(scores, margin, hardest=True), scores.detach().std()
 
 
 def share_loss(loss: BatchLoss) -> nn.Module:

@@ -45,7 +45,7 @@ from lib.training.origin import Origin, refuse_changed_data, refuse_used_folder
 from lib.training.progress import Progress
 from lib.training.randomness import seed_everything
 from lib.training.record import begin_record, describe_data, record_now
-from lib.training.step import BatchLoss, backward, share_loss
+from lib.training.step import ALL, HARDEST, RAMPED, BatchLoss, backward, share_loss
 
 
 @dataclass
@@ -204,31 +204,31 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
     settings, model, progress = run.settings, run.model, run.progress
     rate = learning_rate_of(epoch, settings.learning_rate, settings.lr_update)
     set_learning_rate(run.optimizer, rate)
-    hardest = settings.max_violation or epoch >= settings.vse_mean_warmup_epochs
-    watch = CollapseWatch(settings.margin, settings.batch_size)
+    negatives = negatives_of(epoch, settings)
+    watch = CollapseWatch(settings.margin, settings.hardness)
     data = (run.train, run.train_captions, run.tokenizer)
     half, resident = run.compute.half_features, settings.device_features
     part = divide(settings.batch_size, processes.count())[processes.rank()]
     batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, half, resident, part)
     left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
     model.train()
-    figures = LateFigures(partial(check_figures, run, watch if hardest else None, log))
+    figures = LateFigures(partial(check_figures, run, watch, log))
     since, pairs = time.perf_counter(), 0
     for batch in on_device(with_bar(left, f"epoch {epoch + 1}", len(left)), run.compute.device):
-        enqueued = train_step(run, batch, hardest)
+        enqueued = train_step(run, batch, negatives)
         progress.step += 1
         progress.batch += 1
         pairs += settings.batch_size
         figures.add(progress.step, enqueued)
         if progress.step % settings.log_step == 0:
-            loss, gradient_norm = figures.settle()
+            loss, gradient_norm, spread = figures.settle()
             speed = pairs / (time.perf_counter() - since)
             since, pairs = time.perf_counter(), 0
             log.say(
                 f"epoch {epoch + 1} step {progress.step} loss {loss:.4f} gradient {gradient_norm:.2f} "
                 f"rate {rate:.1e} {speed:.0f} pairs/s"
             )
-            log_step(run, log, loss, gradient_norm, speed)
+            log_step(run, log, loss, gradient_norm, spread, speed)
         if run.interruption.agree() or (settings.save_steps and progress.step % settings.save_steps == 0):
             figures.settle()
             save(run, folder, log)
@@ -236,26 +236,34 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
     figures.settle()
 
 
-def train_step(run: Run, batch: Batch, hardest: bool) -> Tensor:
+def negatives_of(epoch: int, settings: TrainSettings) -> str:
+    """What an epoch's losses are taken over, one of training/step.py's."""
+    if settings.hardness == "recall":
+        return RAMPED
+    return HARDEST if settings.max_violation or epoch >= settings.vse_mean_warmup_epochs else ALL
+
+
+def train_step(run: Run, batch: Batch, negatives: str) -> Tensor:
     """One optimisation step on a batch that is on the device, which may still be at it when this returns.
 
-    Returns (2,) on the device: the loss, and the gradient's global norm before clipping.
+    Returns (3,) on the device: the loss, the gradient's global norm before clipping, and the scores' standard deviation
+    (see batch_loss).
     """
     features, *rest = batch
     if run.resident:
         features = run.resident.gather(features)
     arrive()
     with run.compute.autocast():
-        loss = run.loss(features.to(torch.get_default_dtype()), *rest, hardest)
+        loss, spread = run.loss(features.to(torch.get_default_dtype()), *rest, negatives)
     run.optimizer.zero_grad(set_to_none=True)
     backward(loss)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     run.optimizer.step()  # even where they are no numbers: nothing is saved before the step's figures are checked
-    return torch.stack([loss.detach(), norm])
+    return torch.stack([loss.detach(), norm, spread])
 
 
 def check_figures(
-    run: Run, watch: CollapseWatch | None, log: RunLog, step: int, loss: float, gradient_norm: float
+    run: Run, watch: CollapseWatch, log: RunLog, step: int, loss: float, gradient_norm: float, spread: float
 ) -> None:
     """Stop where a step's figures are no numbers; warn of a collapse."""
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
@@ -263,11 +271,11 @@ def check_figures(
             f"step {step}: the loss is {loss}, its gradient's norm {gradient_norm}; the last checkpoint stays in "
             f"{run.settings.model_name}; start again with a lower --learning_rate or in fp32"
         )
-    if watch and (warning := watch.warning(loss)):
+    if warning := watch.warning(spread):
         log.say(warning)
 
 
-def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, speed: float) -> None:
+def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, spread: float, speed: float) -> None:
     """Figures of a step for TensorBoard."""
     rate, bert_rate = (group["lr"] for group in run.optimizer.param_groups)
     log.figures(
@@ -275,6 +283,7 @@ def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, speed: fl
         train_loss=loss,
         train_gradient_norm=gradient_norm,
         train_pairs_per_second=speed,
+        **({} if math.isnan(spread) else {"train_spread": spread}),
         rate_learning=rate,
         rate_bert=bert_rate,
         **{f"gate_{name}": value for name, value in run.model.similarity.figures().items()},

@@ -91,14 +91,16 @@ def test_the_rate_is_a_function_of_the_epoch(epoch, rate):
     assert learning_rate_of(epoch, 1.0, 15) == pytest.approx(rate)
 
 
-def test_a_loss_stuck_at_the_collapse_level_is_said_once():
-    watch = CollapseWatch(margin=0.2, batch_size=128)
-    said = [watch.warning(51.4) for _ in range(WATCHED_STEPS + 20)]
+@pytest.mark.parametrize(("hardness", "remedy"), [("epochs", "--hardness recall"), ("recall", "--learning_rate")])
+def test_scores_that_stay_equal_are_said_once_with_what_to_do(hardness, remedy):
+    watch = CollapseWatch(margin=0.2, hardness=hardness)
+    said = [watch.warning(0.0199) for _ in range(WATCHED_STEPS + 20)]
     assert [i for i, text in enumerate(said) if text] == [WATCHED_STEPS - 1]
-    assert "--vse_mean_warmup_epochs" in said[WATCHED_STEPS - 1]
-    assert "51.2" in said[WATCHED_STEPS - 1]
+    assert remedy in said[WATCHED_STEPS - 1]
 
 
-def test_a_loss_that_passes_the_collapse_level_is_no_collapse():
-    watch = CollapseWatch(margin=0.2, batch_size=128)
-    assert not any(watch.warning(51.2 + 5 * math.sin(step)) for step in range(500))
+@pytest.mark.parametrize("now_and_then", [0.021, math.nan])
+def test_scores_that_differ_or_were_not_all_computed_are_no_collapse(now_and_then):
+    watch = CollapseWatch(margin=0.2, hardness="epochs")
+    spreads = [now_and_then, *[0.001] * (WATCHED_STEPS - 1)] * 9
+    assert not any(watch.warning(spread) for spread in spreads)

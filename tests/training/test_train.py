@@ -12,6 +12,7 @@ import train
 from lib.checkpoint import read_checkpoint
 from lib.training import step as training_step
 from lib.training import train as training
+from lib.training.step import ALL, HARDEST, RAMPED
 from tests.conftest import GOLDEN, TINY_BERT
 
 LOSS = re.compile(r"step (\d+) loss ([\d.]+)")
@@ -70,14 +71,15 @@ def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(tiny_flags, 
 def test_hardest_negatives_start_after_the_warmup_or_at_once(tiny_flags, tmp_path, monkeypatch):
     seen = []
 
-    def spy(run, batch, hardest, train_step=training.train_step):
-        seen.append(hardest)
-        return train_step(run, batch, hardest)
+    def spy(run, batch, negatives, train_step=training.train_step):
+        seen.append(negatives)
+        return train_step(run, batch, negatives)
 
     monkeypatch.setattr(training, "train_step", spy)
     run(tiny_flags, tmp_path / "warm", "--num_epochs", "2")
     run(tiny_flags, tmp_path / "hard", "--max_violation")
-    assert seen == [False] * 15 + [True] * 15 + [True] * 15
+    run(tiny_flags, tmp_path / "ramped", "--hardness", "recall", "--num_epochs", "2")
+    assert seen == [ALL] * 15 + [HARDEST] * 15 + [HARDEST] * 15 + [RAMPED] * 30
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
@@ -163,11 +165,15 @@ def test_a_step_is_enqueued_before_the_figures_of_the_one_before_are_looked_at(t
     assert [what for what in happened if "look" in what] == [f"look {step}" for step in range(1, 16)]
 
 
-def test_a_collapsed_run_is_warned_of(tiny_flags, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flag", [["--max_violation"], ["--hardness", "recall"]])
+def test_a_collapsed_run_is_warned_of(tiny_flags, tmp_path, monkeypatch, flag):
+    def scores(similarity, regions, words, lengths, real):
+        return regions.mean() * 1e-3 * torch.arange(len(regions)) + words.new_zeros(len(lengths))[:, None]
+
     monkeypatch.setattr("lib.training.collapse.WATCHED_STEPS", 10)
-    monkeypatch.setattr(training, "train_step", lambda run, batch, hardest: torch.tensor([2 * 0.2 * 8, 1.0]))
-    run(tiny_flags, tmp_path / "run", "--max_violation")
-    assert "collapsed" in (tmp_path / "run" / "run.log").read_text()
+    monkeypatch.setattr("lib.model.similarity.Similarity.forward", scores)
+    run(tiny_flags, tmp_path / "run", *flag)
+    assert (tmp_path / "run" / "run.log").read_text().count("they have collapsed to one value") == 1
 
 
 def test_scripts_of_the_family_may_pass_precomp_enc_type_basic(tiny_flags, tmp_path):
