@@ -41,11 +41,21 @@ class DependencyGate(nn.Module):
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
-        """For logs: the share of the mask's entries that are closed (below a half), its sharpness, lambda's mean."""
-        mask, _ = self.mask()
-        closed = (mask < 0.5).float().mean().item()
-        threshold = self.threshold_scale.mean().item()
-        return {"sparsity": closed, "sharpness": self.log_sharpness.exp().item(), "threshold": threshold}
+        """For logs.
+
+        sparsity: share of the mask's entries that are closed (below a half). open_rows: share of rows with one that is
+        not. partners: dimensions that a row of D is made of, 1 / sum of fourth powers, the mean over rows. threshold:
+        mean of lambda. sharpness: the mask's.
+        """
+        mask, probabilities = self.mask()
+        is_open = mask >= 0.5
+        return {
+            "sparsity": 1 - is_open.float().mean().item(),
+            "open_rows": is_open.any(dim=1).float().mean().item(),
+            "partners": (1 / l2_normalize(mask * probabilities).pow(4).sum(dim=1)).mean().item(),
+            "threshold": self.threshold_scale.mean().item(),
+            "sharpness": self.log_sharpness.exp().item(),
+        }
 
 
 class FixedGate(DependencyGate):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lib.loss import hinge_triplet_loss, violations
 from lib.model import dependent_norm, similarity, tiles
 from lib.model.dependent_norm import FactorNorm, GramNorm
+from lib.model.gate import DependencyGate
 from lib.model.similarity import Similarity
 from tests.model import oracle
 
@@ -355,10 +356,27 @@ def test_a_sharp_gate_keeps_values_and_gradients_finite():
     assert all(gradient.isfinite().all() for gradient in gradients(similarity, scores, *inputs[:2]))
 
 
-def test_gate_sparsity_is_the_share_of_closed_entries():
+@pytest.mark.parametrize("scale", [2.5, 1.5])
+def test_gate_figures_count_closed_entries_open_rows_and_partners(scale):
     gate = random_similarity(32).gate
+    with torch.no_grad():
+        gate.threshold_scale.fill_(scale)
     closed = [[bool(value < 0.5) for value in row] for row in gate.mask()[0]]
-    assert gate.figures()["sparsity"] == pytest.approx(sum(map(sum, closed)) / 32**2)
+    figures = gate.figures()
+    assert figures["sparsity"] == pytest.approx(sum(map(sum, closed)) / 32**2)
+    assert figures["open_rows"] == pytest.approx(sum(not all(row) for row in closed) / 32)
+    assert (figures["open_rows"] < 0.3) == (scale == 2.5)
+    partners = [1 / sum((value / row.norm().item()) ** 4 for value in row.tolist()) for row in gate().detach()]
+    assert figures["partners"] == pytest.approx(sum(partners) / 32, rel=1e-4)
+    assert figures["threshold"] == pytest.approx(scale)
+
+
+def test_a_row_of_k_equal_entries_has_k_partners():
+    gate = DependencyGate(8)
+    with torch.no_grad():
+        gate.joint_logits.fill_(-9.0)[:, :3] = 9.0
+        gate.threshold_scale.fill_(0.5)
+    assert gate.figures()["partners"] == pytest.approx(3, rel=1e-3)
 
 
 @settings(deadline=None)

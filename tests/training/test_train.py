@@ -53,7 +53,8 @@ def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
         *("train/loss", "train/gradient_norm", "train/pairs_per_second", "rate/learning", "rate/bert"),
-        *("gate/sparsity", "gate/sharpness", "gate/threshold", "gate/temperature", "dev/rsum"),
+        *("gate/sparsity", "gate/open_rows", "gate/partners", "gate/sharpness", "gate/threshold"),
+        *("gate/temperature", "dev/rsum"),
         *(f"dev/{way}_{recall}" for way in ("i2t", "t2i") for recall in ("r1", "r5", "r10")),
     }
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15]
