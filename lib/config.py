@@ -67,8 +67,8 @@ class RecipeSettings:
     margin: float = flag(0.2, "margin of the hinge loss")
     hardness: str = flag(
         "epochs",
-        "what lets the hardest negatives take over: epochs (published), or recall: a ramp by how well batches are "
-        "retrieved already, which does not collapse",
+        "what lets the hardest negatives take over: epochs (published), or recall: the better batches are retrieved "
+        "already, the more they count",
         choices=HARDNESS,
     )
     max_violation: bool = flag(False, "hardest negatives from the first step on")

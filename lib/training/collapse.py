@@ -18,7 +18,7 @@ REMEDIES = {
 
 
 class CollapseWatch:
-    """Says once when a batch's scores have long been nearly equal."""
+    """Says when batches' scores have long been nearly equal: once, until they differ again."""
 
     def __init__(self, margin: float, hardness: str):
         self.margin, self.hardness = margin, hardness

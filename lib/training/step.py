@@ -49,9 +49,9 @@ def batch_loss(similarity: Similarity, embeddings: tuple, margin: float, negativ
         loss = similarity.sum_over_negatives(partial(violations, margin=margin), *embeddings)
         return loss, torch.full_like(loss, float("nan"))
     scores = all_scores(similarity(*embeddings))
-    if negatives == RAMPED:
-        return ramped_triplet_loss(scores, margin), scores.detach().std()
-    return hinge_triplet_loss(scores, margin, hardest=True), scores.detach().std()
+    ramped = negatives == RAMPED
+    loss = ramped_triplet_loss(scores, margin) if ramped else hinge_triplet_loss(scores, margin, hardest=True)
+    return loss, scores.detach().std()
 
 
 def share_loss(loss: BatchLoss) -> nn.Module:
