@@ -178,6 +178,18 @@ def test_a_scorer_gives_the_same_scores_without_gradients(name, gate, coarse):
     torch.testing.assert_close(again, scores[:2])
 
 
+@pytest.mark.parametrize(("name", "gate"), VARIANTS)
+def test_under_autocast_scores_are_finer_than_bfloat16(name, gate):
+    model = make(name, gate, 64).float()
+    inputs = [
+        tensor.float() if tensor.is_floating_point() else tensor for tensor in random_inputs(4, [2, 5, 3, 4], 6, 64)
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        for scores in (model(*inputs), model.scorer().all_pairs(*inputs)):
+            assert scores.dtype == torch.float32
+            assert not torch.equal(scores, scores.bfloat16().float())
+
+
 def test_xdim_without_dependencies_is_independent_aggregation_over_the_norm_of_correspondences():
     class Identity(nn.Module):
         diagonal = False
