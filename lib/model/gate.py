@@ -44,15 +44,22 @@ class DependencyGate(nn.Module):
         """For logs.
 
         sparsity: share of the mask's entries that are closed (below a half). open_rows: share of rows with one that is
-        not. partners: dimensions that a row of D is made of, 1 / sum of fourth powers, the mean over rows. threshold:
+        not. closed_rows: share of rows of D with a norm below a half, which lie so far below their threshold that the
+        normalisation's guard against a division by zero has closed them. partners: dimensions that a row of D is made
+        of, (sum of squares)^2 / sum of fourth powers, the mean over the other rows; 0 where there are none. threshold:
         mean of lambda. sharpness: the mask's.
         """
         mask, probabilities = self.mask()
         is_open = mask >= 0.5
+        squares = l2_normalize(mask * probabilities).square()
+        norms = squares.sum(dim=1)  # squared
+        there = norms >= 0.25
+        partners = norms[there].square() / squares[there].square().sum(dim=1)
         return {
             "sparsity": 1 - is_open.float().mean().item(),
             "open_rows": is_open.any(dim=1).float().mean().item(),
-            "partners": (1 / l2_normalize(mask * probabilities).pow(4).sum(dim=1)).mean().item(),
+            "closed_rows": 1 - there.float().mean().item(),
+            "partners": partners.mean().item() if there.any() else 0.0,
             "threshold": self.threshold_scale.mean().item(),
             "sharpness": self.log_sharpness.exp().item(),
         }

@@ -371,12 +371,20 @@ def test_gate_figures_count_closed_entries_open_rows_and_partners(scale):
     assert figures["threshold"] == pytest.approx(scale)
 
 
-def test_a_row_of_k_equal_entries_has_k_partners():
+def test_a_row_of_k_equal_entries_has_k_partners_and_a_closed_one_is_not_counted():
     gate = DependencyGate(8)
     with torch.no_grad():
         gate.joint_logits.fill_(-9.0)[:, :3] = 9.0
         gate.threshold_scale.fill_(0.5)
     assert gate.figures()["partners"] == pytest.approx(3, rel=1e-3)
+    with torch.no_grad():
+        gate.threshold_scale[:2] = 100.0  # so far below that nothing is left of these rows
+    assert gate.figures()["closed_rows"] == pytest.approx(1 / 4)
+    assert gate.figures()["partners"] == pytest.approx(3, rel=1e-3)
+    with torch.no_grad():
+        gate.threshold_scale.fill_(100.0)
+    assert gate.figures()["closed_rows"] == 1
+    assert gate.figures()["partners"] == 0
 
 
 @settings(deadline=None)

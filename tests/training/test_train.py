@@ -53,7 +53,7 @@ def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
         *("train/loss", "train/gradient_norm", "train/pairs_per_second", "rate/learning", "rate/bert"),
-        *("gate/sparsity", "gate/open_rows", "gate/partners", "gate/sharpness", "gate/threshold"),
+        *("gate/sparsity", "gate/open_rows", "gate/closed_rows", "gate/partners", "gate/sharpness", "gate/threshold"),
         *("gate/temperature", "dev/rsum"),
         *(f"dev/{way}_{recall}" for way in ("i2t", "t2i") for recall in ("r1", "r5", "r10")),
     }
