@@ -20,7 +20,14 @@ from tests.conftest import TINY_BERT
 
 PAGE = Path(__file__).parents[1] / "docs" / "similarities.md"
 FLAGS = ["--device", "cpu", "--workers", "0"]
-CHOICES = [("independent", "adaptive"), ("gpo", "adaptive"), ("xdim", "fixed"), ("xdim", "dense"), ("xdim", "diagonal")]
+CHOICES = [
+    ("independent", "adaptive"),
+    ("gpo", "adaptive"),
+    ("xdim", "open"),
+    ("xdim", "fixed"),
+    ("xdim", "dense"),
+    ("xdim", "diagonal"),
+]
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ class DependencyGate(nn.Module):
     """
 
     diagonal = False  # whether norms take K = D^T D for its diagonal
+    start = 2.5  # of lambda
 
     def __init__(self, embed_size: int):
         super().__init__()
         self.joint_logits = nn.Parameter(torch.randn(embed_size, embed_size))  # E
-        self.threshold_scale = nn.Parameter(torch.normal(2.5, 0.1, (embed_size,)))  # lambda
+        self.threshold_scale = nn.Parameter(torch.normal(self.start, 0.1, (embed_size,)))  # lambda
         self.log_sharpness = nn.Parameter(torch.tensor(4.0))
 
     def mask(self) -> tuple[Tensor, Tensor]:
@@ -63,6 +64,12 @@ class DependencyGate(nn.Module):
             "threshold": self.threshold_scale.mean().item(),
             "sharpness": self.log_sharpness.exp().item(),
         }
+
+
+class OpenGate(DependencyGate):
+    """Thresholds start within a sigmoid's reach, so that rows begin with some open entries; docs/training.md."""
+
+    start = 1.5
 
 
 class FixedGate(DependencyGate):

@@ -13,6 +13,7 @@ SIMILARITIES = {
 }
 GATES = {
     "adaptive": "lib.model.gate:DependencyGate",
+    "open": "lib.model.gate:OpenGate",
     "fixed": "lib.model.gate:FixedGate",
     "dense": "lib.model.gate:DenseGate",
     "diagonal": "lib.model.gate:DiagonalGate",

@@ -216,6 +216,18 @@ def test_a_fixed_gate_learns_no_thresholds_and_a_dense_one_has_none():
     assert make("independent", "adaptive", 8).state_dict().keys() == {"log_temperature"}
 
 
+def test_the_published_gate_starts_nearly_closed_and_the_open_one_with_some_open_entries_in_every_row():
+    started = {}
+    for name in ("adaptive", "open"):
+        torch.manual_seed(0)
+        started[name] = make_similarity("xdim", 128, name).gate
+    assert torch.equal(started["adaptive"].joint_logits, started["open"].joint_logits)
+    assert started["adaptive"].figures()["open_rows"] < 0.1
+    assert started["open"].figures()["open_rows"] == 1
+    assert 0.9 < started["open"].figures()["sparsity"] < 0.95
+    assert started["open"].figures()["partners"] > 5
+
+
 def test_pooling_weighs_places_alike_for_sets_of_one_size_whatever_stands_beside_them():
     torch.manual_seed(0)
     pooling, vectors = GeneralizedPooling().double(), torch.randn(4, 9, 5, dtype=torch.float64)
