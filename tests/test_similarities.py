@@ -96,7 +96,7 @@ def test_vectors_that_are_pooled_are_not_normalised_before(train_with):
     ("flags", "complaint"),
     [
         (["--similarity", "cosine"], "--similarity cosine: expected xdim, independent, gpo"),
-        (["--gate", "open"], "--gate open: expected adaptive, fixed, dense, diagonal"),
+        (["--gate", "ajar"], "--gate ajar: expected adaptive, open, fixed, dense, diagonal"),
         (["--similarity", "gpo", "--gate", "dense"], "--gate dense: --similarity gpo has no gate"),
     ],
 )
