@@ -50,8 +50,7 @@ class Subject:
 
     def gradients(self, negatives: str) -> tuple[Tensor, ...]:
         regions, words, lengths = self.inputs
-        learned = [parameter for parameter in self.similarity.parameters() if parameter.requires_grad]
-        wanted = [regions.requires_grad_(), words.requires_grad_(), *learned]
+        wanted = [regions.requires_grad_(), words.requires_grad_(), *self.similarity.parameters()]
         loss, _ = batch_loss(self.similarity, (regions, words, lengths), MARGIN, negatives)
         return torch.autograd.grad(loss, wanted)
 
