@@ -8,6 +8,7 @@ weights, the scores on dev and the random state have to equal, to the bit, those
 """
 
 import argparse
+import math
 import os
 import random
 import re
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOSS = re.compile(r"step (\d+) loss ([\d.]+) gradient ([\d.]+)")
 MOMENTS = ("start", "step", "save", "save")
 STEPS_BETWEEN_KILLS = 6  # at the most, where a kill waits for steps
+STEPS_LATE = 30  # a kill may come this much later on a busy machine and still find the training running
+STEPS_AN_EPOCH = 15  # of the tiny data set at batch 8
 
 
 def command(data: Path, folder: Path, epochs: int, workers: int) -> list[str]:
@@ -42,16 +45,14 @@ def steps_logged(folder: Path) -> int:
 
 def wait_for(moment: str, process: subprocess.Popen, folder: Path, startup: float, rng: random.Random) -> None:
     """Come back at a moment of the training, or when it has ended."""
-    if moment == "start":
-        time.sleep(rng.uniform(0, startup))
-        return
-    goal = steps_logged(folder) + rng.randint(1, STEPS_BETWEEN_KILLS)
-    while process.poll() is None and steps_logged(folder) < goal:
+    starting = moment == "start"
+    goal = steps_logged(folder) + (1 if starting else rng.randint(1, STEPS_BETWEEN_KILLS))
+    latest = time.perf_counter() + rng.uniform(0, startup) if starting else math.inf
+    while process.poll() is None and steps_logged(folder) < goal and time.perf_counter() < latest:
         time.sleep(0.001)
     if moment == "step":
         time.sleep(rng.uniform(0, 0.02))
-        return
-    while process.poll() is None and not any(name.endswith(".tmp") for name in os.listdir(folder)):
+    while moment == "save" and process.poll() is None and not any(n.endswith(".tmp") for n in os.listdir(folder)):
         pass
 
 
@@ -90,10 +91,10 @@ def differences(one: Path, other: Path) -> list[str]:
 def crash_test(scratch: Path, kills: int, seed: int, workers: int) -> str:
     """Run the whole comparison. Returns a line on what was done; raises SystemExit where the runs differ."""
     data = write_data(scratch / "data" / "tiny_precomp")
-    epochs = 2 + kills * STEPS_BETWEEN_KILLS // 15
+    epochs = 2 + kills * (STEPS_BETWEEN_KILLS + STEPS_LATE) // STEPS_AN_EPOCH
     started = time.perf_counter()
     subprocess.run(command(data, scratch / "whole", epochs, workers), check=True, stdout=subprocess.DEVNULL)
-    seconds, steps = time.perf_counter() - started, 15 * epochs
+    seconds, steps = time.perf_counter() - started, STEPS_AN_EPOCH * epochs
 
     start = command(data, scratch / "killed", epochs, workers)
     moments = kill_and_resume(start, scratch / "killed", kills, seconds / 2, random.Random(seed))
