@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lib.errors import InputError
-from lib.model.similarities import GATED, OWN_GATE
+from lib.model.similarities import GATED, PUBLISHED_GATES
 
 # Published name -> ours, for each of the three state dicts; those that end in a dot are starts of names.
 NAMES = (
@@ -94,8 +94,8 @@ def revert(content: dict) -> dict:
     One that was published once becomes what it was, to the bit; another one gets an `opt` of its own settings, and no
     weights that are never used. Raises InputError for a model that the published code does not know.
     """
-    for name, own in (("similarity", GATED), ("gate", OWN_GATE)):
-        if (found := content["architecture"].get(name, own)) != own:
+    for name, known in (("similarity", (GATED,)), ("gate", PUBLISHED_GATES)):
+        if (found := content["architecture"].get(name, known[0])) not in known:
             raise InputError(f"{content['path']}: the published code does not know --{name} {found}")
     origin = content.get("published") or _origin(content)
     weights = {**content["model"], **origin["never_used"]}

@@ -114,6 +114,16 @@ def test_the_published_form_holds_what_the_published_code_knows(train_with, tmp_
     assert read_checkpoint(tmp_path / "out")["architecture"]["gate"] == "diagonal"
 
 
+@pytest.mark.parametrize("gate", ["open", "fixed"])
+def test_gates_that_differ_in_training_only_are_published_as_the_papers(train_with, tiny_data, tmp_path, gate):
+    run = train_with("--gate", gate)
+    assert convert.main([str(run), str(tmp_path / "out.pth.tar")]) == 0
+    places = ["--data_path", tiny_data[0], "--data_name", tiny_data[1], "--bert", str(TINY_BERT)]
+    assert read_checkpoint(tmp_path / "out.pth.tar")["architecture"]["gate"] == "adaptive"
+    scores = [results_of(of, tmp_path, *more)[1] for of, more in ((run, []), (tmp_path / "out.pth.tar", places))]
+    np.testing.assert_array_equal(*scores)
+
+
 @pytest.fixture
 def own_similarity(monkeypatch):
     """The page's example, as if it were in its file and its line in the registry."""

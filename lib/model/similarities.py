@@ -19,6 +19,7 @@ GATES = {
     "diagonal": "lib.model.gate:DiagonalGate",
 }
 GATED, OWN_GATE = "xdim", "adaptive"  # the similarity that has a gate, and the paper's
+PUBLISHED_GATES = (OWN_GATE, "open", "fixed")  # once trained the published code computes them all alike
 
 
 def make_similarity(similarity: str, embed_size: int, gate: str):
