@@ -12,8 +12,8 @@ from lib.environment import check_packages
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     check_packages()
-    from lib.checkpoint import add_bert, find_checkpoint, read_checkpoint  # importing PyTorch takes seconds
-    from lib.exchange import export
+    from lib.checkpoints.exchange import export
+    from lib.checkpoints.native import add_bert, find_checkpoint, read_checkpoint  # importing PyTorch takes seconds
 
     content = read_checkpoint(find_checkpoint(arguments.checkpoint))
     if arguments.bert or "bert_config" in content:

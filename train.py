@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from lib.cli import program
 from lib.config import TrainSettings, parse
+from lib.distributed import is_restarted
 from lib.environment import check_packages
-from lib.processes import is_restarted
 
 
 @program

@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 
 RUN=${RUN:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 
-"$PYTHON" -m lib.data.prepare scenes
+"$PYTHON" -m lib.prepare scenes
 
 # shellcheck disable=SC2086 -- a command and its arguments
 $LAUNCH train.py \

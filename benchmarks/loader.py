@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import common  # noqa: E402
 from lib.data import batches as batching  # noqa: E402
 from lib.data.batches import EpochBatches, loader, on_device  # noqa: E402
-from lib.data.precomp import Split, open_split  # noqa: E402
+from lib.data.dataset import Split, open_split  # noqa: E402
 from lib.data.token_cache import tokenize_split  # noqa: E402
 from lib.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from lib.files import check_space, replacing  # noqa: E402

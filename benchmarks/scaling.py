@@ -20,9 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, training
-from lib import processes
+from lib import distributed
+from lib.collectives import add_up, divide
 from lib.data.batches import Batch
-from lib.model.collectives import add_up, divide
 from lib.training.step import HARDEST, share_loss
 from lib.training.train import train_step
 
@@ -131,11 +131,11 @@ def _small(settings):
 
 def measure(settings) -> None:
     """One process of a job: steps, and on the first one their figures as a line of JSON."""
-    processes.keep_quiet()
+    distributed.keep_quiet()
     precision = settings.precision or ("tf32" if settings.device == "cuda" else "fp32")
     run, batches = training.start(settings, precision)
     batches = [_own_part(batch) for batch in batches]
-    with processes.joined(run.compute.device):
+    with distributed.joined(run.compute.device):
         run.loss = share_loss(run.loss)
 
         def steps() -> None:
@@ -147,16 +147,16 @@ def measure(settings) -> None:
         steps()
         before = _sent()
         seconds, _ = common.clock(steps, settings.device)
-        sent = (_sent() - before) / settings.steps / processes.count()
+        sent = (_sent() - before) / settings.steps / distributed.world_size()
         lengths = torch.stack([batch.lengths for batch in batches])
         parameters = sum(p.numel() for p in run.model.parameters())
-        parts = [bytes_sent(one, processes.count(), settings.embed_size, parameters) for one in lengths]
+        parts = [bytes_sent(one, distributed.world_size(), settings.embed_size, parameters) for one in lengths]
         counted = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         print(json.dumps({"ms": 1e3 * seconds / settings.steps, "sent": sent, "counted": counted}))
 
 
 def _own_part(batch: Batch) -> Batch:
-    own = divide(len(batch.lengths), processes.count())[processes.rank()]
+    own = divide(len(batch.lengths), distributed.world_size())[distributed.rank()]
     regions = slice(own.start * common.REGIONS, own.stop * common.REGIONS)
     return batch._replace(features=batch.features[regions], ids=batch.ids[own])
 

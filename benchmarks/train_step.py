@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.loop import loop_scores
-from lib.loss import hinge_triplet_loss
+from lib.losses import hinge_triplet_loss
 from lib.training.step import ALL, HARDEST, batch_loss
 
 MARGIN = 0.2

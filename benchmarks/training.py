@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from lib.compute import choose_compute
 from lib.data.batches import Batch, on_device
+from lib.runtime import choose_compute
 from lib.training.optimizer import build_optimizer
 from lib.training.step import ALL, HARDEST, RAMPED, BatchLoss
 from lib.training.train import train_step

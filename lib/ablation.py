@@ -17,17 +17,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.checkpoint import BEST
+from lib.checkpoints.native import BEST
+from lib.checkpoints.record import read_record
+from lib.cli import TrainingStopped
 from lib.config import AblationSettings, EvaluationSettings, TrainSettings, parse
-from lib.data.precomp import open_split
-from lib.errors import TrainingStopped
+from lib.data.dataset import open_split
 from lib.evaluation.bootstrap import bootstrap, interval, p_value
 from lib.evaluation.evaluate import evaluate, write_json
 from lib.evaluation.metrics import retrieval_metrics
 from lib.evaluation.ranks import rank_matrix
 from lib.files import replacing
 from lib.model.similarities import OWN_GATE
-from lib.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = re.compile(r" (\d+) pairs/s$", re.MULTILINE)

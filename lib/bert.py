@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import BertConfig, BertModel
 
-from lib.errors import InputError, reason
+from lib.cli import InputError, reason
 from lib.hub import is_folder, quiet
 
 BERT_BASE = "bert-base-uncased"

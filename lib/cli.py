@@ -1,13 +1,65 @@
-"""What every program at the top of the tree shares: one-line errors, exit codes, flags."""
+"""What every program shares: errors that end as one line on stderr, exit codes, flags, progress bars."""
 
 import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
-from lib import processes
-from lib.errors import InputError, Interrupted, PeerLost, TrainingStopped, reason
+from tqdm import tqdm
+
+from lib import distributed
+from lib.distributed import PeerLost
+
+QUOTED = 200  # characters of a text from elsewhere that an error message quotes
+
+
+class InputError(Exception):
+    """Something given to the program is wrong. The message names the file or flag and says what to do."""
+
+    exit_code = 2
+
+
+class TrainingStopped(Exception):
+    """A run that cannot go on (a loss that is not a number, say). The message says what to do."""
+
+    exit_code = 1
+
+
+class Interrupted(Exception):
+    """A run that was asked to end and has saved. The message holds the command to go on."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal  # as shells count it
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library's error says, to be quoted in ours."""
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """The first line of a text from elsewhere, cut to QUOTED characters, for an error message.
+
+    What cannot be printed becomes "?": a hostile file must not write to the terminal through an error message.
+    """
+    line = next(iter(text.strip().splitlines()), "")
+    if len(line) > QUOTED:
+        line = line[: QUOTED - 3] + "..."
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+Item = TypeVar("Item")
+
+
+def with_bar(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """Items on their way, counted by a bar."""
+    for item in tqdm(items, desc=what, total=total, leave=False, disable=None if distributed.is_first() else True):
+        distributed.give_sign_of_life()
+        yield item
+
 
 LESS_MEMORY = "take a smaller --batch_size, in training rather a smaller --micro_batch, or --precision bf16"
 
@@ -27,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if processes.is_first() else None)
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if distributed.is_first() else None)
 
 
 def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
@@ -39,30 +91,30 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
-        processes.keep_quiet()
+        distributed.keep_quiet()
         try:
             main(argv)
         except (InputError, TrainingStopped) as error:
-            processes.speak(f"error: {_last_line(error)}")
+            distributed.speak(f"error: {_last_line(error)}")
             return error.exit_code
         except PeerLost as error:
-            processes.wait_for_the_end()
-            processes.speak(f"error: {error}")
+            distributed.wait_for_the_end()
+            distributed.speak(f"error: {error}")
             return error.exit_code
         except Interrupted as stopped:  # of all processes of a job at once
-            if processes.is_first():
+            if distributed.is_first():
                 print(stopped, file=sys.stderr)
             return stopped.exit_code
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            processes.speak(f"error: out of memory ({reason(error)}); {LESS_MEMORY}")
+            distributed.speak(f"error: out of memory ({reason(error)}); {LESS_MEMORY}")
             return 1
         except BrokenPipeError:  # whoever read our output (`| head`) has gone; the rest goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
-            if processes.is_first():
+            if distributed.is_first():
                 print("interrupted", file=sys.stderr)
             return 130
         return 0

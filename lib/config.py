@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lib.cli import Parser
-from lib.errors import InputError
+from lib.cli import InputError, Parser
 from lib.model.similarities import GATED, GATES, OWN_GATE, SIMILARITIES
 
 Settings = TypeVar("Settings")

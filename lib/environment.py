@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from lib.errors import InputError
+from lib.cli import InputError
 
 HOW_TO_INSTALL = "activate the environment of the set-up (. .venv/bin/activate) or run: pip install -r requirements.txt"
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.errors import InputError
+from lib.cli import InputError
 
 TEMPORARY = ".tmp"  # ending of a file that is being written; one that stays behind was cut off by a kill
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib.errors import InputError
+from lib.cli import InputError
 
 TEXT_FILES = (".json", ".txt", ".jinja")  # all but weights
 TEXT_BYTES = 16 * 2**20  # the largest vocabularies of any BERT (500,000 entries) take 10 MB as tokenizer.json

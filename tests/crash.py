@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import BEST, LAST, read_checkpoint
+from lib.checkpoints.native import BEST, LAST, read_checkpoint
 from tests.conftest import TINY_BERT, write_data
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import strategies as st
 
-from lib.errors import InputError
+from lib.cli import InputError
 
 
 @contextmanager

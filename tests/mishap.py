@@ -9,7 +9,7 @@ import sys
 import time
 
 import train
-from lib import processes
+from lib import distributed
 from lib.training import train as training
 
 MISHAPS = {
@@ -30,11 +30,11 @@ MemoryOfCuda.__name__ = "OutOfMemoryError"
 
 
 def main(what: str, step: int, flags: list[str]) -> int:
-    processes.PATIENCE, processes.WATCH_EVERY, processes.WAIT_FOR_THE_END = PATIENCE, 0.5, 2.0
+    distributed.PATIENCE, distributed.WATCH_EVERY, distributed.WAIT_FOR_THE_END = PATIENCE, 0.5, 2.0
     train_step = training.train_step
 
     def stepping(run, *args):
-        unlucky = processes.rank() == processes.count() - 1 and not processes.is_restarted()
+        unlucky = distributed.rank() == distributed.world_size() - 1 and not distributed.is_restarted()
         if unlucky and run.progress.step + 1 == step:
             MISHAPS[what]()
         return train_step(run, *args)

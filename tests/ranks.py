@@ -24,7 +24,7 @@ GRACE = 5.0  # seconds that the others get to end by themselves where one has fa
 HEAVY = ("torch", "transformers", "eval", "train", "lib.evaluation.evaluate", "lib.training.train", "tests.conftest")
 ENVIRONMENT = {
     **{"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"},  # as conftest.py sets it
-    **{"TORCH_CPP_LOG_LEVEL": "ERROR"},  # as lib.processes.keep_quiet does, which is too late for a forked process
+    **{"TORCH_CPP_LOG_LEVEL": "ERROR"},  # as lib.distributed.keep_quiet does, which is too late for a forked process
     "MASTER_ADDR": "127.0.0.1",
 }
 
@@ -53,9 +53,9 @@ def run_ranks(
 ) -> list[Outcome]:
     """Run target(*args) in each of `count` ranks of one job, on one thread each; the outcomes in order of ranks.
 
-    target: a function of a module; it can ask lib.processes who it is. environment: further variables. Raises what the
-    first rank to fail has raised, with that rank's traceback as its cause; check=False: nothing is raised, the outcomes
-    tell. A job that takes longer than the deadline is killed in any case, and RankFailed raised.
+    target: a function of a module; it can ask lib.distributed who it is. environment: further variables. Raises what
+    the first rank to fail has raised, with that rank's traceback as its cause; check=False: nothing is raised,
+    the outcomes tell. A job that takes longer than the deadline is killed in any case, and RankFailed raised.
     """
     work, environment = pickle.dumps((target, args)), {"MASTER_PORT": str(_free_port()), **environment}
     _start_server()

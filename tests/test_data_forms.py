@@ -11,10 +11,10 @@ import torch
 
 import eval as eval_program
 import train
-from lib.checkpoint import build_model, read_checkpoint
+from lib.checkpoints.native import build_model, read_checkpoint
 from lib.config import EvaluationSettings
 from lib.data.batches import EpochBatches
-from lib.data.precomp import open_split
+from lib.data.dataset import open_split
 from lib.evaluation.evaluate import evaluate
 from tests.conftest import write_data
 from tests.model import oracle

@@ -19,8 +19,8 @@ import test as test_program
 import testall as testall_program
 import train as train_program
 from lib.bert import build_bert, plain, read_config
-from lib.checkpoint import BEST, LAST, read_checkpoint
-from lib.errors import QUOTED, InputError, reason
+from lib.checkpoints.native import BEST, LAST, read_checkpoint
+from lib.cli import QUOTED, InputError, reason
 from tests.conftest import GOLDEN, TINY_BERT
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a warning would be a second line

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lib import processes
-from lib.errors import InputError, Interrupted
+from lib import distributed
+from lib.cli import InputError, Interrupted
 from tests.ranks import RankFailed, run_ranks
 
 
 def add_up_ranks(start):
-    print(f"rank {processes.rank()} of {processes.count()}")
-    with processes.joined(torch.device("cpu")):
-        total = torch.tensor([start + processes.rank()])
+    print(f"rank {distributed.rank()} of {distributed.world_size()}")
+    with distributed.joined(torch.device("cpu")):
+        total = torch.tensor([start + distributed.rank()])
         dist.all_reduce(total)
     return total, torch.get_num_threads()
 
@@ -29,7 +29,7 @@ def test_ranks_form_a_job_and_return_values_and_output():
 
 
 def fail_in_the_second(kind):
-    if processes.rank() != 1:
+    if distributed.rank() != 1:
         time.sleep(60)
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -57,7 +57,7 @@ def test_what_the_first_rank_to_fail_raises_is_raised_with_its_traceback(monkeyp
 
 def sleep_in_the_first():
     print("it sleeps")
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         time.sleep(60)
 
 

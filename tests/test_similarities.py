@@ -14,7 +14,7 @@ import convert
 import eval as eval_program
 import train
 from lib import load
-from lib.checkpoint import read_checkpoint
+from lib.checkpoints.native import read_checkpoint
 from lib.model import similarities
 from tests.conftest import TINY_BERT
 

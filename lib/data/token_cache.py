@@ -13,9 +13,9 @@ import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lib.data.precomp import Split
+from lib.cli import InputError
+from lib.data.dataset import Split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
-from lib.errors import InputError
 from lib.files import replacing
 
 TYPES = {"ids": np.int32, "words": np.int16, "lengths": np.int32}

@@ -13,9 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said explicitly, it d
 
 from tokenizers import Tokenizer as Backend
 
-from lib.bar import with_bar
-from lib.data.ragged import ranges
-from lib.errors import InputError, reason
+from lib.cli import InputError, reason, with_bar
+from lib.data.features import ranges
 from lib.hub import is_folder, quiet
 
 PAD_ID = 0

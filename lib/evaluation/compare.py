@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib import processes
+from lib import distributed
+from lib.cli import one_line
 from lib.config import CompareSettings
-from lib.data.precomp import Split
-from lib.errors import one_line
+from lib.data.dataset import Split
 from lib.evaluation import report
 from lib.evaluation.bootstrap import interval, p_value
 from lib.evaluation.embed import Timing
@@ -33,7 +33,7 @@ class Change(NamedTuple):
 def compare(settings: CompareSettings) -> dict:
     """Score a split with A and with B, print what differs, write --json. Returns the results. Raises InputError."""
     timing = Timing()
-    check_writable(settings.json if processes.is_first() else "")
+    check_writable(settings.json if distributed.is_first() else "")
     with opened([settings.a, settings.b], settings, timing) as (sources, split, parts, compute, caveats):
         print(describe(sources, split, compute, ("A", "B")))
         for source in sources:
@@ -54,7 +54,7 @@ def compare(settings: CompareSettings) -> dict:
         for name, of_one in zip("AB", caveats, strict=True):
             print("".join(f"{name}, {caveat.label}: {caveat.text}\n" for caveat in of_one), end="")
         print(_report(results))
-        if settings.json and processes.is_first():
+        if settings.json and distributed.is_first():
             write_json(settings.json, results)
     return results
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Subset
 
 from lib.data.batches import ImageBatches, loader
-from lib.data.precomp import Split
+from lib.data.dataset import Split
 from lib.data.tokenizer import TokenizedCaptions
 from lib.evaluation.matcher import Embeddings, Matcher
 from lib.evaluation.parts import blocks_of, images_at_a_time, share_out

@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from lib import processes
-from lib.compute import Compute
+from lib import distributed
 from lib.config import EvaluationSettings
-from lib.data.precomp import Split
+from lib.data.dataset import Split
 from lib.evaluation import coco, report
 from lib.evaluation.bootstrap import bootstrap, interval
 from lib.evaluation.embed import Timing
@@ -27,6 +26,7 @@ from lib.evaluation.scores import Scores, kept, scores_of_model, side_by_side, w
 from lib.evaluation.sources import CheckpointSource, Source, opened
 from lib.files import check_writable, replacing
 from lib.model.similarity import Scorer
+from lib.runtime import Compute
 
 
 def evaluate(settings: EvaluationSettings) -> dict:
@@ -36,7 +36,7 @@ def evaluate(settings: EvaluationSettings) -> dict:
     the results as --json holds them. Raises InputError.
     """
     timing = Timing()
-    for path in (settings.save_sims, settings.ranks, settings.json) if processes.is_first() else ():
+    for path in (settings.save_sims, settings.ranks, settings.json) if distributed.is_first() else ():
         check_writable(path)
     with opened(settings.checkpoint, settings, timing) as (sources, split, parts, compute, caveats):
         with timing.clock("load_s"):
@@ -57,9 +57,9 @@ def evaluate(settings: EvaluationSettings) -> dict:
         print(f"{'seconds':<12}{timing}\n\n{_tables(rows, results, split, caveats)}")
         if beyond:
             print(f"\n{coco.tables(**beyond)}")
-        if settings.json and processes.is_first():
+        if settings.json and distributed.is_first():
             write_json(settings.json, results)
-        if settings.ranks and processes.is_first():
+        if settings.ranks and distributed.is_first():
             write_ranks(settings.ranks, judged[-1], split, protocols, results["row"])
     return results
 
@@ -120,7 +120,7 @@ def rank_scores(
     shares = share_out(shape[0], split.image_of_caption)
     image_of_caption = torch.from_numpy(split.image_of_caption).to(scores.of_true_pairs[0].device)
     strips = _clock(scores.strips, timing)
-    matrices = np.empty((keep, *shape) if processes.is_first() else (0, *shape), np.float32)
+    matrices = np.empty((keep, *shape) if distributed.is_first() else (0, *shape), np.float32)
     if keep:
         strips = kept(strips, keep, matrices, shares)
     if save_sims:
@@ -205,7 +205,7 @@ def _beyond_pairs(
     """COCO's further protocols by row; None on other processes than the first."""
     embedded = all(source.embeddings for source in sources)
     pooled = [pool(source.embeddings) for source in sources] if fits.intra and embedded else []
-    if not processes.is_first():
+    if not distributed.is_first():
         return None
     several = [*([one] for one in pooled), pooled] if len(pooled) > 1 else [pooled] * len(pooled)
     intra = {name: fits.intra_figures(some) for name, some in zip(names, several, strict=bool(pooled))}

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.bar import with_bar
-from lib.checkpoint import build_model, find_checkpoint, read_checkpoint
-from lib.compute import Compute, choose_compute
+from lib import collectives
+from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint
+from lib.cli import InputError, with_bar
 from lib.data.batches import Images
-from lib.data.ragged import ranges
+from lib.data.features import ranges
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
-from lib.errors import InputError
 from lib.evaluation.parts import Shares, blocks, blocks_of, chunks, count, overlap, unshared, within
-from lib.model import collectives
 from lib.model.regions import pad_regions, real_regions
 from lib.model.similarity import Scorer, Similarity
 from lib.model.xdim import XDim
+from lib.runtime import Compute, choose_compute
 
 LIKE_COUNTS = 8  # images padded to one number of regions, where the numbers differ
 

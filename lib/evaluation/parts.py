@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lib.errors import InputError
-from lib.model import collectives
+from lib import collectives, distributed
+from lib.cli import InputError
 
 BLOCK = 64  # images
 # Captions whose words every process has at a time: few, for they are 14 words each, 120 MB in 1024 dimensions; many, so
@@ -55,9 +55,9 @@ class Shares(NamedTuple):
 
 def share_out(images: int, image_of_caption: np.ndarray) -> Shares:
     """Divide a split among the job's processes, in whole blocks. image_of_caption: (captions,), ascending."""
-    of_processes = collectives.divide(-(-images // BLOCK), collectives.processes())
+    of_processes = collectives.divide(-(-images // BLOCK), distributed.world_size())
     edges = [0, *(min(blocks.stop * BLOCK, images) for blocks in of_processes)]
-    return Shares(_between(edges, image_of_caption), collectives.rank())
+    return Shares(_between(edges, image_of_caption), distributed.rank())
 
 
 def unshared(images: int, captions: int) -> Shares:

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.data.captions import count_lines
-from lib.data.precomp import Split
-from lib.errors import InputError
-from lib.record import quote, read_record
+from lib.checkpoints.record import quote, read_record
+from lib.cli import InputError
+from lib.data.dataset import Split, count_lines
 
 
 class Caveat(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.bar import with_bar
+from lib.cli import with_bar
 from lib.evaluation.metrics import RECALL_AT
 
 TOP = 10

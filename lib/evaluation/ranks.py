@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.errors import InputError
+from lib.cli import InputError
 from lib.evaluation.parts import Part, Shares, chunks, count, overlap, unshared, whole, within
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.data.precomp import Split
+from lib.data.dataset import Split
 from lib.evaluation.embed import Timing, embed_split
 from lib.evaluation.evaluate import rank_exactly
 from lib.evaluation.matcher import Matcher

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib import processes
-from lib.errors import InputError, reason
+from lib import distributed
+from lib.cli import InputError, reason
 from lib.evaluation.matcher import Embeddings, score_strips, score_true_pairs
 from lib.evaluation.parts import Part, Shares, chunks, overlap
 from lib.files import replacing
@@ -92,7 +92,7 @@ def kept(strips: Rows, number: int, matrices: np.ndarray, shares: Shares) -> Row
     for first, rows in strips:
         for k, row in enumerate(rows[-number:]):
             every = shares.gather_images(row)
-            if processes.is_first():
+            if distributed.is_first():
                 matrices[k, :, first : first + every.shape[1]] = every.cpu().numpy()
         yield first, rows
 

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from lib import processes
-from lib.compute import Compute, choose_compute
+from lib import distributed
+from lib.cli import InputError
 from lib.config import SAVED_SCORES, ScoringSettings
-from lib.data.precomp import Split, open_split
+from lib.data.dataset import Split, open_split
 from lib.data.token_cache import tokenize_split
-from lib.errors import InputError
 from lib.evaluation.embed import Timing, embed_split
 from lib.evaluation.matcher import Embeddings, load_matcher, make_scorer
 from lib.evaluation.metrics import FOLDS
@@ -20,6 +19,7 @@ from lib.evaluation.parts import Part, Shares, folds, whole
 from lib.evaluation.provenance import Caveat, find_caveats, quote_checkpoint, quote_run
 from lib.evaluation.scores import Scores, open_matrix, saved_scores, scores_of_model
 from lib.model.similarities import GATED, OWN_GATE
+from lib.runtime import Compute, choose_compute
 
 
 class CheckpointSource:
@@ -41,7 +41,7 @@ class CheckpointSource:
         return find_caveats(self.checkpoint, split, data_name)
 
     def embed(self, split: Split, settings: ScoringSettings, timing: Timing) -> None:
-        with timing.clock("load_s"), processes.first_goes_first():
+        with timing.clock("load_s"), distributed.first_goes_first():
             captions = tokenize_split(self.matcher.tokenizer, split)
         self.embeddings = embed_split(self.matcher, split, captions, settings.batch_size, settings.workers, timing)
         self.matcher = None
@@ -106,7 +106,7 @@ def opened(given: Sequence[str], settings: ScoringSettings, timing: Timing) -> I
     with timing.clock("load_s"):
         sources = [SavedSource(one) if one.endswith(SAVED_SCORES) else CheckpointSource(one, settings) for one in given]
         compute = choose_compute(settings.device, settings.precision)
-    with processes.joined(compute.device):
+    with distributed.joined(compute.device):
         with timing.clock("load_s"):
             split, data_name = _open_split(sources, settings)
             parts = [whole(len(split.features), len(split.captions))]

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lib.model.collectives import add_up_parts, processes
+from lib.collectives import add_up_parts
+from lib.distributed import world_size
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -14,7 +15,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows (n, D), n may differ between processes. Returns (n, D)."""
-        if not self.training or processes() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(rows)
         exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
         total, count = add_up_parts(torch.cat([exact.sum(dim=0), exact.new_full((1,), len(exact))])).tensor_split([-1])

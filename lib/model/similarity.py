@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lib.model.collectives import add_up, divide, gather, gather_results, processes, rank
+from lib.collectives import add_up, divide, gather, gather_results
+from lib.distributed import rank, world_size
 from lib.model.dependent_norm import DiagonalNorm, Norm, differentiable_norm, scoring_norm
 from lib.model.gate import DependencyGate, initial_log_temperature
 from lib.model.norm import EPSILON
@@ -158,7 +159,7 @@ class _Pairs:
     """The true pairs of a batch whose images several processes share: each has as many, in order; captions are all."""
 
     def __init__(self, total: int):
-        parts = divide(total, processes())
+        parts = divide(total, world_size())
         self.own = parts[rank()]  # of all pairs, those of this process's images
         self.sizes = [part.stop - part.start for part in parts]
         self.images = torch.arange(self.sizes[rank()])  # counted among this process's

@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib import processes
-from lib.checkpoint import BEST, LAST, find_checkpoint, read_checkpoint, verify, write_checkpoint
-from lib.errors import InputError, TrainingStopped
+from lib import distributed
+from lib.checkpoints.native import BEST, LAST, find_checkpoint, read_checkpoint, verify, write_checkpoint
+from lib.checkpoints.record import write_record
+from lib.cli import InputError, TrainingStopped
 from lib.files import TEMPORARY, replacing, sync_folder
-from lib.record import write_record
 from lib.training.progress import Progress
 
 LOCK = "run.lock"
@@ -65,7 +65,7 @@ def newest_sound(folder: Path) -> Newest:
 def is_of_this_job(folder: Path) -> bool:
     """Whether it was this job, before torchrun started its processes anew, that trained in a folder last."""
     try:
-        return (folder / LOCK).read_text() == processes.job()
+        return (folder / LOCK).read_text() == distributed.job()
     except OSError:
         return False
 
@@ -86,7 +86,7 @@ class RunFolder:
             raise InputError(f"--model_name {folder}: cannot be written ({error.strerror or error})") from None
         self._take_lock()
         self._lock.truncate(0)
-        self._lock.write(processes.job())
+        self._lock.write(distributed.job())
         self._lock.flush()
         for path in folder.glob(f"*{TEMPORARY}"):  # cut off by a kill
             path.unlink(missing_ok=True)

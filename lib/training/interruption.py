@@ -5,8 +5,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lib import processes
-from lib.model.collectives import largest
+from lib import distributed
+from lib.collectives import largest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -34,8 +34,8 @@ class Interruption:
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
         self._restore()
-        if self.noted and processes.is_lost_connection(error):
-            processes.end_at_once(self.noted)  # the signal was torchrun's, after the other process had gone
+        if self.noted and distributed.is_lost_connection(error):
+            distributed.end_at_once(self.noted)  # the signal was torchrun's, after the other process had gone
 
     def agree(self) -> signal.Signals | None:
         """The signal that this process, or another of its job, has noted. All of the job's processes ask together."""
@@ -48,7 +48,7 @@ class Interruption:
 
     def _note(self, number: int, _frame) -> None:
         self.noted = signal.Signals(number)
-        if processes.count() > 1:
+        if distributed.world_size() > 1:
             return
         self._restore()
         if self._at_once:

@@ -6,18 +6,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib import processes
+from lib import distributed
+from lib.cli import InputError
 from lib.config import TrainSettings
-from lib.errors import InputError
+from lib.runtime import random_state, restore_random_state, seed_everything
 from lib.training.progress import Progress
-from lib.training.randomness import random_state, restore_random_state, seed_everything
 
 OF_A_NODE = ("data_path", "bert", "workers")  # may differ where processes run on several machines
 
 
 def refuse_disagreement(settings: TrainSettings, progress: Progress) -> None:
     """Raises InputError where the processes were started with other settings, or found other checkpoints."""
-    if processes.count() == 1:
+    if distributed.world_size() == 1:
         return
     mine = {name: value for name, value in dataclasses.asdict(settings).items() if name not in OF_A_NODE}
     mine["step"] = progress.step
@@ -38,15 +38,15 @@ def seed_process(seed: int, step: int) -> None:
 
     They are dropout's alone: weights are made before, order and augmentation are functions of (seed, epoch, batch).
     """
-    if not processes.is_first():
-        sequence = np.random.SeedSequence([seed, step, processes.rank()])
+    if not distributed.is_first():
+        sequence = np.random.SeedSequence([seed, step, distributed.rank()])
         seed_everything(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 
 
 def all_random_states(device: torch.device) -> dict:
     """The first process's state of all generators, with the other processes' ones as a list `others`."""
     mine = random_state(device)
-    if processes.count() == 1:
+    if distributed.world_size() == 1:
         return mine
     first, *others = _gather(mine)
     return {**first, "others": others}
@@ -55,9 +55,9 @@ def all_random_states(device: torch.device) -> dict:
 def restore_own_random_state(states: dict, device: torch.device) -> list[str]:
     """Bring this process's generators to where they were; says what changes where their number was another then."""
     of_processes = [states, *states.get("others", [])]
-    then, now = len(of_processes), processes.count()
-    if then == now or processes.is_first():
-        restore_random_state(of_processes[processes.rank()], device)
+    then, now = len(of_processes), distributed.world_size()
+    if then == now or distributed.is_first():
+        restore_random_state(of_processes[distributed.rank()], device)
     if then == now:
         return []
     return [
@@ -71,6 +71,6 @@ def _count(number: int) -> str:
 
 
 def _gather(mine: dict) -> list[dict]:
-    everybody = [None] * processes.count()
+    everybody = [None] * distributed.world_size()
     dist.all_gather_object(everybody, mine)
     return everybody

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lib.errors import InputError, reason
+from lib.cli import InputError, reason
 
 
 class RunLog:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.checkpoint import find_checkpoint, read_checkpoint
+from lib.checkpoints.exchange import is_exchange
+from lib.checkpoints.native import find_checkpoint, read_checkpoint
+from lib.cli import InputError
 from lib.config import RecipeSettings, TrainSettings
-from lib.errors import InputError
-from lib.exchange import is_exchange
 from lib.training.folder import checkpoints, is_of_this_job, newest_sound, step_files, step_of
 from lib.training.progress import Progress
 

@@ -3,13 +3,13 @@
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from lib.checkpoint import BEST
-from lib.data.precomp import Split
-from lib.errors import InputError
-from lib.record import read_record
+from lib.checkpoints.native import BEST
+from lib.checkpoints.record import read_record
+from lib.cli import InputError
+from lib.data.dataset import Split
+from lib.runtime import versions
 from lib.training.origin import Origin
 from lib.training.progress import Progress
-from lib.versions import versions
 
 
 def describe_data(split: Split) -> dict:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.loss import hinge_triplet_loss, ramped_triplet_loss, violations
-from lib.model.collectives import divide, gather_parts, processes, rank
+from lib.collectives import divide, gather_parts
+from lib.distributed import rank, world_size
+from lib.losses import hinge_triplet_loss, ramped_triplet_loss, violations
 from lib.model.similarity import Similarity, all_scores
 from lib.model.xdim import XDim
 
@@ -32,7 +33,7 @@ class BatchLoss(nn.Module):
 
         Returns two scalars, see batch_loss, the same for all processes.
         """
-        parts = divide(len(lengths), processes())
+        parts = divide(len(lengths), world_size())
         own = parts[rank()]
         regions, words, _, real = self.model.embed(features, counts[own], ids, lengths[own], int(counts.max()))
         words = gather_parts(words, [int(lengths[part].sum()) for part in parts])
@@ -60,11 +61,11 @@ def share_loss(loss: BatchLoss) -> nn.Module:
     Buckets that PyTorch rebuilt after the first step would be added up in another order than after a resume; with
     find_unused_parameters (there are none) it leaves them as they are, and a resumed run equal to the bit.
     """
-    if processes() == 1:
+    if world_size() == 1:
         return loss
     return DistributedDataParallel(loss, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def backward(loss: Tensor) -> None:
     """Compute gradients: of the loss in all parameters, on every process."""
-    (loss * processes()).backward()  # each process's part is one of a sum, but share_loss takes the mean
+    (loss * world_size()).backward()  # each process's part is one of a sum, but share_loss takes the mean

@@ -13,27 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lib import processes
-from lib.bar import with_bar
+from lib import distributed
 from lib.bert import start_bert
-from lib.checkpoint import BEST, LAST, build_model, describe_architecture, new_model
-from lib.compute import Compute, choose_compute
+from lib.checkpoints.native import BEST, LAST, build_model, describe_architecture, new_model
+from lib.checkpoints.record import RECORD, write_record
+from lib.cli import InputError, Interrupted, TrainingStopped, reason, with_bar
+from lib.collectives import divide
 from lib.config import TrainSettings
 from lib.data.batches import Batch, EpochBatches, loader, on_device
-from lib.data.features import FeatureFile
-from lib.data.precomp import Split, open_split
-from lib.data.resident import ResidentFeatures
+from lib.data.dataset import Split, open_split
+from lib.data.features import FeatureFile, ResidentFeatures
 from lib.data.token_cache import tokenize_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
-from lib.errors import InputError, Interrupted, TrainingStopped, reason
 from lib.evaluation import report
 from lib.evaluation.embed import Timing, embed_split
 from lib.evaluation.evaluate import measure, rank_exactly
 from lib.evaluation.matcher import Matcher
 from lib.evaluation.parts import whole
-from lib.model.collectives import arrive, divide
 from lib.model.xdim import XDim
-from lib.record import RECORD, write_record
+from lib.runtime import Compute, choose_compute, seed_everything
 from lib.training.collapse import CollapseWatch
 from lib.training.figures import LateFigures
 from lib.training.folder import RunFolder, command_to_go_on
@@ -43,7 +41,6 @@ from lib.training.log import RunLog, Silence
 from lib.training.optimizer import build_optimizer, learning_rate_of, restore_optimizer, set_learning_rate
 from lib.training.origin import Origin, refuse_changed_data, refuse_used_folder
 from lib.training.progress import Progress
-from lib.training.randomness import seed_everything
 from lib.training.record import begin_record, describe_data, record_now
 from lib.training.step import ALL, HARDEST, RAMPED, BatchLoss, backward, share_loss
 
@@ -75,7 +72,7 @@ def train(settings: TrainSettings, origin: Origin | None = None) -> None:
     when the loss is no longer a number or nothing can be saved, Interrupted when a signal has ended the run.
     """
     compute = choose_compute(settings.device, settings.precision)
-    with processes.joined(compute.device):
+    with distributed.joined(compute.device):
         run = start(settings, compute, origin)
         with output(run) as (folder, log), run.interruption:
             introduce(run, folder, origin, log)
@@ -92,8 +89,10 @@ def train(settings: TrainSettings, origin: Origin | None = None) -> None:
 def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> Run:
     """Open the data and build the model and optimiser, new or as a checkpoint left them."""
     refuse_disagreement(settings, origin.progress if origin else Progress())
-    if settings.batch_size < processes.count():
-        raise InputError(f"--batch_size {settings.batch_size}: fewer pairs than the {processes.count()} processes")
+    if settings.batch_size < distributed.world_size():
+        raise InputError(
+            f"--batch_size {settings.batch_size}: fewer pairs than the {distributed.world_size()} processes"
+        )
     if origin is None:
         refuse_used_folder(Path(settings.model_name))
     train_split = open_split(settings.data_path, settings.data_name, "train", settings.img_dim)
@@ -107,7 +106,7 @@ def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> R
         refuse_changed_data(origin, data, settings.allow_changes)
 
     seed_everything(settings.seed)
-    with processes.first_goes_first():  # the others find what it has fetched and tokenised
+    with distributed.first_goes_first():  # the others find what it has fetched and tokenised
         model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
         captions = [tokenize_split(tokenizer, split) for split in (train_split, dev_split)]
     seed_process(settings.seed, origin.progress.step if origin else 0)
@@ -149,7 +148,7 @@ def continue_from(run: Run, origin: Origin) -> None:
 @contextmanager
 def output(run: Run) -> Iterator[tuple[RunFolder | None, RunLog | Silence]]:
     """Run folder and log. Of the job's processes only the first one has them."""
-    if not processes.is_first():
+    if not distributed.is_first():
         yield None, Silence()
         return
     path, settings = Path(run.settings.model_name), run.settings
@@ -208,7 +207,7 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
     watch = CollapseWatch(settings.margin, settings.hardness)
     data = (run.train, run.train_captions, run.tokenizer)
     half, resident = run.compute.half_features, settings.device_features
-    part = divide(settings.batch_size, processes.count())[processes.rank()]
+    part = divide(settings.batch_size, distributed.world_size())[distributed.rank()]
     batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, half, resident, part)
     left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
     model.train()
@@ -252,7 +251,7 @@ def train_step(run: Run, batch: Batch, negatives: str) -> Tensor:
     features, *rest = batch
     if run.resident:
         features = run.resident.gather(features)
-    arrive()
+    distributed.give_sign_of_life()
     with run.compute.autocast():
         loss, spread = run.loss(features.to(torch.get_default_dtype()), *rest, negatives)
     run.optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data.augment import choose_regions, disturb_words
+from lib.data.batches import choose_regions, disturb_words
 from lib.data.tokenizer import TokenizedCaptions
 
 MASK, VOCABULARY, FIRST_WORD = 4, 50, 1000

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from lib.cli import InputError
 from lib.data import batches
 from lib.data.batches import Batch, EpochBatches, ImageBatches, loader, on_device
-from lib.data.precomp import open_split
+from lib.data.dataset import open_split
 from lib.data.tokenizer import load_tokenizer
-from lib.errors import InputError
-from lib.versions import ROOT
+from lib.runtime import ROOT
 from tests.conftest import TINY_BERT
 
 BATCH_SIZE, CPU = 16, torch.device("cpu")
@@ -166,7 +166,7 @@ def test_a_program_that_still_holds_a_loader_ends_all_the_same(tiny_data):
     program = """
 import sys, torch
 from lib.data.batches import ImageBatches, loader
-from lib.data.precomp import open_split
+from lib.data.dataset import open_split
 held = iter(loader(ImageBatches(open_split(*sys.argv[1:], "train").features, 2), 1, torch.device("cpu")))
 print(len(next(held).counts))
 """

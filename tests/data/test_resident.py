@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data import resident
+from lib.cli import InputError
+from lib.data import features as resident
 from lib.data.batches import EpochBatches, loader
-from lib.data.features import FeatureFile
-from lib.data.precomp import open_split
-from lib.data.resident import ResidentFeatures
+from lib.data.dataset import open_split
+from lib.data.features import FeatureFile, ResidentFeatures
 from lib.data.tokenizer import load_tokenizer
-from lib.errors import InputError
 from tests.conftest import TINY_BERT
 
 CPU = torch.device("cpu")

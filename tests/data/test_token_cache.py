@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lib.data.precomp import open_split
+from lib.data.dataset import open_split
 from lib.data.token_cache import tokenize_split
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import TINY_BERT

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import eval as eval_program
 import train
-from lib.checkpoint import build_model, read_checkpoint
-from lib.data.precomp import Split, open_split
-from lib.errors import InputError
+from lib.checkpoints.native import build_model, read_checkpoint
+from lib.cli import InputError
+from lib.data.dataset import Split, open_split
 from lib.evaluation import coco
 from lib.evaluation.bootstrap import bootstrap_means, interval
 from lib.evaluation.coco import Coco, open_coco

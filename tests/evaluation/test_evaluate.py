@@ -12,8 +12,8 @@ import eval as eval_program
 import test as test_program
 import testall as testall_program
 from lib import load
-from lib.checkpoint import build_model, read_checkpoint
-from lib.errors import InputError
+from lib.checkpoints.native import build_model, read_checkpoint
+from lib.cli import InputError
 from lib.evaluation.metrics import retrieval_metrics
 from lib.evaluation.parts import folds
 from lib.evaluation.ranks import rank_matrix

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from lib.errors import InputError
+from lib.cli import InputError
 from lib.evaluation.metrics import (
     chance_metrics,
     mean_metrics,

@@ -10,7 +10,7 @@ import torch
 
 import eval as eval_program
 import train
-from lib import load, processes
+from lib import distributed, load
 from lib.evaluation import parts, sources
 from lib.model.similarity import Scorer
 from tests.ranks import run_ranks
@@ -173,8 +173,8 @@ def test_the_heading_says_how_many_processes_there_are(evaluated):
 
 def score_alone(run, features):
     """Scores from Python's interface, in one rank only of a job whose ranks could exchange something."""
-    with processes.joined(torch.device("cpu")):
-        return load(run, device="cpu").score(features, ["a red ball", "a dog"]) if processes.is_first() else None
+    with distributed.joined(torch.device("cpu")):
+        return load(run, device="cpu").score(features, ["a red ball", "a dog"]) if distributed.is_first() else None
 
 
 def test_scoring_from_python_takes_no_other_process(run):
@@ -185,7 +185,7 @@ def test_scoring_from_python_takes_no_other_process(run):
 
 
 def evaluate_with_a_nan_in_the_second(flags):
-    if processes.rank() == 1:
+    if distributed.rank() == 1:
         Scorer.all_pairs = lambda self, regions, words, lengths, real: torch.full(
             (len(regions), len(lengths)), torch.nan
         )
@@ -203,7 +203,7 @@ def test_scores_of_one_process_that_are_not_numbers_end_all_alike_and_leave_no_f
 def test_shares_are_whole_blocks_that_divide_a_split(monkeypatch):
     image_of_caption = np.repeat(np.arange(150), 3)
     for count in (1, 2, 3, 5):
-        monkeypatch.setattr("lib.model.collectives.processes", lambda count=count: count)
+        monkeypatch.setattr("lib.distributed.world_size", lambda count=count: count)
         shares = parts.share_out(150, image_of_caption).parts
         assert len(shares) == count
         images = [image for share in shares for image in range(150)[share.images]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lib.errors import InputError
+from lib.cli import InputError
 from lib.evaluation.parts import folds, unshared, whole
 from lib.evaluation.ranks import count_ranks, rank_matrix
 from tests.evaluation.test_metrics import sorted_ranks

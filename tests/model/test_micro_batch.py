@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lib.bert import build_bert, plain, read_config
+from lib.cli import InputError
 from lib.config import TrainSettings
-from lib.errors import InputError
-from lib.loss import hinge_triplet_loss
+from lib.losses import hinge_triplet_loss
 from lib.model import text_encoder
 from lib.model.xdim import XDim
 from tests.conftest import TINY_BERT

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lib.loss import violations
+from lib.losses import violations
 from lib.model import similarity, tiles
 from lib.model.gate import DependencyGate
 from lib.model.gpo import GeneralizedPooling

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from torch.nn import functional as F
 
-from lib.loss import hinge_triplet_loss, violations
+from lib.losses import hinge_triplet_loss, violations
 from lib.model import dependent_norm, similarity, tiles
 from lib.model.dependent_norm import FactorNorm, GramNorm
 from lib.model.gate import DependencyGate

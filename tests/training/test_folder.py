@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import train
-from lib.checkpoint import read_checkpoint
-from lib.errors import InputError, TrainingStopped
-from lib.record import read_record
+from lib.checkpoints.native import read_checkpoint
+from lib.checkpoints.record import read_record
+from lib.cli import InputError, TrainingStopped
 from lib.training import folder as folders
 from lib.training.folder import RunFolder, checkpoints, command_to_go_on, newest_sound
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train
-from lib.checkpoint import read_checkpoint
-from lib.processes import count, is_restarted, job, rank
+from lib.checkpoints.native import read_checkpoint
+from lib.distributed import count, is_restarted, job, rank
 from tests import mishap
 from tests.ranks import run_ranks
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from lib.checkpoint import read_checkpoint
+from lib.checkpoints.native import read_checkpoint
 from lib.model import similarity
 from lib.training import train as training
 from tests.conftest import TINY_BERT
@@ -173,12 +173,12 @@ def interrupt_one(flags, step, signal_number):
     """A rank's run in which the last rank alone is signalled in a step."""
     import os
 
-    from lib import processes
+    from lib import distributed
 
     train_step = training.train_step
 
     def stepping(run, *args):
-        if run.progress.step + 1 == step and processes.rank() == processes.count() - 1:
+        if run.progress.step + 1 == step and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal_number)
         return train_step(run, *args)
 
@@ -206,9 +206,9 @@ def test_processes_with_different_flags_are_refused(tiny_flags, tmp_path):
 
 
 def run_with_own_seed(flags):
-    from lib import processes
+    from lib import distributed
 
-    return train.main([*flags, "--seed", str(processes.rank())])
+    return train.main([*flags, "--seed", str(distributed.rank())])
 
 
 def test_fewer_pairs_than_processes_are_refused(tiny_flags, tmp_path):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import test as test_program
 import train
-from lib.data.precomp import open_split
-from lib.errors import InputError
-from lib.record import quote, read_record
-from lib.versions import ROOT, git_commit, versions
+from lib.checkpoints.record import quote, read_record
+from lib.cli import InputError
+from lib.data.dataset import open_split
+from lib.runtime import ROOT, git_commit, versions
 
 
 @pytest.fixture(scope="module")

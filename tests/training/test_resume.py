@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from lib.checkpoint import build_model, read_checkpoint
+from lib.checkpoints.native import build_model, read_checkpoint
 from lib.training import folder as folder_module
 from lib.training import train as training
 from lib.training.interruption import SIGNALS, Interruption

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from lib.checkpoint import read_checkpoint
+from lib.checkpoints.native import read_checkpoint
 from lib.training import step as training_step
 from lib.training import train as training
 from lib.training.step import ALL, HARDEST, RAMPED

@@ -1,1 +1,0 @@
-"""Preparing data sets: everything behind `python -m lib.data.prepare`."""

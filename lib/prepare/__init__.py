@@ -1,0 +1,1 @@
+"""Preparing data sets: everything behind `python -m lib.prepare`."""

@@ -1,0 +1,142 @@
+"""The machine a program runs on: device, precision, random state, versions of packages."""
+
+import os
+import platform
+import random
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import __version__, distributed
+from lib.cli import InputError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and a precision: fp32 exact, tf32 (CUDA: products rounded to 10 bits), bf16 (products in bfloat16)."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> torch.autocast:
+        """The context in which forward passes run; parameters, norms, exp and softmax stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @property
+    def half_features(self) -> bool:
+        """Whether region features may travel in float16: where products round them as much anyway."""
+        return self.precision != "fp32"
+
+    def synchronize(self) -> None:
+        """Wait until the device has done its work, so that a clock reads true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def __str__(self) -> str:
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
+        job = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+        return f"{self.device} ({name}), {self.precision}{job}"
+
+
+def choose_compute(device: str = "auto", precision: str = "") -> Compute:
+    """Resolve --device and --precision, and set PyTorch up for them. Raises InputError for what is not there.
+
+    The processes of a job take one GPU of their node each.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.world_size() > 1 and device.startswith("cuda"):
+        device = _gpu_of_this_process(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and not 0 <= (chosen.index or 0) < torch.cuda.device_count():
+        raise InputError(
+            f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
+        )
+    precision = precision or ("tf32" if chosen.type == "cuda" else "fp32")
+    if precision == "tf32" and chosen.type == "cpu":
+        raise InputError("--precision tf32: needs a CUDA device; a CPU takes fp32 or bf16")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if chosen.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may add up in any order
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return Compute(chosen, precision)
+
+
+def _gpu_of_this_process(device: str) -> str:
+    if device != "cuda":
+        raise InputError(f"--device {device}: the processes of a job take one GPU each; leave the number out")
+    if distributed.local_count() > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node {distributed.local_count()}: "
+            f"PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
+            "start as many processes, or use --device cpu"
+        )
+    return f"cuda:{distributed.local_rank()}"
+
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def versions() -> dict[str, str]:
+    """Names to versions; `git` is this code's commit, with a + where files differ from it, empty without git."""
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {"x-dim": __version__, "git": git_commit(ROOT), "python": platform.python_version(), **packages}
+
+
+def git_commit(root: Path) -> str:
+    """The commit that a folder is a checkout of, with a + where tracked files differ from it; empty if it is none."""
+    try:
+        top, commit = _git(root, "rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top).resolve() != root.resolve():  # only inside somebody else's checkout
+            return ""
+        return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators, those of all CUDA devices too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict:
+    """The state of all generators as plain types and tensors."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_state(state: dict, device: torch.device) -> None:
+    """Bring all generators to a saved state; CUDA's only where both then and now there is such a device."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,232 @@
+"""A checkpoint exactly as the published code writes it: it loads, scores and trains on as it does there."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+import eval as eval_program
+from lib.checkpoints.native import build_model, read_checkpoint
+from lib.cli import InputError
+from lib.losses import hinge_triplet_loss
+from lib.training.optimizer import build_optimizer, set_learning_rate
+from tests.conftest import GOLDEN, TINY_BERT
+
+PUBLISHED = GOLDEN / "official_format_checkpoint.pth.tar"
+
+
+def published_model():
+    return build_model(read_checkpoint(PUBLISHED), str(TINY_BERT))[0]
+
+
+def test_embeddings_and_scores_equal_the_published_code(golden):
+    figures, model = golden("official_format_expected"), published_model().eval()
+    images, ids, lengths = (torch.from_numpy(figures[name]) for name in ("images", "caption_ids", "lengths"))
+    with torch.no_grad():
+        regions = model.encode_images(images)
+        words = model.encode_captions(ids, lengths)
+        scores = model.similarity(regions, words, lengths)
+    is_word = torch.arange(ids.shape[1]) < lengths[:, None]
+    expected_words = torch.from_numpy(figures["word_embeddings"])[is_word]
+    torch.testing.assert_close(regions, torch.from_numpy(figures["region_embeddings"]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(words, expected_words, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, torch.from_numpy(figures["similarity"]), rtol=0, atol=1e-5)
+
+
+def test_five_training_steps_give_the_published_losses(golden):
+    figures, model = golden("training_trajectory"), published_model()
+    optimizer = build_optimizer(model, 5e-4)
+    set_learning_rate(optimizer, 5e-4)
+    model.train()
+    model.text_encoder.bert.eval()  # so that no dropout acts
+    losses = []
+    for step in range(len(figures["losses"])):
+        counts, lengths = (torch.from_numpy(figures[name][step]) for name in ("region_counts", "caption_lengths"))
+        images = torch.from_numpy(figures["images"][step])
+        images = torch.cat([image[:count] for image, count in zip(images, counts, strict=True)])
+        ids = torch.from_numpy(figures["caption_ids"][step])[:, : lengths.max()]
+        loss = hinge_triplet_loss(model(images, counts, ids, lengths), 0.2, hardest=True)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+        losses.append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses), torch.from_numpy(figures["losses"]).float(), rtol=1e-5, atol=0)
+
+
+def test_a_published_checkpoint_is_evaluated_from_the_command_line(make_data, tmp_path, capsys):
+    folder = make_data(tmp_path / "f30k_precomp", img_dim=48)
+    flags = ["--checkpoint", str(PUBLISHED), "--data_path", str(tmp_path), "--bert", str(TINY_BERT), "--device", "cpu"]
+    assert eval_program.main([*flags, "--workers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert f"{PUBLISHED}, 1 epochs, dev rSum 123.4" in out
+    assert f"{folder} test: 10 images, 50 captions" in out
+
+
+@pytest.fixture
+def altered(tmp_path):
+    """Writes a copy of the published checkpoint whose content a function has changed."""
+
+    def write(change):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(PUBLISHED, weights_only=True)
+        change(content)
+        torch.save(content, tmp_path / "altered.pth.tar")
+        return tmp_path / "altered.pth.tar"
+
+    return write
+
+
+def test_the_command_line_gives_the_published_scores(golden, tmp_path):
+    """BERT is a folder of configuration and vocabulary only, here with words that name their own ids."""
+    figures, bert, data = golden("official_format_expected"), tmp_path / "bert", tmp_path / "f30k_precomp"
+    for folder in (bert, data):
+        folder.mkdir()
+    vocabulary = (TINY_BERT / "vocab.txt").read_text().split()
+    special, words = vocabulary[:5], [f"word{entry}" for entry in range(5, len(vocabulary))]
+    (bert / "vocab.txt").write_text("\n".join(special + words) + "\n")
+    (bert / "config.json").write_bytes((TINY_BERT / "config.json").read_bytes())
+    captions = [
+        " ".join(f"word{entry}" for entry in ids[1 : length - 1])
+        for ids, length in zip(figures["caption_ids"], figures["lengths"], strict=True)
+    ]
+    np.save(data / "test_ims.npy", figures["images"])
+    (data / "test_caps.txt").write_text("\n".join(5 * captions) + "\n")  # five captions to an image
+    flags = ["--checkpoint", PUBLISHED, "--bert", bert, "--data_path", tmp_path, "--save_sims", tmp_path / "scores.npy"]
+    assert eval_program.main([*map(str, flags), "--device", "cpu", "--workers", "0"]) == 0
+    scores, expected = np.load(tmp_path / "scores.npy"), np.tile(figures["similarity"], 5)
+    assert scores.shape == expected.shape == (10, 50)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+
+
+def same_weights(path) -> bool:
+    found = build_model(read_checkpoint(path), str(TINY_BERT))[0].state_dict()
+    expected = published_model().state_dict()
+    return all(torch.equal(weight, found[name]) for name, weight in expected.items())
+
+
+def without_prefix(content):
+    content["model"] = [{name.removeprefix("module."): w for name, w in part.items()} for part in content["model"]]
+
+
+def with_position_ids(content):
+    content["model"][1]["module.bert.embeddings.position_ids"] = torch.arange(64)[None]
+
+
+def without_never_used(content):
+    never_used = ("module.mlp.bns.1.", "module.bert.pooler.", "module.sim_eval.weight")
+    content["model"] = [
+        {name: weight for name, weight in part.items() if not name.startswith(never_used)} for part in content["model"]
+    ]
+    assert sum(map(len, content["model"])) == 54
+
+
+@pytest.mark.parametrize("change", [without_prefix, with_position_ids, without_never_used])
+def test_prefix_position_ids_and_weights_that_are_never_used_do_not_matter(altered, change):
+    assert same_weights(altered(change))
+
+
+def test_every_weight_is_needed_by_its_published_name(altered):
+    names = read_checkpoint(PUBLISHED)["published"]["shapes"]
+    assert len(names) == 54
+    for name in names:
+        part = 0 if name.startswith(("fc.", "mlp.")) else 1 if name.startswith(("bert.", "linear.")) else 2
+        path = altered(lambda content, part=part, name=name: content["model"][part].pop(f"module.{name}"))
+        with pytest.raises(InputError, match=rf"altered\.pth\.tar: .*: missing {name}$"):
+            build_model(read_checkpoint(path), str(TINY_BERT))
+
+
+NEW = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "words"),
+    [
+        (0, "module.fc.wieght", "surplus fc.wieght"),
+        (0, "module.bert.pooler.dense.bias", "surplus weights module.bert.pooler.dense.bias"),  # never used, but there
+        (0, "module.sim_eval.weight", "surplus weights module.sim_eval.weight"),
+        (0, "module.mlp.bns.10.bias", "surplus weights module.mlp.bns.10.bias"),
+        (1, "module.bert.embeddings.position_ids2", "surplus bert.embeddings.position_ids2"),
+        (1, "module.mlp.bns.1.bias", "surplus weights module.mlp.bns.1.bias"),
+        (2, "module.sim_eval.weight2", "surplus weights module.sim_eval.weight2"),
+        (2, "module.weights.weights", "surplus weights module.weights.weights"),
+        (2, "image_encoder.linear.bias", "surplus weights image_encoder.linear.bias"),
+        (0, "module.module.fc.bias", "surplus weights module.module.fc.bias"),
+        (0, "fc.bias", "with and without module.: module.fc.bias, fc.bias"),
+        (0, 7, "surplus weights 7"),
+        (0, "module.fc.bias", "fc.bias is (2, 3), expected (64,)"),
+        (2, "module.sim_map.weight", "sim_map.weight is (2, 3), expected (1, 64)"),
+        (2, "module.temp_learnable.weight", "temp_learnable.weight is (2, 3), expected (1, 1)"),
+        (2, "module.weights.weight", "weights.weight is (2, 3), expected (64, 64)"),
+    ],
+)
+def test_surplus_and_misshapen_weights_are_refused_by_their_published_names(altered, part, name, words):
+    path = altered(lambda content: content["model"][part].update({name: NEW}))
+    with pytest.raises(InputError) as error:
+        build_model(read_checkpoint(path), str(TINY_BERT))
+    assert str(error.value).startswith(f"{path}: ")
+    assert words in str(error.value)
+
+
+def test_thresholds_need_their_published_shape(altered):
+    path = altered(lambda content: content["model"][2].update({"module.sim_map.weight": torch.zeros(64)}))
+    with pytest.raises(InputError, match=r"sim_map\.weight is \(64,\), expected \(1, 64\)"):
+        build_model(read_checkpoint(path), str(TINY_BERT))
+
+
+def test_what_is_no_tensor_is_refused(altered):
+    path = altered(lambda content: content["model"][0].update({"module.fc.bias": [1.0]}))
+    with pytest.raises(InputError, match=r"no tensors, where weights were expected: module\.fc\.bias"):
+        read_checkpoint(path)
+
+
+def test_settings_that_training_knows_are_taken_from_opt_without_the_places_of_another_machine():
+    settings = read_checkpoint(PUBLISHED)["settings"]
+    assert settings["batch_size"] == 16
+    assert settings["max_violation"] is True
+    assert settings["data_name"] == "f30k_precomp"
+    assert settings.keys().isdisjoint({"data_path", "model_name", "logger_name", "workers", "resume", "vocab_size"})
+
+
+def test_progress_is_taken_from_the_published_entries():
+    progress = {"epoch": 1, "batch": 0, "step": 6, "best_rsum": 123.4, "best_epoch": 0, "history": []}
+    assert read_checkpoint(PUBLISHED)["progress"] == progress
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("embed_size", "64", "architecture: embed_size is no int"),
+        ("img_dim", -48, "architecture: img_dim is -48"),
+        ("no_imgnorm", 0, "architecture: no_imgnorm is no bool"),
+        ("margin", "wide", "settings: margin is no float"),
+        ("num_epochs", 2.5, "settings: num_epochs is no int"),
+    ],
+)
+def test_an_opt_of_wrong_types_is_refused(altered, name, value, words):
+    with pytest.raises(InputError, match=words):
+        read_checkpoint(altered(lambda content: vars(content["opt"]).update({name: value})))
+
+
+@pytest.mark.parametrize(("name", "value"), [("epoch", "one"), ("Eiters", 1.5), ("best_rsum", None), ("epoch", -1)])
+def test_entries_of_wrong_types_are_refused(altered, name, value):
+    with pytest.raises(InputError, match=r"altered\.pth\.tar: not a sound checkpoint: progress: "):
+        read_checkpoint(altered(lambda content: content.update({name: value})))
+
+
+def test_fields_that_are_missing_from_opt_have_their_published_defaults(altered):
+    def keep_sizes(content):
+        content["opt"] = argparse.Namespace(embed_size=64, img_dim=48)
+
+    assert same_weights(altered(keep_sizes))
+    content = read_checkpoint(altered(lambda content: content.update(opt=argparse.Namespace())))
+    assert (content["architecture"]["embed_size"], content["architecture"]["img_dim"]) == (1024, 2048)
+
+
+def test_another_bert_than_the_one_it_was_trained_with_is_refused(tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_bytes((TINY_BERT / "vocab.txt").read_bytes())
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match=r"missing bert\.encoder\.layer\.2\..* and 178 more$"):
+        build_model(read_checkpoint(PUBLISHED), str(tmp_path / "bert"))

@@ -1,0 +1,302 @@
+"""`prepare verify`: silent on sound data, and each fault of a data set is found, named and does not hide the others."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from lib.data.dataset import open_split
+from lib.prepare import verify
+from lib.prepare.__main__ import main
+from tests.damage import memory_below, write_bytes
+
+IMAGES = {"train": 12, "dev": 4, "testall": 6}
+REGIONS, IMG_DIM = 3, 4
+FIRST_ID = {"train": 100, "dev": 200, "testall": 300}
+
+
+def write_lines(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_split(folder, split, features, ids, repeats=1):
+    np.save(folder / f"{split}_ims.npy", features.repeat(repeats, axis=0))
+    write_lines(folder / f"{split}_caps.txt", [f"{k} of {one} in {split}" for one in ids for k in range(5)])
+    write_lines(folder / f"{split}_ids.txt", ids)
+    np.save(folder / f"{split}_boxes.npy", np.ones((*features.shape[:2], 4), np.float32))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sound data set: dev and testall hold each image five times; test is the beginning of testall."""
+    folder = tmp_path / "some_precomp"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, images in IMAGES.items():
+        features = rng.normal(size=(images, REGIONS, IMG_DIM)).astype(np.float32)
+        ids = range(FIRST_ID[split], FIRST_ID[split] + images)
+        write_split(folder, split, features, ids, 1 if split == "train" else 5)
+    write_split(folder, "test", features[:2], list(ids)[:2])
+    return folder
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """Runs the command: what it printed, and its error."""
+
+    def run():
+        code = main(["verify", "--data_path", str(folder.parent), "--data_name", folder.name])
+        out, err = capsys.readouterr()
+        assert (code, bool(err)) in ((0, False), (2, True))
+        return out, err
+
+    return run
+
+
+def findings(out, kind):
+    return [line.removeprefix(f"{kind}  ") for line in out.splitlines() if line.startswith(f"{kind}  ")]
+
+
+def change(path, act):
+    """Store what `act` makes of an array."""
+    array = act(np.load(path))
+    path.unlink()
+    np.save(path, array)
+
+
+# Sound data
+
+
+def test_sound_data_is_a_table_and_nothing_else(folder, run):
+    out, err = run()
+    assert err == ""
+    header, *rows = out.split("\n\n")[0].splitlines()
+    assert header.split()[:4] == ["split", "images", "rows", "regions"]
+    assert [row.split()[:8] for row in rows] == [
+        ["train", "12", "1", "3", "4", "float32", "60", "5"],
+        ["dev", "4", "5", "3", "4", "float32", "20", "5"],
+        ["test", "2", "1", "3", "4", "float32", "10", "5"],
+        ["testall", "6", "5", "3", "4", "float32", "30", "5"],
+    ]
+    for row in rows:
+        assert row.split()[-1] == open_split(str(folder.parent), folder.name, row.split()[0]).fingerprint()
+    assert out.endswith(f"\n\n{folder}: no faults\n")
+
+
+def test_layouts_of_scan_and_of_gpo_stand_side_by_side(folder, run, capsys):
+    shutil.copytree(folder, folder.with_name("precomp"))
+    (folder.with_name("precomp") / "train_caps.txt").write_text("one\n")
+    assert run()[1] == ""
+    shutil.rmtree(folder)
+    assert "precomp: 1 fault" in run()[1]
+
+
+def test_varying_numbers_are_said_as_ranges(folder, run):
+    counts = np.array([2, 1, 4, 3])
+    np.save(folder / "dev_ims.npy", np.random.default_rng(1).normal(size=(10, IMG_DIM)).astype(np.float16))
+    np.save(folder / "dev_offsets.npy", np.cumsum([0, *counts]))
+    np.save(folder / "dev_boxes.npy", np.ones((10, 4), np.float32))
+    write_lines(folder / "dev_caps_counts.txt", [1, 2, 7, 3])
+    write_lines(folder / "dev_caps.txt", [f"caption {k}" for k in range(13)])
+    out, err = run()
+    assert err == ""
+    (row,) = (line for line in out.splitlines() if line.startswith("dev "))
+    assert row.split()[1:-2] == ["4", "1", "1", "to", "4", "4", "float16", "13", "1", "to", "7"]
+
+
+def test_ids_that_only_number_the_images_tell_nothing_of_leaks(folder, run):
+    for split, images in IMAGES.items():
+        write_lines(folder / f"{split}_ids.txt", range(images))
+    assert run()[1] == ""
+
+
+def test_ids_and_boxes_five_times_in_a_row_are_those_of_the_images(folder, run):
+    write_lines(folder / "dev_ids.txt", np.arange(200, 204).repeat(5))
+    change(folder / "dev_boxes.npy", lambda boxes: (boxes * np.arange(4)[:, None, None]).repeat(5, axis=0))
+    assert run()[1] == ""
+
+
+def test_a_store_of_features_needs_no_captions(folder, run):
+    np.save(folder / "all_ims.npy", np.load(folder / "train_ims.npy"))
+    shutil.copy(folder / "train_ids.txt", folder / "all_ids.txt")
+    out, err = run()
+    assert err == ""
+    assert findings(out, "note") == ["all: no captions; features to make splits from"]
+
+
+def test_what_is_odd_but_no_fault_is_a_note(folder, run):
+    (folder / "dev_ids.txt").unlink()
+    write_lines(folder / "train_caps.txt", ["the same"] * 3 + [f"caption {k}" for k in range(57)])
+    out, err = run()
+    assert err == ""
+    assert findings(out, "fault") == []
+    notes = findings(out, "note")
+    assert len(notes) == 2
+    assert notes[0].startswith("train_caps.txt: repeated captions: 2")
+    assert notes[1].startswith("dev: no dev_ids.txt")
+
+
+def test_a_picture_or_two_in_very_many_is_no_fault(folder, run):
+    features = np.random.default_rng(1).normal(size=(2000, 1, IMG_DIM)).astype(np.float32)
+    features[1999] = features[3]
+    write_split(folder, "train", features, range(1000, 3000))
+    out, err = run()
+    assert err == ""
+    (note,) = findings(out, "note")
+    assert note == "train_ims.npy: 1 image with the very features of one before, in rows 1999"
+
+
+# Faults
+
+
+def poke(place, value):
+    def act(array):
+        array[place] = value
+        return array
+
+    return act
+
+
+def ims(split, act):
+    return lambda folder: change(folder / f"{split}_ims.npy", act)
+
+
+def boxes(act):
+    return lambda folder: change(folder / "dev_boxes.npy", act)
+
+
+def lines(name, change):
+    def act(folder):
+        write_lines(folder / name, change((folder / name).read_text().splitlines()))
+
+    return act
+
+
+def raw(name, content):
+    return lambda folder: write_bytes(folder / name, content)
+
+
+def several(*acts):
+    return lambda folder: [act(folder) for act in acts]
+
+
+FAULTS = {
+    "NaN": (ims("train", poke((7, 1, 2), np.nan)), "train_ims.npy: NaN or infinite features in 1 row: 7"),
+    "infinity": (ims("train", poke([3, 5, 11], np.inf)), "infinite features in 3 rows: 3, 5, 11"),
+    "many NaN": (ims("train", poke(slice(2, 12), np.nan)), "in 10 rows: 2, 3, 4, 5, 6, ..."),
+    "NaN in a repeated row": (ims("testall", poke((8, 0, 0), np.nan)), "infinite features in 1 row: 8"),
+    "repeated rows that differ": (
+        ims("testall", poke((11, 0, 0), 1)),
+        "testall_ims.npy: holds each image five times, but these rows differ: 10 to 14",
+    ),
+    "images alike": (
+        ims("train", lambda rows: poke(slice(4, 6), rows[0])(rows)),
+        "train_ims.npy: 2 images with the very features of one before, in rows 4, 5",
+    ),
+    "every image twice": (
+        ims("train", lambda rows: rows[:6].repeat(2, axis=0)),
+        "6 images with the very features of one before, in rows 1, 3, 5, 7, 9, ...",
+    ),
+    "too few ids": (lines("train_ids.txt", lambda ids: ids[:11]), "train_ids.txt: 11 ids do not fit 12 images"),
+    "too many ids": (lines("train_ids.txt", lambda ids: ids * 9), "train_ids.txt: 108 ids do not fit 12 images"),
+    "an id twice": (lines("train_ids.txt", lambda ids: [*ids[:11], ids[3]]), "train_ids.txt: 1 id more than once: 103"),
+    "an empty id": (lines("train_ids.txt", lambda ids: [*ids[:11], ""]), "train_ids.txt: line 12 is empty"),
+    "an id that writes to the terminal": (raw("train_ids.txt", b"\x1b[2J\n"), "train_ids.txt: line 1 is empty"),
+    "an id without an end": (raw("train_ids.txt", b"1\n" + b"1" * 10**6), "train_ids.txt: line 2 is empty"),
+    "ids not in fives": (
+        lines("dev_ids.txt", lambda ids: [*np.repeat(ids, 5)[:19], "9"]),
+        "dev_ids.txt: line 20 differs",
+    ),
+    "train in dev": (
+        lines("dev_ids.txt", lambda ids: [*ids[:3], "105"]),
+        "train and dev share 1 image, by id: 105",
+    ),
+    "train in testall": (
+        lines("testall_ids.txt", lambda ids: [str(one) for one in range(105, 111)]),
+        "train and testall share 6 images, by id: 105, 106, 107, 108, 109, ...",
+    ),
+    "dev in testall": (lines("testall_ids.txt", lambda ids: [*ids[:5], "200"]), "dev and testall share 1 image"),
+    "train in dev under other ids": (
+        lambda folder: np.save(folder / "dev_ims.npy", np.load(folder / "train_ims.npy")[[2, 3, 9, 4]]),
+        "train and dev share 4 images, by features: images 2, 3, 4, 9 of train",
+    ),
+    "boxes of another shape": (boxes(lambda boxes: boxes[:, :2]), "dev_boxes.npy: no boxes of these features"),
+    "boxes of too many images": (boxes(lambda boxes: boxes.repeat(900, axis=0)), "dev_boxes.npy: no boxes of these"),
+    "boxes that are NaN": (boxes(poke((0, 0, 0), np.nan)), "dev_boxes.npy: no boxes of these features (NaN"),
+    "boxes that are none": (raw("dev_boxes.npy", b"boxes"), "dev_boxes.npy: no boxes of these features"),
+    "repeated boxes that differ": (
+        boxes(lambda boxes: boxes.repeat(5, axis=0) * (np.arange(20) != 17)[:, None, None]),
+        "dev_boxes.npy: rows 15 to 19 differ",
+    ),
+    "sizes of too few images": (raw("dev_sizes.txt", b"640 480\n"), "dev_sizes.txt: expected a line of two numbers"),
+    "sizes that are none": (raw("dev_sizes.txt", b"640 0\n" * 4), "dev_sizes.txt: expected a line of two numbers"),
+    "another feature size": (
+        ims("dev", lambda rows: rows[..., :2]),
+        "features of different size, no model takes both: train 4, dev 2, test 4, testall 4",
+    ),
+    "captions not UTF-8": (raw("dev_caps.txt", b"caf\xe9\n" * 20), "dev_caps.txt: line 1 is not UTF-8"),
+    "too few captions": (lines("dev_caps.txt", lambda lines: lines[1:]), "dev_caps.txt: 19 captions do not fit"),
+    "a truncated file": (
+        lambda folder: raw("dev_ims.npy", (folder / "dev_ims.npy").read_bytes()[:-1])(folder),
+        "trunc",
+    ),
+    "no features": (raw("dev_ims.npy", b"features"), "dev_ims.npy: truncated or not a .npy file"),
+    "no captions": (lambda folder: (folder / "dev_caps.txt").unlink(), "dev_caps.txt is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_named_and_the_only_one(folder, run, fault):
+    damage, words = FAULTS[fault]
+    damage(folder)
+    out, err = run()
+    (said,) = findings(out, "fault")
+    assert words in said
+    assert "\x1b" not in out
+    assert err == f"error: {folder}: 1 fault\n"
+
+
+def test_a_broken_split_does_not_hide_the_faults_of_the_others(folder, run):
+    for fault in ("NaN", "repeated rows that differ", "captions not UTF-8", "an id twice"):
+        FAULTS[fault][0](folder)
+    (folder / "\x1b[2J_ims.npy").write_bytes(b"")
+    out, err = run()
+    assert err == f"error: {folder}: 5 faults\n"
+    assert len(findings(out, "fault")) == 5
+    assert "\x1b" not in out
+    assert [line.split()[0] for line in out.split("\n\n")[0].splitlines()] == ["split", "train", "test", "testall"]
+
+
+def test_a_folder_without_features_is_refused_as_in_training(folder, run):
+    for path in folder.glob("*_ims.npy"):
+        path.unlink()
+    assert f"{folder / 'train_ims.npy'} is missing" in run()[1]
+    shutil.rmtree(folder)
+    assert "no data set at" in run()[1]
+
+
+def test_a_trap_in_the_boxes_does_not_spring(folder, run, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "sprung"), "w")
+
+    np.save(folder / "dev_boxes.npy", np.array([Trap()] * 48, dtype=object).reshape(4, 3, 4), allow_pickle=True)
+    assert "1 fault" in run()[1]
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_features_are_read_in_blocks(folder, run, monkeypatch):
+    for path in folder.iterdir():
+        path.unlink()
+    write_split(folder, "train", np.random.default_rng(1).random((500, 36, 64), np.float32), range(1000, 1500))
+    monkeypatch.setattr(verify, "BLOCK_BYTES", 2**18)
+    with memory_below(3 * 2**20):  # of 4.6 MB
+        assert run()[1] == ""
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**20])
+def test_the_size_of_the_blocks_does_not_matter(folder, run, monkeypatch, block):
+    monkeypatch.setattr(verify, "BLOCK_BYTES", block)
+    for fault in ("NaN", "repeated rows that differ"):
+        FAULTS[fault][0](folder)
+    assert [said.split(":")[-1] for said in findings(run()[0], "fault")] == [" 7", " 10 to 14"]

@@ -1,0 +1,84 @@
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from lib.losses import hinge_triplet_loss, ramped_triplet_loss
+
+
+@pytest.mark.parametrize(("hardest", "name"), [(False, "sum"), (True, "max")])
+def test_loss_and_gradient_equal_the_published_code(golden, hardest, name):
+    figures = golden("hinge_loss")
+    scores = torch.from_numpy(figures["scores"]).requires_grad_()
+    loss = hinge_triplet_loss(scores, 0.2, hardest)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(figures[f"loss.{name}"]), rel=1e-12)
+    torch.testing.assert_close(scores.grad, torch.from_numpy(figures[f"grad.{name}"]), rtol=0, atol=1e-12)
+
+
+def plain_loss(scores, margin, hardest):
+    total, batch = 0.0, len(scores)
+    for i in range(batch):
+        row = [max(0.0, margin + scores[i][j] - scores[i][i]) for j in range(batch) if j != i]
+        column = [max(0.0, margin + scores[j][i] - scores[i][i]) for j in range(batch) if j != i]
+        total += max(row) + max(column) if hardest else sum(row) + sum(column)
+    return total
+
+
+squares = st.integers(2, 7).flatmap(lambda n: hnp.arrays("float64", (n, n), elements=st.floats(-2, 2)))
+
+
+@settings(deadline=None)
+@given(squares, st.floats(0.01, 1), st.booleans())
+def test_loss_equals_the_sum_written_out(scores, margin, hardest):
+    loss = hinge_triplet_loss(torch.from_numpy(scores), margin, hardest).item()
+    assert loss == pytest.approx(plain_loss(scores.tolist(), margin, hardest), abs=1e-9)
+
+
+def plain_ramped_loss(scores, margin):
+    """With its gradient in the scores, a step of the loss at a time."""
+    batch, total, gradient = len(scores), 0.0, np.zeros_like(scores)
+    for way, of in ((scores, gradient), (scores.T, gradient.T)):
+        wins = [all(way[i, j] < way[i, i] for j in range(batch) if j != i) for i in range(batch)]
+        recall = sum(wins) / batch
+        for i in range(batch):
+            losses = {j: margin + way[i, j] - way[i, i] for j in range(batch) if j != i}
+            violated = {j: loss for j, loss in losses.items() if loss > 0}
+            if not violated:
+                continue
+            hardest = max(violated, key=violated.get)
+            total += recall * violated[hardest] + (1 - recall) * sum(violated.values()) / len(violated)
+            for j in violated:
+                weight = recall * (j == hardest) + (1 - recall) / len(violated)
+                of[i, j] += weight
+                of[i, i] -= weight
+    return total, gradient
+
+
+@settings(deadline=None)
+@given(squares, st.floats(0.01, 1))
+def test_ramped_loss_equals_its_formula_written_out(scores, margin):
+    loss = ramped_triplet_loss(torch.from_numpy(scores), margin).item()
+    assert loss == pytest.approx(plain_ramped_loss(scores, margin)[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 5, 9])
+def test_ramped_gradient_equals_its_formula_written_out(size):
+    scores = np.random.default_rng(size).normal(size=(size, size)) * 0.2 + 0.3 * np.eye(size)
+    leaf = torch.from_numpy(scores).requires_grad_()
+    ramped_triplet_loss(leaf, 0.2).backward()
+    np.testing.assert_allclose(leaf.grad.numpy(), plain_ramped_loss(scores, 0.2)[1], rtol=0, atol=1e-12)
+
+
+def test_ramped_loss_is_of_the_hardest_negatives_where_every_query_is_answered():
+    scores = torch.eye(6, dtype=torch.float64) * 0.1 + torch.rand(6, 6, dtype=torch.float64) * 0.05
+    torch.testing.assert_close(ramped_triplet_loss(scores, 0.2), hinge_triplet_loss(scores, 0.2, hardest=True))
+
+
+def test_ramped_loss_pulls_equal_scores_apart_with_every_negative():
+    scores = torch.full((5, 5), 0.7, dtype=torch.float64, requires_grad=True)
+    ramped_triplet_loss(scores, 0.2).backward()
+    expected = torch.full((5, 5), 2 / 4, dtype=torch.float64).fill_diagonal_(-2)
+    torch.testing.assert_close(scores.grad, expected)
