@@ -1,8 +1,8 @@
-"""What the processes of a job compute together: each has a part of a batch or of a split, and sees all of it.
+"""Collectives over the processes of a job, differentiable where training needs it.
 
-With one process every function here returns what it was given. The loss is the job's: every process computes the same
-one from all scores, and differentiates its own part of the way there. The gradients of the processes' parameters are
-then parts of one sum. (PyTorch's own differentiable collectives are deprecated or private.)
+Every process computes the same loss from the scores of the whole batch and differentiates its own part of the way
+there; the parameters' gradients of the processes then add up to the single-process gradient. With one process every
+function here returns what it was given. (PyTorch's own differentiable collectives are deprecated or private.)
 """
 
 from collections.abc import Sequence
@@ -13,54 +13,85 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lib.distributed import give_sign_of_life, rank, world_size
+from lib.model.shard import Shard
+
+
+class JobShard(Shard):
+    """This process's share of a batch, and what the job's processes compute together."""
+
+    def __init__(self, total: int):
+        super().__init__(total)
+        parts = divide(total, world_size())
+        self.sizes = [part.stop - part.start for part in parts]
+        self.own = parts[rank()]
+
+    def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        return gather(rows, sizes)
+
+    def gather_inputs(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        return _GatherInputs.apply(rows, sizes)
+
+    def gather_outputs(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        return _GatherOutputs.apply(rows, sizes)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return add_up(tensor)
+
+    def sum_inputs(self, tensor: Tensor) -> Tensor:
+        return _SumInputs.apply(tensor)
+
+
+def shard(total: int) -> Shard:
+    """This process's shard of a batch of `total` pairs."""
+    return Shard(total) if world_size() == 1 else JobShard(total)
 
 
 def divide(total: int, parts: int) -> list[slice]:
-    """Consecutive parts of `total` things, one a process, whose sizes differ by one at most."""
+    """Consecutive parts of `total` items, one for each process; their sizes differ by one at most."""
     edges = [total * k // parts for k in range(parts + 1)]
     return [slice(*edges[k : k + 2]) for k in range(parts)]
 
 
 def gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The rows of all processes, one after the other; sizes: how many each has. Without gradient."""
+    """All-gather along the first axis, without gradient. sizes: rows of each process, which may differ."""
     if world_size() == 1:
         return rows
     give_sign_of_life()
-    gathered = _buffer(rows, sizes)
-    mine = rows.new_zeros(gathered.shape[1:])
-    mine[: len(rows)] = rows
-    dist.all_gather(list(gathered.unbind()), mine)
+    gathered = _padded(rows, sizes)
+    own = rows.new_zeros(gathered.shape[1:])
+    own[: len(rows)] = rows
+    dist.all_gather(list(gathered.unbind()), own)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
 def gather_parts(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`gather` of what each process then uses in its own way: the gradient is the sum of all processes' ones."""
-    return rows if world_size() == 1 else _GatherParts.apply(rows, sizes)
+    """`Shard.gather_inputs`."""
+    return rows if world_size() == 1 else _GatherInputs.apply(rows, sizes)
 
 
 def gather_results(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`gather` of that from which all processes compute the same loss: the gradient needs no exchange."""
-    return rows if world_size() == 1 else _GatherResults.apply(rows, sizes)
+    """`Shard.gather_outputs`."""
+    return rows if world_size() == 1 else _GatherOutputs.apply(rows, sizes)
+
+
+def add_up_parts(tensor: Tensor) -> Tensor:
+    """`Shard.sum_inputs`."""
+    return tensor if world_size() == 1 else _SumInputs.apply(tensor)
 
 
 def add_up(tensor: Tensor) -> Tensor:
-    """The sum of all processes' tensors, without gradient; in place."""
+    """All-reduce (sum), without gradient, in place."""
     if world_size() > 1:
         give_sign_of_life()
         dist.all_reduce(tensor)
     return tensor
 
 
-def add_up_parts(tensor: Tensor) -> Tensor:
-    """The sum of all processes' tensors, which each then uses in its own way: so is the gradient."""
-    return tensor if world_size() == 1 else _AddUpParts.apply(tensor)
-
-
-def broadcast(tensor: Tensor, owner: int) -> Tensor:
-    """What one process, the owner, has in a tensor, without gradient; in place."""
+def broadcast(tensor: Tensor, source: int) -> Tensor:
+    """Overwrite a tensor with that of process `source`, without gradient."""
     if world_size() > 1:
         give_sign_of_life()
-        dist.broadcast(tensor, owner)
+        dist.broadcast(tensor, source)
     return tensor
 
 
@@ -69,12 +100,12 @@ def largest(number: int) -> int:
     if world_size() == 1:
         return number
     give_sign_of_life()
-    numbers = torch.tensor(number)  # on the CPU: Python has to know it
+    numbers = torch.tensor(number)  # on the CPU: Python needs the value at once
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return int(numbers)
 
 
-class _GatherParts(torch.autograd.Function):
+class _GatherInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         ctx.sizes = sizes
@@ -82,34 +113,34 @@ class _GatherParts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         give_sign_of_life()
-        parts = _buffer(gradient, ctx.sizes).zero_()
+        parts = _padded(gradient, ctx.sizes).zero_()
         for part, of_process in zip(parts, gradient.split(list(ctx.sizes)), strict=True):
             part[: len(of_process)] = of_process
-        mine = torch.empty_like(parts[0])
-        dist.reduce_scatter(mine, list(parts.unbind()))
-        return mine[: ctx.sizes[rank()]], None
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, list(parts.unbind()))
+        return own[: ctx.sizes[rank()]], None
 
 
-class _GatherResults(_GatherParts):
+class _GatherOutputs(_GatherInputs):
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.split(list(ctx.sizes))[rank()], None
 
 
-class _AddUpParts(torch.autograd.Function):
+class _SumInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
         return add_up(tensor.clone())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, gradient: Tensor) -> Tensor:
         return add_up(gradient.clone())
 
 
-def _buffer(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Room for the rows of all processes, all padded to the most: (processes, most, ...)."""
+def _padded(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Uninitialised memory for the rows of all processes, each padded to the longest: (processes, longest, ...)."""
     return rows.new_empty(len(sizes), max(sizes), *rows.shape[1:])
