@@ -1,6 +1,7 @@
-"""Writing files so that a kill or a full disk never leaves half of one under its final name."""
+"""Writing files so that a kill or a full disk never leaves half of one under its final name; reading lines of text."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,8 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.cli import InputError
+from lib.cli import InputError, reason
 
+LINE_BYTES = 2**16  # of a line of text; a longer one belongs to a file of another kind
 TEMPORARY = ".tmp"  # ending of a file that is being written; one that stays behind was cut off by a kill
 
 
@@ -39,6 +41,59 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def new_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """A temporary folder to fill, which takes the name `folder` at the end; nothing is left where the work fails.
+
+    A kill leaves the temporary folder (.NAME.tmp), which the next try empties. flag: what names the folder, for error
+    messages. Raises InputError where the name is taken, another process writes the same folder, or the disk is full.
+    """
+    if os.path.lexists(folder):
+        raise InputError(f"{folder} is already there; delete it, or choose another {flag}")
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY}")
+    with writing_to(folder):
+        temporary.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in temporary.iterdir():  # of a try that was killed
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            try:
+                yield temporary
+                for path in temporary.iterdir():
+                    sync_folder(path)
+                os.rename(temporary, folder)
+                sync_folder(folder.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is writing it; wait until it has ended") from None
+        finally:
+            os.close(descriptor)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a UTF-8 file with their numbers from 1, without line ends (\\n or \\r\\n) and a byte-order mark.
+
+    Raises InputError, with the line, where it is not UTF-8 or longer than LINE_BYTES, or the file cannot be read.
+    """
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            while line := file.readline(LINE_BYTES + 1):
+                number += 1
+                if len(line) > LINE_BYTES:
+                    raise InputError(
+                        f"{path}: line {number} is longer than {LINE_BYTES} bytes: not the text file expected"
+                    )
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: line {number} is not UTF-8; convert the file to UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 @contextmanager
@@ -85,7 +140,7 @@ def check_space(folder: str | Path, needed: int, what: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's new names to the disk too, where the system can."""
+    """Bring a folder's new names, or a file's content, to the disk, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

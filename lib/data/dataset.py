@@ -10,22 +10,18 @@ times in a row, one row a caption: both are recognised, and an image is one row 
 
 import hashlib
 import os
-from codecs import BOM_UTF8
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from lib.cli import InputError, one_line, reason
+from lib.cli import InputError, one_line
 from lib.data.features import FeatureFile
+from lib.files import read_lines
 
 CAPTIONS_PER_IMAGE = 5  # where no file of counts says otherwise
 
-# What is read at most of files that may hold anything
-CAPTION_BYTES = 8_192  # of a caption; those of COCO and Flickr30K stay below 500
 MOST_CAPTIONS = 10_000  # of an image
 
 
@@ -37,59 +33,35 @@ def count_captions(folder: Path, split: str, images: int) -> np.ndarray:
     path = folder / f"{split}_caps_counts.txt"
     if not os.path.isfile(path):
         return np.full(images, CAPTIONS_PER_IMAGE)
-    counts = [_count(path, *line) for line in islice(_numbered_lines(path), images + 1)]
+    counts = [_count(path, *line) for line in islice(read_lines(path), images + 1)]
     if len(counts) != images:
         raise InputError(f"{path}: {count_lines(path)} lines for {images} images; every line counts one's captions")
     return np.array(counts)
 
 
 def read_captions(path: Path, most: int | None = None) -> list[str]:
-    """The captions of a file, one a line, no more than the first `most`; lines end at \\n or \\r\\n only.
+    """The captions of a file, one a line (see `read_lines`), no more than the first `most`.
 
-    A byte-order mark before the first caption is dropped, and so is a \\r at the file's very end, where it was cut.
-    Raises InputError on bad UTF-8, NUL, a line that is empty or longer than CAPTION_BYTES, or no line at all.
+    Raises InputError on bad UTF-8, a line that is empty, too long or holds NUL, or no line at all.
     """
-    captions = [_caption(path, *line) for line in islice(_numbered_lines(path), most)]
+    captions = [_caption(path, *line) for line in islice(read_lines(path), most)]
     if not captions:
         raise InputError(f"{path}: no captions in it")
     return captions
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with open(path, "rb") as file:
-            yield from enumerate(_lines(file), start=1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends; of one that is too long only as much as shows it."""
-    if file.read(len(BOM_UTF8)) != BOM_UTF8:
-        file.seek(0)
-    while line := file.readline(CAPTION_BYTES + len(b"\r\n")):
-        yield line
-
-
-def _caption(path: Path, number: int, line: bytes) -> str:
-    line = line.removesuffix(b"\n").removesuffix(b"\r")
-    if len(line) > CAPTION_BYTES:
-        raise InputError(f"{path}: line {number} is longer than {CAPTION_BYTES} bytes; every line holds one caption")
-    if b"\0" in line:
+def _caption(path: Path, number: int, caption: str) -> str:
+    if "\0" in caption:
         raise InputError(f"{path}: line {number} holds a NUL byte; convert the file to UTF-8, or copy it again")
-    try:
-        caption = line.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: line {number} is not UTF-8; convert the file to UTF-8") from None
     if not caption.strip():
         raise InputError(f"{path}: line {number} is an empty caption; every line must hold one")
     return caption
 
 
-def _count(path: Path, number: int, line: bytes) -> int:
+def _count(path: Path, number: int, line: str) -> int:
     text = line.strip()
-    if not (text.isdigit() and len(text) <= len(str(MOST_CAPTIONS)) and 1 <= int(text) <= MOST_CAPTIONS):
-        raise InputError(f"{path}: line {number} is no number of captions from 1 to {MOST_CAPTIONS}")
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= MOST_CAPTIONS):
+        raise InputError(f"{path}: line {number} is not a number of captions from 1 to {MOST_CAPTIONS}")
     return int(text)
 
 
@@ -100,6 +72,30 @@ def count_lines(path: Path) -> int:
         while block := file.read(2**20):
             count, end = count + block.count(b"\n"), block[-1:]
     return count + (end != b"\n")
+
+
+def read_ids(split: "Split") -> list[str] | None:
+    """The id of each image, from {split}_ids.txt; None where there is no such file.
+
+    The file has one line for each image, or five equal ones. Raises InputError where it has another number of them,
+    where one is empty or not printable, or where five lines differ.
+    """
+    path, images = split.folder / f"{split.name}_ids.txt", len(split.features)
+    if not path.is_file():
+        return None
+    ids = []
+    for number, line in read_lines(path):
+        ids.append(line.strip())
+        if not (ids[-1] and ids[-1].isprintable()):
+            raise InputError(f"{path}: line {number} is not an image id")
+    if len(ids) == images:
+        return ids
+    if len(ids) != CAPTIONS_PER_IMAGE * images:
+        raise InputError(f"{path}: {len(ids)} ids do not fit {images} images; expected one for each image")
+    for line, one in enumerate(ids):
+        if one != ids[line - line % CAPTIONS_PER_IMAGE]:
+            raise InputError(f"{path}: line {line + 1} differs, though five lines in a row belong to one image")
+    return ids[::CAPTIONS_PER_IMAGE]
 
 
 NAME_BYTES = 200  # of a data set's or split's name

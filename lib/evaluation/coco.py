@@ -23,12 +23,11 @@ import numpy as np
 from torch import Tensor
 
 from lib.cli import InputError, reason, with_bar
-from lib.data.dataset import CAPTIONS_PER_IMAGE, Split
+from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, read_ids
 from lib.evaluation import report
 from lib.evaluation.bootstrap import bootstrap_means, interval
 from lib.evaluation.metrics import FOLDS, RECALLS
 from lib.evaluation.rankings import ABSENT, Judged, Protocol, RankedList, query_figures
-from lib.prepare.splits import read_ids
 
 ANNOTATIONS = "cxc_annots"
 PLAUSIBLE = ("pm_image_to_caption.json", "pm_caption_to_image.json")

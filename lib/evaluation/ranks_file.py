@@ -16,12 +16,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lib.data.dataset import Split
+from lib.data.dataset import Split, read_ids
 from lib.evaluation.metrics import RECALLS
 from lib.evaluation.parts import Part
 from lib.evaluation.rankings import Judged, Protocol, query_figures
 from lib.files import replacing
-from lib.prepare.splits import read_ids
 
 FORMAT = "x-dim ranks 1"
 ALL, FOLD = "all", "fold"

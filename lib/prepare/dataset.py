@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.cli import InputError, one_line
-from lib.data.dataset import CAPTION_BYTES, check_name
+from lib.data.dataset import check_name
 from lib.data.features import FeatureFile
-from lib.files import check_space, replacing
+from lib.files import LINE_BYTES, check_space, replacing
 from lib.prepare.sources import Features
 from lib.prepare.splits import table
 from lib.prepare.writer import SplitWriter
@@ -116,8 +116,8 @@ def clean_caption(text: str) -> str:
         raise ValueError("the caption is empty")
     if "\0" in caption:
         raise ValueError("the caption holds a NUL character")
-    if size > CAPTION_BYTES:
-        raise ValueError(f"the caption is longer than {CAPTION_BYTES} bytes")
+    if size > LINE_BYTES:
+        raise ValueError(f"the caption is longer than {LINE_BYTES} bytes")
     return caption
 
 

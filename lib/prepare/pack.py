@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.cli import InputError
-from lib.data.dataset import Split, check_name, open_split
+from lib.data.dataset import Split, check_name, open_split, read_ids
 from lib.data.features import FeatureFile
 from lib.files import check_space
 from lib.prepare.splits import (
@@ -18,7 +18,6 @@ from lib.prepare.splits import (
     find_splits,
     open_any,
     read_boxes,
-    read_ids,
     read_sizes,
     table,
 )

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.lib import format as npy
 
 from lib.cli import InputError, reason
-from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, count_lines
+from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, count_lines, read_ids
 from lib.data.features import FeatureFile
-from lib.prepare.splits import read_boxes, read_ids, read_sizes
+from lib.prepare.splits import read_boxes, read_sizes
 from lib.prepare.writer import identify
 
 FEATURES = "_ims.npy"

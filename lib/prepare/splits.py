@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.cli import InputError, one_line, reason
-from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, count_lines, find_folder, open_split
+from lib.data.dataset import Split, find_folder, open_split
 from lib.data.features import HEADER_BYTES, FeatureFile
 from lib.prepare.writer import BOX_NUMBERS, ID_CHARACTERS
 
@@ -47,26 +47,6 @@ def captions_of_images(split: Split) -> list[list[str]]:
     """The captions of each image."""
     ends = np.cumsum(np.bincount(split.image_of_caption, minlength=len(split.features)))
     return [split.captions[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def read_ids(split: Split) -> list[str] | None:
-    """The id of each image, from {split}_ids.txt; None where there is no such file.
-
-    The file has one line for each image, or five equal ones. Raises InputError where it has another number of them,
-    where one is no id (1 to ID_CHARACTERS printable characters in UTF-8), or where five lines differ.
-    """
-    path, images = split.folder / f"{split.name}_ids.txt", len(split.features)
-    if not path.exists():
-        return None
-    ids = list(islice(_read_lines(path), CAPTIONS_PER_IMAGE * images + 1))
-    if len(ids) == images:
-        return ids
-    if len(ids) != CAPTIONS_PER_IMAGE * images:
-        raise InputError(f"{path}: {count_lines(path)} ids do not fit {images} images; expected one for each image")
-    for line, one in enumerate(ids):
-        if one != ids[line - line % CAPTIONS_PER_IMAGE]:
-            raise InputError(f"{path}: line {line + 1} differs, though five lines in a row belong to one image")
-    return ids[::CAPTIONS_PER_IMAGE]
 
 
 def read_sizes(split: Split) -> list[tuple[int, int]] | None:

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.cli import InputError, one_line
-from lib.data.dataset import Split
+from lib.data.dataset import Split, read_ids
 from lib.data.features import FeatureFile
-from lib.prepare.splits import find_splits, open_any, read_boxes, read_ids, read_sizes, table
+from lib.prepare.splits import find_splits, open_any, read_boxes, read_sizes, table
 
 BLOCK_BYTES = 2**24  # of features read at a time
 NAMED = 5  # of rows or ids that are wrong, so many are named

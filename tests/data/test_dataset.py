@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data.dataset import CAPTION_BYTES, find_folder, open_split, read_captions
+from lib.data.dataset import find_folder, open_split, read_captions
 from lib.data.features import MOST_REGIONS, FeatureFile
+from lib.files import LINE_BYTES
 from tests.damage import changes, cuts, grow, memory_below, refusal, spoil, unless_refused, write_bytes
 
 IMAGES, REGIONS, IMG_DIM = 7, 3, 4
@@ -296,12 +297,12 @@ def test_numbers_of_captions_belong_to_the_fingerprint(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"1\n5\n0\n3\n", "line 3 is no number of captions"),
-        (b"1\n5\n-2\n5\n", "line 3 is no number of captions"),
-        (b"1\n5\n\n3\n", "line 3 is no number of captions"),
-        (b"1\n5\n2.0\n3\n", "line 3 is no number of captions"),
-        (b"1\n5\n" + b"9" * 5000 + b"\n3\n", "line 3 is no number of captions"),
-        ("1\n5\n²\n3\n".encode(), "line 3 is no number of captions"),
+        (b"1\n5\n0\n3\n", "line 3 is not a number of captions"),
+        (b"1\n5\n-2\n5\n", "line 3 is not a number of captions"),
+        (b"1\n5\n\n3\n", "line 3 is not a number of captions"),
+        (b"1\n5\n2.0\n3\n", "line 3 is not a number of captions"),
+        (b"1\n5\n" + b"9" * 5000 + b"\n3\n", "line 3 is not a number of captions"),
+        ("1\n5\n²\n3\n".encode(), "line 3 is not a number of captions"),
         (b"1\n5\n3\n", "3 lines for 4 images"),
         (b"1\n5\n1\n1\n1\n", "5 lines for 4 images"),
         (b"", "0 lines for 4 images"),
@@ -346,8 +347,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_caption(tmp_path, end):
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
 @pytest.mark.parametrize("start", [b"", BOM_UTF8])
 def test_a_caption_of_the_greatest_length_is_read_whole(tmp_path, start, end):
-    path = write_bytes(tmp_path / "caps.txt", b"a dog\n" + b"x" * CAPTION_BYTES + end)
-    assert read_captions(path) == ["a dog", "x" * CAPTION_BYTES]
+    path = write_bytes(tmp_path / "caps.txt", b"a dog\n" + b"x" * (LINE_BYTES - 2) + end)
+    assert read_captions(path) == ["a dog", "x" * (LINE_BYTES - 2)]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
@@ -601,7 +602,7 @@ def test_the_row_is_that_of_the_file_where_images_are_repeated(folder, image):
         (b" \t", "empty"),
         (b"\r", "empty"),
         (b"a\0dog", "NUL"),
-        (b"x" * (CAPTION_BYTES + 1), "longer than 8192 bytes"),
+        (b"x" * (LINE_BYTES + 1), f"longer than {LINE_BYTES} bytes"),
     ],
 )
 def test_a_bad_caption_is_named_with_its_line(folder, line, damage, words):

@@ -29,7 +29,7 @@ from tests.prepare.samples import (
     write_tsv,
 )
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "dev", "test")
 
 
@@ -187,7 +187,6 @@ BAD_LINES = {
         "an id without end": (CSV + b"x" * 600 + b",A cat,dev\n", 3, "image_id must be"),
         "no caption": (CSV + b"b, ,dev\n", 3, "the caption is empty"),
         "NUL": (CSV + b"b,A\0cat,dev\n", 3, "NUL"),
-        "a long caption": (CSV + b"b," + b"x" * 9_000 + b",dev\n", 3, "longer than 8192 bytes"),
         "an unknown split": (CSV + b"b,A cat,val\n", 3, "split 'val' is none of train, dev, test"),
         "no split": (CSV + b"b,A cat,\n", 3, "every line must have a split, or none"),
         "another split": (CSV + b"a,A cat,dev\n", 3, "image a is in dev, but in train before"),

@@ -156,7 +156,7 @@ def test_packing_loads_no_evaluation(folder):
     flags = ["pack", "--data_path", str(folder.parent), "--data_name", folder.name]
     code = f"import sys; from lib.prepare.__main__ import main; assert main({flags!r}) == 0; "
     code += "assert not [name for name in sys.modules if name.startswith('lib.evaluation')]"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(pack.__file__).parents[3], capture_output=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(pack.__file__).parents[2], capture_output=True)
 
 
 # Interruptions
