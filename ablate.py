@@ -6,9 +6,8 @@ ablate.py [--folder FOLDER] [--variants xdim independent ...] [--seeds 0 1 2] --
 import sys
 from collections.abc import Sequence
 
-from lib.cli import program
+from lib.cli import check_packages, program
 from lib.config import AblationSettings, parse
-from lib.environment import check_packages
 
 
 @program

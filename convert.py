@@ -4,8 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lib.cli import Parser, program
-from lib.environment import check_packages
+from lib.cli import Parser, check_packages, program
 
 
 @program

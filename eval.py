@@ -6,9 +6,8 @@ eval.py compare A B compares two of them on the same queries: see eval.py compar
 import sys
 from collections.abc import Sequence
 
-from lib.cli import program
+from lib.cli import check_packages, program
 from lib.config import CompareSettings, EvaluationSettings, parse
-from lib.environment import check_packages
 
 COMPARE = "compare"
 ABOUT_COMPARE = "Compare two checkpoints or saved scores on the same queries: who is better, by how much, and where."

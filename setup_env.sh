@@ -1,14 +1,21 @@
-# Sourced by the scripts beside it: sets PYTHON to one that has what the project needs.
+# Sourced by the scripts beside it: sets PYTHON to one that has what the project needs, and LAUNCH to what starts a program.
 #
-# The active Python is used if it meets the requirements; else .venv, which is made, or completed, here. Packages come
-# from wherever pip is set up to find them; PyTorch with CUDA is about 5 GB.
-# REQUIREMENTS: the requirements files that must be met. NPROC: processes that train together, one a GPU; LAUNCH becomes
-# what starts a program so.
+# The active Python is used if it has the packages; else .venv, which is made, or completed, here. Packages come from
+# wherever pip is set up to find them; PyTorch with CUDA is about 5 GB.
+# REQUIREMENTS: the requirements files. NPROC: processes that train together, one for each GPU.
 
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
+FILES=
+for file in $REQUIREMENTS; do FILES="$FILES -r $file"; done
 
+NEW_ENOUGH='import sys; sys.exit(sys.version_info < (3, 11))'
+
+# Whether a Python has all packages: pip would install nothing, and has nowhere to take it from.
 # shellcheck disable=SC2086 -- the file names are meant to split
-ready() { "$1" -m lib.environment $REQUIREMENTS >/dev/null 2>&1; }
+ready() {
+    "$1" -c "$NEW_ENOUGH" 2>/dev/null &&
+        PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS='' "$1" -m pip install --dry-run --no-index --quiet $FILES >/dev/null 2>&1
+}
 
 choose_python() {
     for PYTHON in python3 python .venv/bin/python; do
@@ -17,7 +24,7 @@ choose_python() {
     PYTHON=.venv/bin/python
     if [ ! -x "$PYTHON" ]; then
         for base in python3 python python3.14 python3.13 python3.12 python3.11; do
-            "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+            "$base" -c "$NEW_ENOUGH" 2>/dev/null && break
             base=
         done
         if [ -z "$base" ]; then
@@ -28,14 +35,8 @@ choose_python() {
         "$base" -m venv .venv || exit 2
     fi
     echo "installing the packages of $REQUIREMENTS into .venv (a few minutes, about 5 GB)"
-    files=
-    for file in $REQUIREMENTS; do files="$files -r $file"; done
     # shellcheck disable=SC2086
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check $files || exit 2
-    if ! ready "$PYTHON"; then
-        "$PYTHON" -m lib.environment $REQUIREMENTS
-        exit 2
-    fi
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check $FILES || exit 2
 }
 
 choose_python

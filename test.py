@@ -3,9 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from lib.cli import program
+from lib.cli import check_packages, program
 from lib.config import CheckpointSettings, EvaluationSettings, parse
-from lib.environment import check_packages
 
 
 @program

@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from lib.cli import program
+from lib.cli import check_packages, program
 from lib.config import TrainSettings, parse
 from lib.distributed import is_restarted
-from lib.environment import check_packages
 
 
 @program

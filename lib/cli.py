@@ -4,15 +4,21 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from importlib import import_module, metadata
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from lib import distributed
 from lib.distributed import PeerLost
 
-QUOTED = 200  # characters of a text from elsewhere that an error message quotes
+QUOTED = 200  # characters of a foreign text that an error message quotes
+LINE_INTERVAL = 30.0  # seconds between two lines of progress where stderr is no terminal
+
+Item = TypeVar("Item")
+Main = Callable[[Sequence[str] | None], None]
 
 
 class InputError(Exception):
@@ -22,67 +28,115 @@ class InputError(Exception):
 
 
 class TrainingStopped(Exception):
-    """A run that cannot go on (a loss that is not a number, say). The message says what to do."""
+    """A run that cannot go on (its loss is NaN, say). The message says what to do."""
 
     exit_code = 1
 
 
 class Interrupted(Exception):
-    """A run that was asked to end and has saved. The message holds the command to go on."""
+    """A run that was asked to end and has saved. The message holds the command that resumes it."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
-        self.exit_code = 128 + signal  # as shells count it
+        self.exit_code = 128 + signal  # the shells' convention
 
 
-def reason(error: Exception) -> str:
-    """The first line of what a library's error says, to be quoted in ours."""
+def reason(error: BaseException) -> str:
+    """The first line of a library's error message, for a message of ours."""
     return one_line(str(error)) or type(error).__name__
 
 
 def one_line(text: str) -> str:
-    """The first line of a text from elsewhere, cut to QUOTED characters, for an error message.
-
-    What cannot be printed becomes "?": a hostile file must not write to the terminal through an error message.
-    """
+    """The first line of a foreign text, cut to QUOTED characters, with "?" for what is not printable."""
     line = next(iter(text.strip().splitlines()), "")
     if len(line) > QUOTED:
         line = line[: QUOTED - 3] + "..."
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
-Item = TypeVar("Item")
+def check_packages() -> None:
+    """Raises InputError where PyTorch or transformers is missing, or torchvision was built for another torch.
+
+    A program calls this before its first import of them, and after its flags are read.
+    """
+    for name in ("torch", "torchvision", "transformers"):  # transformers imports torchvision
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            raise InputError(f"{error}: activate .venv, or run: pip install -r requirements.txt") from None
+        except (ImportError, RuntimeError, OSError) as error:
+            versions = " and ".join(f"{one} {metadata.version(one)}" for one in ("torch", "torchvision"))
+            raise InputError(
+                f"{name} cannot be imported ({reason(error)}): {versions} do not fit each other; reinstall both from "
+                "one place: pip install --force-reinstall torch torchvision"
+            ) from None
+
+
+# Progress
 
 
 def with_bar(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """Items on their way, counted by a bar."""
-    for item in tqdm(items, desc=what, total=total, leave=False, disable=None if distributed.is_first() else True):
-        distributed.give_sign_of_life()
+    """Yield items behind a progress bar."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    for item in progress_bar(what, total, items=items):
+        distributed.heartbeat()
         yield item
 
+
+def progress_bar(
+    what: str, total: int | None = None, done: int = 0, unit: str = "", items: Iterable | None = None
+) -> tqdm:
+    """A progress bar of the first process; where stderr is no terminal, a line every LINE_INTERVAL seconds instead.
+
+    total: of the work; None if unknown. done: of it, before. unit: " images", or "B" for bytes.
+    """
+    options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False}
+    if not sys.stderr.isatty():
+        options.update(dict.fromkeys(("delay", "mininterval", "maxinterval"), LINE_INTERVAL), file=_Lines())
+        options["bar_format"] = "{desc}: {n_fmt}{unit} in {elapsed}"
+        if total:
+            options["bar_format"] = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {remaining} left"
+    return tqdm(items, what, total, initial=done, disable=not distributed.is_first(), **options)
+
+
+class _Lines:
+    """A file that writes tqdm's redrawn bars as lines."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+# Programs
 
 LESS_MEMORY = "take a smaller --batch_size, in training rather a smaller --micro_batch, or --precision bf16"
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help where it says something."""
+    """Adds the default to a flag's help unless it is off or empty."""
 
-    def _get_help_string(self, action: argparse.Action) -> str:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is False or action.default in (None, "", argparse.SUPPRESS)
         return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line and whose flags are never guessed from prefixes."""
+    """An argument parser whose errors are one line and whose flags cannot be abbreviated."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        if "--local-rank" in message or "--local_rank" in message:
+            message = "--local-rank: torch.distributed.launch is not supported, start the processes with torchrun"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if distributed.is_first() else None)
 
 
-def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
+def program(main: Main) -> Callable[[Sequence[str] | None], int]:
     """Turn `main(argv)` into a program: returns its exit code and prints a known error as one line on stderr.
 
     0 done, 1 a run that had to stop, 2 wrong input, 130 or 143 interrupted by Ctrl-C or SIGTERM. Any other exception is
@@ -95,22 +149,22 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         try:
             main(argv)
         except (InputError, TrainingStopped) as error:
-            distributed.speak(f"error: {_last_line(error)}")
+            distributed.print_error(f"error: {_without_traceback(error)}")
             return error.exit_code
         except PeerLost as error:
-            distributed.wait_for_the_end()
-            distributed.speak(f"error: {error}")
+            time.sleep(distributed.EXIT_WAIT)  # torchrun ends this process, and names the one that failed
+            distributed.print_error(f"error: {error}")
             return error.exit_code
-        except Interrupted as stopped:  # of all processes of a job at once
+        except Interrupted as stopped:  # in all processes of a job at once
             if distributed.is_first():
                 print(stopped, file=sys.stderr)
             return stopped.exit_code
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator: " not in str(error):
                 raise
-            distributed.speak(f"error: out of memory ({reason(error)}); {LESS_MEMORY}")
+            distributed.print_error(f"error: out of memory ({reason(error)}); {LESS_MEMORY}")
             return 1
-        except BrokenPipeError:  # whoever read our output (`| head`) has gone; the rest goes nowhere
+        except BrokenPipeError:  # the reader of our output (`| head`) has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
@@ -122,12 +176,7 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     return run
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is PyTorch's complaint, of a GPU's memory or of the CPU's."""
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
-
-
-def _last_line(error: Exception) -> str:
-    """The message itself; an error raised in a loader's worker arrives with the worker's traceback around it."""
+def _without_traceback(error: Exception) -> str:
+    """The message alone: an error of a loader's worker arrives with the worker's traceback before it."""
     line = str(error).strip().splitlines()[-1]
     return line.split(f"{type(error).__name__}: ", 1)[-1]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib.distributed import give_sign_of_life, rank, world_size
+from lib.distributed import heartbeat, rank, world_size
 from lib.model.shard import Shard
 
 
@@ -56,7 +56,7 @@ def gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     """All-gather along the first axis, without gradient. sizes: rows of each process, which may differ."""
     if world_size() == 1:
         return rows
-    give_sign_of_life()
+    heartbeat()
     gathered = _padded(rows, sizes)
     own = rows.new_zeros(gathered.shape[1:])
     own[: len(rows)] = rows
@@ -82,7 +82,7 @@ def add_up_parts(tensor: Tensor) -> Tensor:
 def add_up(tensor: Tensor) -> Tensor:
     """All-reduce (sum), without gradient, in place."""
     if world_size() > 1:
-        give_sign_of_life()
+        heartbeat()
         dist.all_reduce(tensor)
     return tensor
 
@@ -90,7 +90,7 @@ def add_up(tensor: Tensor) -> Tensor:
 def broadcast(tensor: Tensor, source: int) -> Tensor:
     """Overwrite a tensor with that of process `source`, without gradient."""
     if world_size() > 1:
-        give_sign_of_life()
+        heartbeat()
         dist.broadcast(tensor, source)
     return tensor
 
@@ -99,7 +99,7 @@ def largest(number: int) -> int:
     """The largest of all processes' numbers."""
     if world_size() == 1:
         return number
-    give_sign_of_life()
+    heartbeat()
     numbers = torch.tensor(number)  # on the CPU: Python needs the value at once
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return int(numbers)
@@ -114,7 +114,7 @@ class _GatherInputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        give_sign_of_life()
+        heartbeat()
         parts = _padded(gradient, ctx.sizes).zero_()
         for part, of_process in zip(parts, gradient.split(list(ctx.sizes)), strict=True):
             part[: len(of_process)] = of_process

@@ -1,6 +1,7 @@
-"""The processes of a job that torchrun has started: who they are, how they meet, how they end together.
+"""The processes of a job that torchrun has started: who they are, how they connect, how they end together.
 
-A program that torchrun has not started is a job of one process; it needs nothing of this.
+A program that was started without torchrun is a job of one process. PyTorch is imported only inside `joined` and what
+follows it, so that flags can be read before.
 """
 
 import json
@@ -13,27 +14,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
 
-PATIENCE = 600.0  # seconds without any sign of life from any process, after which the job hangs
-WATCH_EVERY = 5.0  # seconds
-TIMEOUT = timedelta(minutes=30)  # of PyTorch's own, after PATIENCE
-STAGGER = 2.0  # seconds by which a process lets the node's first one speak first: mostly both would say the same
-WAIT_FOR_THE_END = 10.0  # seconds in which torchrun ends a process that has lost another one
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
+
+HANG_TIMEOUT = 600.0  # seconds without a heartbeat of any process, after which the job counts as hanging
+CHECK_INTERVAL = 5.0  # seconds between two looks at the heartbeats
+TORCH_TIMEOUT = timedelta(minutes=30)  # PyTorch's own for a collective; longer, as HANG_TIMEOUT's message says more
+STAGGER = 2.0  # seconds that a node's other processes hold back an error, which mostly is that of the first one
+EXIT_WAIT = 10.0  # seconds in which torchrun ends the remaining processes after one has failed
 
 
 class PeerLost(Exception):
-    """Another process of the same job has gone; what went wrong is for that one, or for torchrun, to say."""
+    """Another process of the job has ended; that process, or torchrun, says what went wrong."""
 
     exit_code = 1
 
 
-_signs = 0  # of life that this process has given: items of progress bars, arrivals at collectives
-_excused = threading.Event()  # set while this process is busy with something that gives no signs of life
-
-
 def world_size() -> int:
-    """How many processes the job has."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    """Number of processes of the job."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # schedulers set WORLD_SIZE alone, too
 
 
 def rank() -> int:
@@ -52,38 +54,38 @@ def local_rank() -> int:
 
 
 def local_count() -> int:
-    """How many of the job's processes share this node."""
+    """Number of the job's processes on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
 def is_restarted() -> bool:
-    """Whether torchrun has started this job's processes anew after a failure (--max_restarts)."""
+    """Whether torchrun has started the job's processes again after a failure (--max_restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def job() -> str:
-    """A name that all processes of a job share, those that torchrun starts anew too, and no other job has."""
+    """A name of this job, the same for all its processes and after torchrun's restarts, different for any other job."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if name != "none":  # torchrun's own for each job with --standalone, else what --rdzv_id says
+    if name != "none":  # random with --standalone, otherwise that of --rdzv_id
         return name
-    agent = os.getppid() if local_count() == world_size() else ""  # one torchrun on each node
+    agent = os.getppid() if local_count() == world_size() else ""  # on several nodes each has its own torchrun
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} {agent}"
 
 
 def keep_quiet() -> None:
-    """Let all but the first process print nothing but errors. To be called before PyTorch is imported."""
-    if world_size() > 1:  # else DistributedDataParallel talks of what is meant so, see training/step.py
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    """Let all processes but the first print errors only. To be called before PyTorch is imported."""
+    if world_size() > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of DistributedDataParallel
     if not is_first():
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
 
 
 @contextmanager
-def joined(device) -> Iterator[None]:
-    """Within this context the job's processes can talk to each other: over NCCL between GPUs, else over gloo.
+def joined(device: "torch.device") -> Iterator[None]:
+    """Connects the processes of the job while the context lasts: NCCL between GPUs, gloo otherwise.
 
-    device: the torch.device that this process computes on. Raises PeerLost where another process has gone.
+    device: the one that this process computes on. Raises PeerLost when another process has ended.
     """
     if world_size() == 1:
         yield
@@ -94,40 +96,40 @@ def joined(device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = _connect(hosts=is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-    watch = _Watch()
+    watchdog = _Watchdog()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
-    watch.start()
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TORCH_TIMEOUT)
+    watchdog.start()
     try:
         yield
-        watch.stop()  # before the others, of whom one may hold what the watch looks at, can go
+        watchdog.stop()  # before the barrier: afterwards the process that hosts the store may end at any time
         dist.barrier()
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        raise PeerLost("another process of the job has gone") from None
+        raise PeerLost("another process of the job has ended") from None
     dist.destroy_process_group()
 
 
 @contextmanager
-def first_goes_first() -> Iterator[None]:
-    """Within this context the first process of each node works alone; then the others, who find what it has left."""
+def local_main_first() -> Iterator[None]:
+    """The first process of each node runs the block, then the others, which find the files that it has written."""
     import torch.distributed as dist
 
-    many = dist.is_available() and dist.is_initialized()
-    if many and local_rank() > 0:
+    connected = dist.is_available() and dist.is_initialized()
+    if connected and local_rank() > 0:
         dist.barrier()
-    _excused.set()
+    _busy.set()
     try:
         yield
     finally:
-        _excused.clear()
-    if many and local_rank() == 0:
+        _busy.clear()
+    if connected and local_rank() == 0:
         dist.barrier()
 
 
-def speak(message: str) -> None:
-    """Say on stderr why this process fails. Where all of a job fail alike, one of each node is heard."""
+def print_error(message: str) -> None:
+    """Print on stderr why this process fails. If all processes of a node fail alike, the first one alone is heard."""
     if world_size() == 1:
         print(message, file=sys.stderr)
         return
@@ -136,37 +138,20 @@ def speak(message: str) -> None:
     kind, _, text = message.partition(": ")
     message = f"{kind}: rank {rank()}: {text}" if text else message
     print(message, file=sys.stderr, flush=True)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun, whose word is the last one, then quotes
+    # torchrun quotes this file in its summary. Its own `record` would put a traceback there.
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError), open(path, "w") as file:
             json.dump({"message": message, "timestamp": int(time.time())}, file)
 
 
-def wait_for_the_end() -> None:
-    """After another process has gone: torchrun ends this one, too, and names the one that failed."""
-    time.sleep(WAIT_FOR_THE_END)
-
-
 def end_at_once(number: int) -> None:
-    """End as a signal's default does."""
+    """End as by the default action of a signal."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
 
 
-def _connect(hosts: bool = False):
-    """The store through which the processes find each other; hosts: it lies in this process, none of torchrun's.
-
-    What a failed attempt has left in torchrun's would mislead the next one, so each has its own names there
-    (https://github.com/pytorch/pytorch/issues/135712).
-    """
-    from torch.distributed import PrefixStore, TCPStore
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"attempt {attempt}", TCPStore(address, port, is_master=hosts, timeout=TIMEOUT))
-
-
 def is_lost_connection(error: BaseException | None) -> bool:
-    """Whether it is how PyTorch says that another process has gone."""
+    """Whether PyTorch says by this error that another process has ended."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
     import torch.distributed as dist
@@ -174,10 +159,35 @@ def is_lost_connection(error: BaseException | None) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection closed by peer" in str(error)
 
 
-class _Watch(threading.Thread):
-    """Ends a job of which one process hangs: each tells the others how far it is, and looks whether anybody moves."""
+def _connect(hosts: bool = False) -> "Store":
+    """The store by which the processes find each other: torchrun's, or one that this process hosts.
 
-    def __init__(self):
+    Each of torchrun's restarts has its own keys there, because those of the failed attempt would mislead it
+    (https://github.com/pytorch/pytorch/issues/135712).
+    """
+    from torch.distributed import PrefixStore, TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"attempt {attempt}", TCPStore(address, port, is_master=hosts, timeout=TORCH_TIMEOUT))
+
+
+# Hanging processes
+
+_heartbeats = 0  # of this process
+_busy = threading.Event()  # set while this process does something long without heartbeats, a download say
+
+
+def heartbeat() -> None:
+    """Tell the watchdog that this process makes progress: an item of a progress bar is done, a collective begins."""
+    global _heartbeats
+    _heartbeats += 1
+
+
+class _Watchdog(threading.Thread):
+    """Ends a job that hangs. The processes count their heartbeats in the store, and each reads the counts of all."""
+
+    def __init__(self) -> None:
         super().__init__(daemon=True)
         self._stopped = threading.Event()
 
@@ -186,42 +196,39 @@ class _Watch(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        store, names = _connect(), [f"signs of {other}" for other in range(world_size())]
-        signs, since, extra = [], time.monotonic(), 0
+        store, keys = _connect(), [f"heartbeats of {other}" for other in range(world_size())]
+        counts, since, while_busy = [], time.monotonic(), 0
         while True:
-            extra += _excused.is_set()
+            while_busy += _busy.is_set()
             try:
-                store.set(names[rank()], str(_signs + extra))
-                now = [int(value) for value in store.multi_get(names)]
-            except RuntimeError:  # with the store torchrun has gone, or the first process
-                now = None
-            if self._stopped.wait(WATCH_EVERY if now else 0):
+                store.set(keys[rank()], str(_heartbeats + while_busy))
+                now = [int(count) for count in store.multi_get(keys)]
+            except RuntimeError:  # the process that hosts the store has ended
+                if not self._stopped.is_set():
+                    _exit("torchrun or the first process of the job has ended" if local_rank() == 0 else "")
                 return
-            if now is None:
-                self._end("torchrun or the job's first process has gone", speaker=local_rank() == 0)
-            if now != signs:
-                signs, since = now, time.monotonic()
-            elif time.monotonic() - since > PATIENCE:
-                self._end(*_who_hangs(signs))
-
-    def _end(self, message: str, speaker: bool) -> None:
-        if speaker:
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(STAGGER)
-        os._exit(1)
+            if self._stopped.wait(CHECK_INTERVAL):
+                return
+            if now != counts:
+                counts, since = now, time.monotonic()
+            elif time.monotonic() - since > HANG_TIMEOUT:
+                _exit(_describe_hang(counts))
 
 
-def give_sign_of_life() -> None:
-    """Count that this process has moved: an item of a progress bar is done, a place is reached where processes wait."""
-    global _signs
-    _signs += 1
+def _describe_hang(counts: list[int]) -> str:
+    """The error message; empty for all processes but the first of those that wait, which prints it."""
+    hanging = [other for other, count in enumerate(counts) if count == min(counts)]
+    waiting = [other for other in range(len(counts)) if other not in hanging]
+    if rank() != (waiting or hanging)[0]:
+        return ""
+    who = f"rank {', '.join(map(str, hanging))} hangs" if waiting else "all processes hang"
+    return f"{who}: no process of the job has made progress for {HANG_TIMEOUT:.0f} seconds; the last checkpoint stays"
 
 
-def _who_hangs(signs: list[int]) -> tuple[str, bool]:
-    """What to say of a standstill, and whether this process is the one to say it."""
-    hanging = [other for other, sign in enumerate(signs) if sign == min(signs)]
-    waiting = [other for other in range(len(signs)) if other not in hanging] or hanging
-    who = f"rank {', '.join(map(str, hanging))} hangs" if waiting is not hanging else "all processes hang"
-    message = f"{who}: no process of the job has moved for {PATIENCE:.0f} seconds; the last checkpoint stays"
-    return message, waiting[0] == rank()
+def _exit(message: str) -> NoReturn:
+    """End the whole process from the watchdog's thread."""
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(STAGGER)
+    os._exit(1)

@@ -30,7 +30,7 @@ MemoryOfCuda.__name__ = "OutOfMemoryError"
 
 
 def main(what: str, step: int, flags: list[str]) -> int:
-    distributed.PATIENCE, distributed.WATCH_EVERY, distributed.WAIT_FOR_THE_END = PATIENCE, 0.5, 2.0
+    distributed.HANG_TIMEOUT, distributed.CHECK_INTERVAL, distributed.EXIT_WAIT = PATIENCE, 0.5, 2.0
     train_step = training.train_step
 
     def stepping(run, *args):

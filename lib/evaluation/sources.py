@@ -41,7 +41,7 @@ class CheckpointSource:
         return find_caveats(self.checkpoint, split, data_name)
 
     def embed(self, split: Split, settings: ScoringSettings, timing: Timing) -> None:
-        with timing.clock("load_s"), distributed.first_goes_first():
+        with timing.clock("load_s"), distributed.local_main_first():
             captions = tokenize_split(self.matcher.tokenizer, split)
         self.embeddings = embed_split(self.matcher, split, captions, settings.batch_size, settings.workers, timing)
         self.matcher = None

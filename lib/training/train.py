@@ -106,7 +106,7 @@ def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> R
         refuse_changed_data(origin, data, settings.allow_changes)
 
     seed_everything(settings.seed)
-    with distributed.first_goes_first():  # the others find what it has fetched and tokenised
+    with distributed.local_main_first():  # the others find what it has fetched and tokenised
         model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
         captions = [tokenize_split(tokenizer, split) for split in (train_split, dev_split)]
     seed_process(settings.seed, origin.progress.step if origin else 0)
@@ -251,7 +251,7 @@ def train_step(run: Run, batch: Batch, negatives: str) -> Tensor:
     features, *rest = batch
     if run.resident:
         features = run.resident.gather(features)
-    distributed.give_sign_of_life()
+    distributed.heartbeat()
     with run.compute.autocast():
         loss, spread = run.loss(features.to(torch.get_default_dtype()), *rest, negatives)
     run.optimizer.zero_grad(set_to_none=True)

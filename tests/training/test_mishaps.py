@@ -10,7 +10,7 @@ import torch
 
 import train
 from lib.checkpoints.native import read_checkpoint
-from lib.distributed import count, is_restarted, job, rank
+from lib.distributed import is_restarted, job, rank, world_size
 from tests import mishap
 from tests.ranks import run_ranks
 
@@ -68,7 +68,7 @@ def test_a_restart_does_not_go_on_with_another_jobs_run(flags, monkeypatch, caps
 def test_a_process_that_hangs_is_named_and_the_job_ends(flags):
     ranks = run_ranks(mishap.main, 3, "hanging", 7, flags, check=False)
     assert {rank.exitcode for rank in ranks} == {1}
-    said = "error: rank 2 hangs: no process of the job has moved for 4 seconds; the last checkpoint stays\n"
+    said = "error: rank 2 hangs: no process of the job has made progress for 4 seconds; the last checkpoint stays\n"
     assert "".join(rank.err for rank in ranks) == said
 
 
@@ -83,15 +83,15 @@ def test_the_process_that_fails_says_why_and_no_other(flags, what, code, said):
     ranks = run_ranks(mishap.main, 2, what, 7, flags, check=False)
     assert ranks[1].value == code
     assert ranks[1].err.startswith(said)
-    assert "error: rank 0: another process of the job has gone" in ranks[0].err
+    assert "error: rank 0: another process of the job has ended" in ranks[0].err
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert (count(), rank(), is_restarted()) == (1, 0, False)
+    assert (world_size(), rank(), is_restarted()) == (1, 0, False)
     monkeypatch.setenv("WORLD_SIZE", "4")  # some schedulers set it for other purposes
-    assert (count(), rank()) == (1, 0)
+    assert (world_size(), rank()) == (1, 0)
 
 
 def test_a_job_is_known_by_torchruns_name_for_it_or_by_its_torchrun(monkeypatch):
