@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common  # noqa: E402
-from lib.data import batches as batching  # noqa: E402
 from lib.data.batches import EpochBatches, loader, on_device  # noqa: E402
 from lib.data.dataset import Split, open_split  # noqa: E402
 from lib.data.token_cache import tokenize_split  # noqa: E402
@@ -145,15 +144,15 @@ def unshared() -> dict[int, int]:
 def run_cold(settings, epoch: EpochBatches, split: Split, way: str) -> float:
     """Pairs a second of some batches, none of whose features are in memory."""
     forget(split)
-    pairs, ahead = epoch.pairs, batching.READ_AHEAD
+    pairs, ahead = epoch.pairs, epoch.read_ahead
     if way == "in order":
         epoch.pairs = np.arange(pairs.size).reshape(pairs.shape) * 5 % pairs.size  # another image each
-    batching.READ_AHEAD = NEVER if way == "shuffled" else ahead
+    epoch.read_ahead = NEVER if way == "shuffled" else ahead
     device = torch.device("cpu")
     batches = Subset(epoch, range(min(COLD_BATCHES, len(epoch))))
     started = time.perf_counter()
     count = sum(1 for _ in on_device(loader(batches, settings.workers, device), device))
-    epoch.pairs, batching.READ_AHEAD = pairs, ahead
+    epoch.pairs, epoch.read_ahead = pairs, ahead
     return count * settings.batch_size / (time.perf_counter() - started)
 
 

@@ -140,7 +140,7 @@ def measure(settings) -> None:
 
         def steps() -> None:
             for batch in islice(cycle(batches), settings.steps):
-                moved = (batch.features.to(run.compute.device), batch.counts, batch.ids.to(run.compute.device))
+                moved = (batch.images.to(run.compute.device), batch.counts, batch.ids.to(run.compute.device))
                 train_step(run, Batch(*moved, batch.lengths), HARDEST)
             add_up(torch.zeros(1))  # nobody is ahead
 
@@ -158,7 +158,7 @@ def measure(settings) -> None:
 def _own_part(batch: Batch) -> Batch:
     own = divide(len(batch.lengths), distributed.world_size())[distributed.rank()]
     regions = slice(own.start * common.REGIONS, own.stop * common.REGIONS)
-    return batch._replace(features=batch.features[regions], ids=batch.ids[own])
+    return batch._replace(images=batch.images[regions], ids=batch.ids[own])
 
 
 def _sent() -> int:

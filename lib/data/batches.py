@@ -1,6 +1,7 @@
 """Batches of tensors for training and for evaluation."""
 
 import atexit
+import functools
 import math
 import multiprocessing
 import os
@@ -16,20 +17,20 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from lib import distributed
 from lib.cli import InputError, reason
 from lib.data.dataset import Split
-from lib.data.features import FeatureFile
+from lib.data.features import DeviceFeatures, FeatureFile
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 
 KEEP_REGION = 0.8
 CHOOSE_WORD = 0.2
-# What happens to a chosen word; the rest is left out.
-MASK_CHOSEN, REPLACE_CHOSEN = 0.5, 0.1
+MASK_CHOSEN, REPLACE_CHOSEN = 0.5, 0.1  # what happens to a chosen word; the rest is left out
+READ_AHEAD = 8  # batches whose features the system is told to fetch beforehand; measured in docs/data.md
 
 
 def choose_regions(starts: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Keep each region with probability 0.8, at least one of each image.
 
-    starts, counts: (images,) number of each image's first region, and how many it has. Returns the numbers of the kept
-    regions, one image after the other, ascending, and how many are kept (images,).
+    starts, counts: (images,) the row of each image's first region, and how many regions it has. Returns the rows of the
+    kept regions (n,), image after image, ascending within each, and how many regions each image keeps (images,).
     """
     keep = rng.random((len(counts), counts.max())) < KEEP_REGION
     keep &= np.arange(keep.shape[1]) < counts[:, None]
@@ -40,11 +41,12 @@ def choose_regions(starts: np.ndarray, counts: np.ndarray, rng: np.random.Genera
 
 
 def disturb_words(
-    captions: TokenizedCaptions, mask_id: int, vocab_size: int, rng: np.random.Generator
+    captions: TokenizedCaptions, mask_id: int | None, vocab_size: int, rng: np.random.Generator
 ) -> TokenizedCaptions:
-    """Choose each word with probability 0.2; a chosen one is masked (0.5), replaced (0.1) or left out (0.4).
+    """Choose each word with probability 0.2; a chosen word is masked (0.5), replaced (0.1) or left out (0.4).
 
-    A word's pieces share its fate: one [MASK] or one random vocabulary entry, any entry, for each piece.
+    The pieces of a word share its fate: one mask token, or one random vocabulary entry (any entry), for each piece.
+    Where the vocabulary has no mask token (mask_id None), words are left out instead of masked.
     """
     caption = np.repeat(np.arange(len(captions)), np.diff(captions.starts))
     starts_word = np.ones(len(captions.ids), dtype=bool)
@@ -54,39 +56,44 @@ def disturb_words(
     fate = rng.random(starts_word.sum())[word] / CHOOSE_WORD  # below 1: chosen
     masked = fate < MASK_CHOSEN
     replaced = ~masked & (fate < MASK_CHOSEN + REPLACE_CHOSEN)
-    dropped = ~masked & ~replaced & (fate < 1)
+    dropped = (fate < 1) & ~replaced & (~masked | (mask_id is None))
 
-    ids = np.where(masked, mask_id, captions.ids)
+    ids = np.where(masked, mask_id or 0, captions.ids)
     ids = np.where(replaced, rng.integers(vocab_size, size=len(ids)), ids)
     lengths = np.bincount(caption[~dropped], minlength=len(captions))
     return TokenizedCaptions(ids[~dropped], captions.words[~dropped], np.concatenate([[0], np.cumsum(lengths)]))
 
 
-READ_AHEAD = 8  # batches that the system is told of beforehand; see docs/data.md
-
-
 class Batch(NamedTuple):
-    """B image-caption pairs, or the part of them that is one process's; image i belongs to caption i."""
+    """B image-caption pairs of which a process holds its own part; image i of the batch belongs to caption i."""
 
-    features: (
-        Tensor  # (n, img_dim) of the part's regions, one image after the other; or their numbers in ResidentFeatures
-    )
-    counts: Tensor  # (B,) regions of each image of the whole batch
-    ids: Tensor  # (b, N) token ids of the part's captions, 0 beyond `lengths`
-    lengths: Tensor  # (B,) tokens of each caption of the whole batch
+    images: Tensor  # (n, img_dim) region features of the own images, image after image
+    counts: Tensor  # (B,) regions of each image of the whole batch, on the CPU
+    ids: Tensor  # (own captions, N) token ids, padded beyond `lengths`
+    lengths: Tensor  # (B,) tokens of each caption of the whole batch, on the CPU
+
+
+class IndexedBatch(NamedTuple):
+    """A batch whose features are on the device already: it says which; `on_device` makes a Batch of it."""
+
+    rows: Tensor  # (n,) rows of DeviceFeatures
+    counts: Tensor
+    ids: Tensor
+    lengths: Tensor
 
 
 class Images(NamedTuple):
     """Consecutive images of a split."""
 
-    features: Tensor  # (n, img_dim) of all regions, one image after the other
+    images: Tensor  # (n, img_dim) region features, image after image
     counts: Tensor  # (images,) regions of each
 
 
 class EpochBatches(Dataset):
     """The training batches of one epoch: every pair once, shuffled and augmented, the last incomplete batch dropped.
 
-    Batch k is a function of (seed, epoch, k) alone, whoever asks for it, for whatever part and in whatever order.
+    The order of the pairs is a function of (seed, epoch), batch k one of (seed, epoch, k): the number of workers, the
+    order of requests and the part of the batch that is asked for change nothing.
     """
 
     def __init__(
@@ -97,18 +104,20 @@ class EpochBatches(Dataset):
         batch_size: int,
         seed: int,
         epoch: int,
-        half: bool = False,
-        resident: bool = False,
+        *,
         part: slice = slice(None),
+        half: bool = False,
+        indexed: bool = False,
+        read_ahead: int = READ_AHEAD,
     ):
-        """half: features in float16. resident: none are read, batches hold the numbers of the regions instead.
+        """part: the pairs of each batch that belong to this process. half: read features as float16.
 
-        part: the pairs of each batch that are this process's.
+        indexed: read no features and give IndexedBatch.
         """
         self.features, self.image_of_caption = split.features, split.image_of_caption
         self.captions, self.tokenizer = captions, tokenizer
         self.seed, self.epoch = seed, epoch
-        self.half, self.resident, self.part = half, resident, part
+        self.part, self.half, self.indexed, self.read_ahead = part, half, indexed, read_ahead
         order = self._rng(0).permutation(len(captions))
         self.pairs = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
 
@@ -118,24 +127,23 @@ class EpochBatches(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, k: int) -> Batch:
+    def __getitem__(self, k: int) -> Batch | IndexedBatch:
         rng, pairs = self._rng(1 + k), self.pairs[k]
         images = self.image_of_caption[pairs]
         rows, counts = choose_regions(self.features.starts[images], self.features.counts[images], rng)
         rows = np.concatenate(np.split(rows, np.cumsum(counts)[:-1])[self.part])
-        features = torch.from_numpy(rows) if self.resident else self._read(k, rows)
         words = disturb_words(self.captions.select(pairs), self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
         ids, lengths = self.tokenizer.pad(words)
-        return Batch(features, *map(torch.from_numpy, (counts, ids[self.part], lengths)))
-
-    def _read(self, k: int, rows: np.ndarray) -> Tensor:
-        if k + READ_AHEAD < len(self):
-            self.features.read_ahead(self.image_of_caption[self.pairs[k + READ_AHEAD][self.part]])
-        return _read(self.features, rows, self.half)
+        rest = torch.from_numpy(counts), torch.from_numpy(ids[self.part]), torch.from_numpy(lengths)
+        if self.indexed:
+            return IndexedBatch(torch.from_numpy(rows), *rest)
+        if k + self.read_ahead < len(self):
+            self.features.read_ahead(self.image_of_caption[self.pairs[k + self.read_ahead][self.part]])
+        return Batch(_read(self.features, rows, self.half), *rest)
 
 
 class ImageBatches(Dataset):
-    """All regions of consecutive images, each image once."""
+    """All images of a split in order, `batch_size` at a time, with all their regions."""
 
     def __init__(self, features: FeatureFile, batch_size: int, half: bool = False):
         self.features, self.batch_size, self.half = features, batch_size, half
@@ -145,23 +153,23 @@ class ImageBatches(Dataset):
 
     def __getitem__(self, k: int) -> Images:
         starts = self.features.starts[k * self.batch_size : (k + 1) * self.batch_size + 1]
-        features = _read(self.features, np.arange(starts[0], starts[-1]), self.half)
-        return Images(features, torch.from_numpy(np.diff(starts)))
+        images = _read(self.features, np.arange(starts[0], starts[-1]), self.half)
+        return Images(images, torch.from_numpy(np.diff(starts)))
 
 
 def _read(features: FeatureFile, rows: np.ndarray, half: bool) -> Tensor:
-    """Features (n, img_dim) of regions."""
+    """Features (n, img_dim) of rows (n,), in float16 if `half`, else in the file's precision."""
     dtype = torch.float16 if half or features.dtype == np.float16 else torch.float32
     read = _allocate((len(rows), features.img_dim), dtype)
-    features.read_into(read.numpy(), rows)
+    features.read_rows(rows, out=read.numpy())
     return read
 
 
 def _allocate(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor; of a worker in memory that the main process sees too, so that it need not be copied there."""
+    """An empty tensor; in a worker it lies in shared memory, which saves a copy on its way to the main process."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
-    try:  # as PyTorch's own default_collate does it
+    try:  # as PyTorch's default_collate does it
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
     except RuntimeError as error:
         raise InputError(
@@ -172,7 +180,7 @@ def _allocate(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
-    """Read whole batches in order with up to `workers` processes, no more than the job's process has cores."""
+    """Load batches in order by up to `workers` processes, but no more than there are cores for this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return DataLoader(
         batches,
@@ -180,56 +188,68 @@ def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
         num_workers=min(workers, max(1, cores // distributed.local_count())),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_main_process,
-        generator=torch.Generator(),  # else opening a loader would draw from the run's random state
+        generator=torch.Generator(),  # without one of its own, iter() draws from the global random state
     )
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches on a device, but for counts and lengths, from which Python takes shapes.
+def on_device(
+    batches: Iterable[Batch | IndexedBatch], device: torch.device, resident: DeviceFeatures | None = None
+) -> Iterator[Batch]:
+    """Batches with images and ids on a device; counts and lengths stay on the CPU, since Python takes shapes from them.
 
-    On CUDA a batch is copied, by a stream of its own, while the step before it is computed.
+    resident: where the rows of an IndexedBatch are gathered from. On CUDA each batch is copied on a stream of its own
+    while the step before it computes.
     """
     if device.type != "cuda":
-        for batch in batches:
-            yield _move(batch, device)
+        yield from (_move(batch, device, resident) for batch in batches)
         return
-    copies, waiting = torch.cuda.Stream(device), None
+    copies, ahead = _copy_stream(device), None
+    copies.wait_stream(torch.cuda.current_stream(device))  # which may still be filling `resident`
     for batch in batches:
         with torch.cuda.stream(copies):
-            batch = _move(batch, device)
-        copied = copies.record_event()
-        if waiting:
-            yield _hand_over(*waiting)
-        waiting = batch, copied
-    if waiting:
-        yield _hand_over(*waiting)
+            moved = _move(batch, device, resident), copies.record_event()
+        if ahead:
+            yield _hand_over(*ahead)
+        ahead = moved
+    if ahead:
+        yield _hand_over(*ahead)
 
 
-def _move(batch: Batch, device: torch.device) -> Batch:
-    features, ids = (tensor.to(device, non_blocking=True) for tensor in (batch.features, batch.ids))
-    return batch._replace(features=features, ids=ids)
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all epochs: each new one would keep freed memory of its own."""
+    return torch.cuda.Stream(device)
+
+
+def _move(batch: Batch | IndexedBatch, device: torch.device, resident: DeviceFeatures | None) -> Batch:
+    if isinstance(batch, IndexedBatch):
+        assert resident is not None
+        images = resident.gather(batch.rows.to(device, non_blocking=True))
+    else:
+        images = batch.images.to(device, non_blocking=True)
+    return Batch(images, batch.counts, batch.ids.to(device, non_blocking=True), batch.lengths)
 
 
 def _hand_over(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """The batch, for the stream that computes: it waits for the copy, and its memory is not reused before."""
-    stream = torch.cuda.current_stream(batch.features.device)
+    """Have the computing stream wait for the copy, and the batch's memory stay until that stream is done with it."""
+    stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(copied)
-    for tensor in (batch.features, batch.ids):
+    for tensor in (batch.images, batch.ids):
         tensor.record_stream(stream)
     return batch
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach workers too; they go on until the main process lets them end."""
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; they go on until the main process ends them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register  # after multiprocessing's own, so that it runs before
+@atexit.register  # registered after multiprocessing's handler, so it runs before that one
 def _end_workers() -> None:
-    """Workers of a loader that something still holds at the end of the program, a traceback for instance.
+    """Kill workers of a loader that is still referenced at exit, by a traceback for instance.
 
-    multiprocessing would send them SIGTERM, which they ignore, and wait for ever.
+    multiprocessing would send them SIGTERM, which they ignore, and wait forever.
     """
     for process in multiprocessing.active_children():
         if process.daemon:

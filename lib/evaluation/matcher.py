@@ -120,7 +120,7 @@ class Matcher:
         dims, end = self.model.image_encoder.linear.out_features, 0
         embedded = torch.empty(int(counts.sum()), dims, device=self.compute.device)
         for images in with_bar(batches, "images"):
-            features = images.features.to(self.compute.device, non_blocking=True).float()
+            features = images.images.to(self.compute.device, non_blocking=True).float()
             begin, end = end, end + len(features)
             with self.compute.autocast():
                 embedded[begin:end] = self.model.encode_images(features)

@@ -22,7 +22,7 @@ from lib.collectives import divide
 from lib.config import TrainSettings
 from lib.data.batches import Batch, EpochBatches, loader, on_device
 from lib.data.dataset import Split, open_split
-from lib.data.features import FeatureFile, ResidentFeatures
+from lib.data.features import DeviceFeatures, FeatureFile
 from lib.data.token_cache import tokenize_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
 from lib.evaluation import report
@@ -59,7 +59,7 @@ class Run:
     train_captions: TokenizedCaptions
     dev: Split
     dev_captions: TokenizedCaptions
-    resident: ResidentFeatures | None  # train's, where they are kept on the device
+    resident: DeviceFeatures | None  # train's, where they are kept on the device
     record: dict  # of run.json, what does not change while this process trains
     progress: Progress = field(default_factory=Progress)
     interruption: Interruption = field(default_factory=Interruption)
@@ -116,7 +116,7 @@ def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> R
     loss = share_loss(BatchLoss(model, settings.margin))
     optimizer = build_optimizer(model, settings.learning_rate)
     record = begin_record(dataclasses.asdict(settings), data, str(compute), origin)
-    resident = ResidentFeatures(train_split.features, compute.device) if settings.device_features else None
+    resident = DeviceFeatures(train_split.features, compute.device) if settings.device_features else None
     splits = (train_split, captions[0], dev_split, captions[1])
     run = Run(settings, compute, model, loss, tokenizer, optimizer, *splits, resident, record)
     if origin is not None:
@@ -206,14 +206,15 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
     negatives = negatives_of(epoch, settings)
     watch = CollapseWatch(settings.margin, settings.hardness)
     data = (run.train, run.train_captions, run.tokenizer)
-    half, resident = run.compute.half_features, settings.device_features
+    form = {"half": run.compute.half_features, "indexed": run.resident is not None}
     part = divide(settings.batch_size, distributed.world_size())[distributed.rank()]
-    batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, half, resident, part)
+    batches = EpochBatches(*data, settings.batch_size, settings.seed, epoch, part=part, **form)
     left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
     model.train()
     figures = LateFigures(partial(check_figures, run, watch, log))
     since, pairs = time.perf_counter(), 0
-    for batch in on_device(with_bar(left, f"epoch {epoch + 1}", len(left)), run.compute.device):
+    bar = with_bar(left, f"epoch {epoch + 1}", len(left))
+    for batch in on_device(bar, run.compute.device, run.resident):
         enqueued = train_step(run, batch, negatives)
         progress.step += 1
         progress.batch += 1
@@ -248,12 +249,10 @@ def train_step(run: Run, batch: Batch, negatives: str) -> Tensor:
     Returns (3,) on the device: the loss, the gradient's global norm before clipping, and the scores' standard deviation
     (see batch_loss).
     """
-    features, *rest = batch
-    if run.resident:
-        features = run.resident.gather(features)
     distributed.heartbeat()
     with run.compute.autocast():
-        loss, spread = run.loss(features.to(torch.get_default_dtype()), *rest, negatives)
+        images = batch.images.to(torch.get_default_dtype())
+        loss, spread = run.loss(images, batch.counts, batch.ids, batch.lengths, negatives)
     run.optimizer.zero_grad(set_to_none=True)
     backward(loss)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from lib.cli import InputError
-from lib.data import batches
-from lib.data.batches import Batch, EpochBatches, ImageBatches, loader, on_device
+from lib.data import batches as module
+from lib.data.batches import Batch, EpochBatches, ImageBatches, IndexedBatch, loader, on_device
 from lib.data.dataset import open_split
+from lib.data.features import DeviceFeatures, FeatureFile
 from lib.data.tokenizer import load_tokenizer
 from lib.runtime import ROOT
 from tests.conftest import TINY_BERT
+from tests.data.samples import refusal
 
 BATCH_SIZE, CPU = 16, torch.device("cpu")
 
@@ -33,8 +34,11 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def epoch_batches(split, tokenizer):
     """The batches of an epoch: 120 pairs, of which the last 8 are left out."""
-    captions = tokenizer.tokenize(split.captions)
-    return lambda seed=0, epoch=0: EpochBatches(split, captions, tokenizer, BATCH_SIZE, seed, epoch)
+
+    def make(seed=0, epoch=0, of=split, **options):
+        return EpochBatches(of, tokenizer.tokenize(of.captions), tokenizer, BATCH_SIZE, seed, epoch, **options)
+
+    return make
 
 
 def equal(batch, other):
@@ -50,66 +54,37 @@ def two_workers(monkeypatch):
 # Training
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_parts_of_a_batch_put_together_are_the_batch(split, tokenizer, resident):
-    captions = tokenizer.tokenize(split.captions)
-    whole, *parts = (
-        EpochBatches(split, captions, tokenizer, BATCH_SIZE, 0, 0, resident=resident, part=part)[3]
-        for part in (slice(None), slice(0, 5), slice(5, 11), slice(11, 16))
-    )
-    assert torch.equal(torch.cat([part.features for part in parts]), whole.features)
-    assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
-    for part in parts:  # of all pairs: every process pads and counts alike
-        assert torch.equal(part.counts, whole.counts)
-        assert torch.equal(part.lengths, whole.lengths)
-
-
-def test_an_epoch_visits_every_pair_once_but_for_the_remainder(epoch_batches):
-    batches = epoch_batches()
-    assert len(batches) == 120 // BATCH_SIZE
-    pairs = batches.pairs.ravel()
-    assert len(set(pairs.tolist())) == len(pairs) == 112
-    assert set(pairs.tolist()) <= set(range(120))
-
-
-def test_other_epochs_leave_out_other_pairs(epoch_batches):
-    seen = {pair for epoch in range(20) for pair in epoch_batches(epoch=epoch).pairs.ravel().tolist()}
-    assert seen == set(range(120))
+def test_an_epoch_visits_every_pair_once_but_for_a_remainder_that_changes(epoch_batches):
+    pairs = [epoch_batches(epoch=epoch).pairs for epoch in range(20)]
+    assert all(one.shape == (7, BATCH_SIZE) and len(np.unique(one)) == 112 for one in pairs)
+    assert set(np.concatenate(pairs).ravel().tolist()) == set(range(120))
 
 
 def test_a_batch_holds_regions_and_words_of_the_same_pair(epoch_batches, split, tokenizer, monkeypatch):
-    monkeypatch.setattr("lib.data.batches.disturb_words", lambda captions, *_: captions)
+    monkeypatch.setattr(module, "disturb_words", lambda captions, *_: captions)
     batches = epoch_batches()
     images = split.features.read(np.arange(len(split.features))).reshape(-1, 6, 16)
     for k, pairs in enumerate(batches.pairs):
-        features, counts, ids, lengths = batches[k]
-        expected_ids, expected_lengths = tokenizer.pad(tokenizer.tokenize([split.captions[pair] for pair in pairs]))
-        assert np.array_equal(ids, expected_ids)
-        assert np.array_equal(lengths, expected_lengths)
-        assert features.shape == (counts.sum(), 16)
-        of_images = np.split(features.numpy(), np.cumsum(counts.numpy())[:-1])
+        batch = batches[k]
+        ids, lengths = tokenizer.pad(tokenizer.tokenize([split.captions[pair] for pair in pairs]))
+        assert np.array_equal(batch.ids, ids)
+        assert np.array_equal(batch.lengths, lengths)
+        of_images = np.split(batch.images.numpy(), np.cumsum(batch.counts.numpy())[:-1])
         for regions, image in zip(of_images, images[split.image_of_caption[pairs]], strict=True):
             assert all((row == image).all(axis=1).any() for row in regions)
 
 
-def test_a_batch_depends_on_seed_epoch_and_its_number_only(epoch_batches):
-    forwards, backwards = epoch_batches(), epoch_batches()
-    numbers = range(len(forwards))
-    in_order = [forwards[k] for k in numbers]
-    torch.manual_seed(7)
-    np.random.seed(7)
-    reverse = [backwards[k] for k in reversed(numbers)][::-1]
-    assert all(map(equal, in_order, reverse))
-    assert all(map(equal, in_order, [forwards[k] for k in numbers]))
-
-
 @pytest.mark.usefixtures("two_workers")
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_the_loader_gives_the_same_batches_with_any_number_of_workers(epoch_batches, workers):
+def test_batches_are_the_same_in_any_order_and_with_any_number_of_workers(epoch_batches, workers):
     batches = epoch_batches(seed=3, epoch=2)
+    backwards = [batches[k] for k in reversed(range(7))][::-1]
+    torch.manual_seed(workers)
+    before = torch.get_rng_state()
     loaded = list(loader(batches, workers, CPU))
-    assert len(loaded) == len(batches)
-    assert all(equal(batch, batches[k]) for k, batch in enumerate(loaded))
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn from the run's own random state
+    assert len(loaded) == 7
+    assert all(map(equal, loaded, backwards))
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}])
@@ -126,13 +101,49 @@ def test_batches_of_an_epoch_are_augmented_differently(epoch_batches):
     assert not equal(batches[0], batches[1])
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_parts_of_a_batch_put_together_are_the_batch(epoch_batches, indexed):
+    whole, *parts = (
+        epoch_batches(indexed=indexed, part=part)[3] for part in (slice(None), slice(0, 5), slice(5, 11), slice(11, 16))
+    )
+    assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])  # images, or their rows
+    assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
+    for part in parts:  # counts and lengths of the whole batch, so that every process pads alike
+        assert torch.equal(part.counts, whole.counts)
+        assert torch.equal(part.lengths, whole.lengths)
+
+
 @pytest.mark.usefixtures("two_workers")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loading_leaves_the_random_state_of_the_run_untouched(epoch_batches, workers):
-    before = torch.get_rng_state()
-    for _ in loader(epoch_batches(), workers, CPU):
-        pass
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("repeats", [(), ("train",)], ids=["once", "five times"])
+def test_features_on_the_device_give_to_the_bit_the_batches_of_features_in_float16(
+    epoch_batches, make_data, tmp_path, monkeypatch, workers, dtype, repeats
+):
+    make_data(tmp_path / "precomp", images={"train": 24}, dtype=dtype, repeats=repeats)
+    monkeypatch.setattr("lib.data.features.UPLOAD_BYTES", 5000)
+    split = open_split(str(tmp_path), "precomp", "train")
+    expected = list(on_device(epoch_batches(of=split, half=True), CPU))
+    resident = DeviceFeatures(split.features, CPU)
+    monkeypatch.delattr(FeatureFile, "read_rows")  # nothing is read from here on
+    loaded = loader(epoch_batches(of=split, indexed=True), workers, CPU)
+    given = list(on_device(loaded, CPU, resident))
+    assert all(isinstance(batch, Batch) and batch.images.dtype == torch.float16 for batch in given)
+    assert len(given) == 7
+    assert all(map(equal, given, expected))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_features_keep_the_precision_of_the_file_unless_asked_for_half(epoch_batches, make_data, tmp_path, dtype):
+    make_data(tmp_path / "precomp", images={"train": 4}, dtype=dtype)
+    split = open_split(str(tmp_path), "precomp", "train")
+    kept = torch.from_numpy(np.empty(0, dtype)).dtype
+    for half, expected in ((False, kept), (True, torch.float16)):
+        assert epoch_batches(of=split, half=half)[0].images.dtype == expected
+        assert ImageBatches(split.features, 3, half)[0].images.dtype == expected
+
+
+# Workers
 
 
 @pytest.mark.usefixtures("two_workers")
@@ -142,23 +153,16 @@ def test_shared_memory_without_room_is_one_clear_line(epoch_batches, monkeypatch
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     assert len(list(loader(epoch_batches(), 0, CPU))) == 7
-    with pytest.raises(InputError, match=r"--workers: no room in shared memory .* --workers 0.* --shm-size"):
-        list(loader(epoch_batches(), 1, CPU))
+    monkeypatch.setattr(module, "get_worker_info", lambda: "a worker")
+    message = refusal(lambda: epoch_batches()[0])
+    assert message.startswith("--workers: no room in shared memory")
+    assert "--workers 0" in message
+    assert "--shm-size" in message
 
 
 def test_no_more_workers_than_cores(epoch_batches, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(3), raising=False)
     assert [loader(epoch_batches(), workers, CPU).num_workers for workers in (0, 2, 3, 10)] == [0, 2, 3, 3]
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_features_keep_the_precision_of_the_file(make_data, tmp_path, tokenizer, dtype):
-    make_data(tmp_path / "precomp", images={"train": 4}, dtype=dtype)
-    split = open_split(str(tmp_path), "precomp", "train", 16)
-    expected = {np.float16: torch.float16, np.float32: torch.float32}[dtype]
-    batches = EpochBatches(split, tokenizer.tokenize(split.captions), tokenizer, 20, 0, 0)
-    assert batches[0].features.dtype == expected
-    assert ImageBatches(split.features, 3)[0].features.dtype == expected
 
 
 def test_a_program_that_still_holds_a_loader_ends_all_the_same(tiny_data):
@@ -178,20 +182,20 @@ print(len(next(held).counts))
 # Evaluation
 
 
-@pytest.mark.usefixtures("two_workers")
 @pytest.mark.parametrize("name", ["train", "dev"])  # one row an image, and five
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_each_image_is_read_once_and_in_order(tiny_data, name, batch_size, workers):
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_each_image_is_read_once_and_in_order(tiny_data, name, batch_size):
     split = open_split(*tiny_data, name, 16)
-    batches = list(loader(ImageBatches(split.features, batch_size), workers, CPU))
+    batches = list(loader(ImageBatches(split.features, batch_size), 0, CPU))
     images = len(split.features)
     full, rest = divmod(images, batch_size)
     assert [len(batch.counts) for batch in batches] == [batch_size] * full + [rest] * (rest > 0)
-    assert all((batch.counts == 6).all() for batch in batches)
-    features = torch.cat([batch.features for batch in batches])
-    assert torch.equal(features, torch.from_numpy(split.features.read(np.arange(images))))
-    assert len(features.unique(dim=0)) == 6 * images == 6 * len(split.captions) / 5
+    assert torch.cat([batch.counts for batch in batches]).tolist() == [6] * images
+    read = torch.cat([batch.images for batch in batches])
+    assert torch.equal(read, torch.from_numpy(split.features.read(np.arange(images))))
+
+
+# On a GPU
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -200,9 +204,12 @@ def test_on_cuda_each_batch_is_copied_ahead_and_waited_for_in_order(monkeypatch,
     happened = []
 
     class Stream:
+        def wait_stream(self, other):
+            happened.append("begin")
+
         def record_event(self):
             happened.append("copied")
-            return len([what for what in happened if what == "copied"]) - 1
+            return happened.count("copied") - 1
 
         def wait_event(self, event):
             happened.append(f"wait {event}")
@@ -213,12 +220,24 @@ def test_on_cuda_each_batch_is_copied_ahead_and_waited_for_in_order(monkeypatch,
         def record_stream(self, stream):
             happened.append("keep")
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(module, "_copy_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr(batches, "_move", lambda batch, device: Batch(Part(), Part(), Part(), batch))
+    monkeypatch.setattr(module, "_move", lambda batch, *_: Batch(Part(), Part(), Part(), batch))
     for batch in on_device(range(count), torch.device("cuda")):
         happened.append(f"step {batch.lengths}")
-    of_step = lambda k: [f"wait {k}", *["keep"] * 2, f"step {k}"]  # noqa: E731
+    of_step = lambda k: [f"wait {k}", "keep", "keep", f"step {k}"]  # noqa: E731
     expected = [what for k in range(1, count) for what in ("copied", *of_step(k - 1))]
-    assert happened == (["copied", *expected, *of_step(count - 1)] if count else [])
+    assert happened == ["begin", *(["copied", *expected, *of_step(count - 1)] if count else [])]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_of_the_cpu(epoch_batches, split):
+    device = torch.device("cuda")
+    expected = list(on_device(epoch_batches(half=True), CPU))
+    resident = DeviceFeatures(split.features, device)
+    for batches in (epoch_batches(half=True), epoch_batches(indexed=True)):
+        assert isinstance(batches[0], IndexedBatch) == batches.indexed
+        for batch, other in zip(on_device(loader(batches, 0, device), device, resident), expected, strict=True):
+            assert [tensor.device.type for tensor in batch] == ["cuda", "cpu", "cuda", "cpu"]
+            assert equal([tensor.cpu() for tensor in batch], other)

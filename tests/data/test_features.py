@@ -1,0 +1,177 @@
+"""Feature files: any rows of any form are read, damage is named, and copies on a device hold the same numbers."""
+
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.data import features as module
+from lib.data.features import DeviceFeatures, FeatureFile
+from tests.data.samples import IMAGES, IMG_DIM, REGIONS, make_features, refusal
+
+CPU = torch.device("cpu")
+ROWS = IMAGES * REGIONS
+OFFSETS = np.array([0, 1, 6, 9, 21])
+
+
+def save(folder, form, dtype=np.float32, spoil=None):
+    """A feature file in some form: each image once, five times, or packed. spoil: (row, column, value)."""
+    features = make_features(dtype=dtype)
+    if spoil:
+        row, column, value = spoil
+        features.reshape(-1, IMG_DIM)[row, column] = value
+    if form == "packed":
+        np.save(folder / "dev_offsets.npy", OFFSETS)
+        features = features.reshape(-1, IMG_DIM)
+    np.save(folder / "dev_ims.npy", features.repeat(5, axis=0) if form == "five times" else features)
+    return FeatureFile(folder / "dev_ims.npy", 5 if form == "five times" else 1)
+
+
+FORMS = ["once", "five times", "packed"]
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.integers(0, ROWS - 1)),
+    form=st.sampled_from(FORMS),
+    stored=st.sampled_from([np.float16, np.float32]),
+    wanted=st.sampled_from([None, np.float16, np.float32]),
+    block=st.sampled_from([1, 3, 1000]),
+)
+def test_any_rows_in_any_order_are_read_in_any_precision(tmp_path_factory, rows, form, stored, wanted, block):
+    file = save(tmp_path_factory.mktemp("files"), form, stored)
+    rows, out = np.array(rows, int), None if wanted is None else np.empty((len(rows), IMG_DIM), wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_BYTES", block * IMG_DIM * np.dtype(stored).itemsize)
+        read = file.read_rows(rows, out)
+    assert read.dtype == (wanted or stored)
+    assert np.array_equal(read, make_features().reshape(-1, IMG_DIM)[rows])  # exact in float16 too
+
+
+def test_images_of_packed_files_have_the_rows_between_their_offsets(tmp_path):
+    file = save(tmp_path, "packed")
+    assert (len(file), file.counts.tolist(), file.regions, file.varies) == (4, [1, 5, 3, 12], 12, True)
+    images = np.split(make_features().reshape(-1, IMG_DIM), OFFSETS[1:-1])
+    assert np.array_equal(file.read(np.array([3, 0, 2])), np.concatenate([images[3], images[0], images[2]]))
+
+
+def test_workers_get_no_features_but_open_the_file_for_themselves(tmp_path):
+    file = save(tmp_path, "once")
+    expected = file.read(np.array([2, 4]))
+    assert len(pickle.dumps(file)) < 2000
+    copy = pickle.loads(pickle.dumps(file))
+    assert np.array_equal(copy.read(np.array([2, 4])), expected)
+    copy = pickle.loads(pickle.dumps(file))
+    (tmp_path / "dev_ims.npy").unlink()
+    assert refusal(copy.read, np.array([0])).startswith(f"{tmp_path / 'dev_ims.npy'}: cannot be read")
+
+
+def test_a_forked_process_reads_the_same_file_without_disturbing_the_other(tmp_path):
+    """Both use one descriptor: a read that moved its position would disturb the other process."""
+    file = save(tmp_path, "once")
+    expected = file.read(np.arange(IMAGES))
+    child = os.fork()
+    equal = all(np.array_equal(file.read(np.arange(IMAGES)), expected) for _ in range(300))
+    if not child:
+        os._exit(0 if equal else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert equal
+
+
+def test_reading_ahead_asks_for_every_byte_of_the_images(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "READ_AHEAD_BYTES", 20)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, first, length, advice: asked.append((first, length)))
+    save(tmp_path, "five times").read_ahead(np.array([4, 1]))
+    size = 4 * REGIONS * IMG_DIM
+    assert asked == [
+        (128 + 5 * image * size + part, length) for image in (4, 1) for part, length in ((0, 20), (20, 20), (40, 8))
+    ]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(("form", "named"), [("once", 4), ("five times", 20), ("packed", 14)])
+def test_features_that_are_not_finite_are_named_with_their_row_in_the_file(tmp_path, form, named, dtype, value):
+    file = save(tmp_path, form, dtype, (14, 1, value))
+    file.read_rows(np.delete(np.arange(ROWS), 14))
+    message = refusal(file.read_rows, np.array([20, 14, 1]))
+    assert message.startswith(f"{tmp_path / 'dev_ims.npy'}: row {named} holds NaN or infinite features")
+
+
+@pytest.mark.parametrize("value", [1e5, -7e4])
+def test_what_float16_cannot_hold_is_refused_only_where_float16_is_asked_for(tmp_path, value):
+    file = save(tmp_path, "once", spoil=(10, 2, value))
+    assert file.read(np.array([3]))[1, 2] == np.float32(value)
+    message = refusal(lambda: file.read_rows(np.arange(ROWS), np.empty((ROWS, IMG_DIM), np.float16)))
+    assert message.startswith(f"{tmp_path / 'dev_ims.npy'}: row 3 holds a feature beyond float16's largest")
+    assert refusal(DeviceFeatures, file, CPU) == message
+    save(tmp_path, "once", spoil=(10, 2, -65504))
+    assert DeviceFeatures(file, CPU)
+
+
+def as_npy(array, save=np.save):
+    content = io.BytesIO()
+    save(content, array)
+    return content.getvalue()
+
+
+SOUND = as_npy(make_features())
+DAMAGE = {
+    "empty": (b"", "truncated or not a .npy file"),
+    "cut in the header": (SOUND[:40], "truncated or not a .npy file"),
+    "cut in the data": (SOUND[:-1], "truncated, 463 bytes instead of 464"),
+    "longer": (SOUND + b"\n", "longer than its header says"),
+    "a web page": (b"<!DOCTYPE html>\n<html>\n" * 50, "truncated or not a .npy file"),
+    "an .npz archive": (as_npy(make_features(), np.savez), "truncated or not a .npy file"),
+    "float64": (as_npy(make_features(dtype=np.float64)), "expected float32 or float16"),
+    "other byte order": (as_npy(make_features(dtype=">f4")), "expected float32 or float16"),
+    "no images": (as_npy(make_features()[:0]), "expected float32 or float16"),
+    "one dimension more": (as_npy(make_features()[None]), "expected float32 or float16"),
+    "packed, without offsets": (as_npy(make_features()[:, 0]), "dev_offsets.npy must stand beside it"),
+    "by columns": (as_npy(np.asfortranarray(make_features())), "stored by columns"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_file_that_does_not_hold_features_is_named(tmp_path, damage):
+    path = tmp_path / "dev_ims.npy"
+    content, words = DAMAGE[damage]
+    path.write_bytes(content)
+    message = refusal(FeatureFile, path)
+    assert message.startswith(f"{path}: ")
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    "offsets", [[1, 6, 21], [0, 6, 20], [0, 6, 6, 21], [0, 9, 6, 21], [0], [[0, 21]], [0.0, 21.0], None]
+)
+def test_offsets_that_do_not_fit_are_named(tmp_path, offsets):
+    file, path = save(tmp_path, "packed"), tmp_path / "dev_offsets.npy"
+    path.write_bytes(path.read_bytes()[:-1]) if offsets is None else np.save(path, np.array(offsets))
+    assert refusal(FeatureFile, file.path).startswith(f"{path}: ")
+
+
+def test_a_file_cut_while_it_is_open_is_named(tmp_path):
+    file = save(tmp_path, "once")
+    file.read(np.array([0]))
+    os.truncate(file.path, 150)
+    assert refusal(file.read, np.array([0])).startswith(f"{file.path}: has become shorter")
+
+
+def test_too_little_memory_for_device_features_is_said_with_what_is_needed(tmp_path, monkeypatch):
+    file = save(tmp_path, "once")
+    monkeypatch.setattr(module, "_memory", lambda device: 2 * ROWS * IMG_DIM)
+    assert DeviceFeatures(file, CPU)
+    monkeypatch.setattr(module, "_memory", lambda device: 2 * ROWS * IMG_DIM - 1)
+    message = refusal(DeviceFeatures, file, CPU)
+    assert message.startswith("--device_features: ")
+    assert "take 0.0 GB, but cpu has 0.0 GB of memory" in message
