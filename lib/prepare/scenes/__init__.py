@@ -1,10 +1,199 @@
-"""`scenes`: the data set that this project draws itself, for its demo and its tests.
+"""Draw the embedded data set `scenes`: pictures of coloured shapes, five captions each, and their region features.
 
-Pictures of coloured shapes with five captions each, and region features computed from their pixels:
-world (what is there) -> drawing (pixels) and captions (words); features (pixels -> boxes and numbers); vocabulary;
-generator (batches of all this); writer (files).
+An interrupted run leaves nothing under the folders' names and begins again.
 """
 
-from lib.prepare.scenes.writer import split_sizes, write_scenes
+# world.py (what a picture holds) -> drawing.py (pixels) and captions.py (sentences); features.py (pixels -> regions).
+# A picture and its captions depend on (seed, split, index) alone, so a larger set begins with the smaller one. What all
+# sets share, the scale of the features and the vocabulary, comes from reference pictures of a fixed seed.
 
-__all__ = ["split_sizes", "write_scenes"]
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from string import ascii_lowercase, digits, punctuation
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from lib.cli import InputError, with_bar
+from lib.files import writing_to
+from lib.prepare.scenes.captions import write_captions
+from lib.prepare.scenes.drawing import draw
+from lib.prepare.scenes.features import IMG_DIM, REGIONS, describe
+from lib.prepare.scenes.world import PICTURE_SIZE, make_scene
+
+VERSION = 1  # of what is made: to be raised with any change to it
+STREAMS = {"train": 0, "dev": 1, "testall": 2, "test": 2, "reference": 3}  # test is the beginning of testall
+BATCH = 20  # pictures
+REFERENCE_PICTURES, REFERENCE_CAPTIONED = 60, 200  # for the features' scale: whole batches; for the vocabulary
+Made = tuple[np.ndarray, list[str]]  # a picture and its captions
+CLIP = 5.0  # standard deviations of a feature
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the data sets")
+    flags.add_argument("--data_name", default="scenes_precomp", help="name of the data set, a folder in there")
+    flags.add_argument("--vocab", type=Path, default=Path("vocab/scenes"), help="folder of the vocabulary")
+    flags.add_argument("--images", type=int, default=2000, help="train pictures; dev has a tenth, testall half of them")
+    flags.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = args.data_path / args.data_name
+    if not write_scenes(folder, args.vocab, args.images, args.seed):
+        print(f"{folder} and {args.vocab} are already there")
+        return
+    sizes = ", ".join(f"{split} {count} ({5 * count} captions)" for split, count in split_sizes(args.images).items())
+    print(f"{folder}: images {sizes}; {REGIONS} regions of img_dim {IMG_DIM} each")
+    print(f"{args.vocab}: the vocabulary")
+
+
+def split_sizes(images: int) -> dict[str, int]:
+    """Pictures in each split of a set with `images` train pictures."""
+    return {"train": images, "dev": images // 10, "testall": images // 2, "test": images // 2 // 5}
+
+
+def write_scenes(folder: Path, vocab_folder: Path, images: int, seed: int) -> bool:
+    """Write a data set with `images` train pictures, and the vocabulary; False if both are there already.
+
+    Raises InputError if the set would be too small, if something else has one of the names, or on a write error.
+    """
+    if images < 10 or seed < 0:
+        raise InputError(f"--images {images} --seed {seed}: give at least 10 images and a seed of 0 or more")
+    settings = {"version": VERSION, "images": images, "seed": seed, "splits": split_sizes(images)}
+    settings |= {"regions": REGIONS, "img_dim": IMG_DIM, "picture_size": PICTURE_SIZE}
+    vocabulary = make_vocabulary()
+    config = BERT | {"vocab_size": len(vocabulary)}
+    small_files = {
+        folder: {"scenes.json": json.dumps(settings, indent=2)},
+        vocab_folder: {"vocab.txt": "\n".join(vocabulary), "config.json": json.dumps(config, indent=2)},
+    }
+    flags = {folder: "--data_name", vocab_folder: "--vocab"}
+    missing = [path for path, files in small_files.items() if not _is_there(path, files, flags[path])]
+    for path in missing:
+        with _new_folder(path) as partial:
+            if path == folder:
+                _write_set(partial, split_sizes(images), seed)
+            for name, text in small_files[path].items():
+                (partial / name).write_text(text + "\n", encoding="utf-8")
+    return bool(missing)
+
+
+def _is_there(folder: Path, files: dict[str, str], flag: str) -> bool:
+    """Whether a folder holds these files: InputError if it holds something else."""
+    if not folder.exists():
+        return False
+    for name, text in files.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != f"{text}\n".encode():
+            raise InputError(f"{path} is not what would be written: delete {folder} or choose another {flag}")
+    return True
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which takes its name only when it is complete."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    with writing_to(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_set(folder: Path, sizes: dict[str, int], seed: int) -> None:
+    (folder / "images").mkdir()
+    threads = torch.get_num_threads()
+    # On tensors this small, the threads within an operation wait for one another longer than they work
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        for split, count in sizes.items():
+            _write_split(folder, split, count, seed, executor)
+    torch.set_num_threads(threads)
+
+
+def _write_split(folder: Path, split: str, count: int, seed: int, executor: Executor) -> None:
+    mean, deviation = feature_scale()
+    features = open_memmap(folder / f"{split}_ims.npy", "w+", np.float32, (count, REGIONS, IMG_DIM))
+    boxes = open_memmap(folder / f"{split}_boxes.npy", "w+", np.float32, (count, REGIONS, 4))
+    (folder / f"{split}_ids.txt").write_text("".join(f"{index}\n" for index in range(count)), encoding="utf-8")
+    parts = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    batches = executor.map(lambda part: make_batch(seed, split, part), parts)
+    with (folder / f"{split}_caps.txt").open("w", encoding="utf-8", newline="\n") as file:
+        for part, (made, *regions) in zip(parts, with_bar(batches, f"{split} batches", len(parts)), strict=True):
+            boxes[part], raw = regions
+            features[part] = ((raw - mean) / deviation).clip(-CLIP, CLIP)
+            for index, (picture, captions) in zip(part, made, strict=True):
+                image = Image.fromarray(picture.transpose(1, 2, 0))
+                image.save(folder / "images" / f"{split}_{index:05d}.png", compress_level=1)  # noise hardly shrinks
+                file.writelines(f"{caption}\n" for caption in captions)
+
+
+def make_picture(seed: int, split: str, index: int) -> Made:
+    """One picture, uint8 (3, H, W), and its five captions."""
+    rng = np.random.default_rng([seed, STREAMS[split], index])
+    scene = make_scene(rng)
+    captions = write_captions(scene, rng)
+    return draw(scene, rng), captions
+
+
+def make_batch(
+    seed: int, split: str, indices: range
+) -> tuple[list[tuple[np.ndarray, list[str]]], np.ndarray, np.ndarray]:
+    """Pictures (BATCH at most) with their captions, their boxes, and features that are not standardised."""
+    made = [make_picture(seed, split, index) for index in indices]
+    # Always a full batch: the last bits of a sum may depend on the shape that it is computed in
+    pictures = torch.zeros(BATCH, 3, PICTURE_SIZE, PICTURE_SIZE, dtype=torch.uint8)
+    pictures[: len(made)] = torch.from_numpy(np.stack([picture for picture, _ in made]))
+    boxes, features = describe(pictures)
+    return made, boxes[: len(made)].numpy(), features[: len(made)].numpy()
+
+
+@cache
+def feature_scale() -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature over the regions of the reference pictures, each float32 (D,)."""
+    starts = range(0, REFERENCE_PICTURES, BATCH)
+    features = np.concatenate([make_batch(0, "reference", range(start, start + BATCH))[2] for start in starts])
+    mean, deviation = features.mean((0, 1), np.float64), features.std((0, 1), np.float64)
+    return mean.astype(np.float32), np.maximum(deviation, 1e-3).astype(np.float32)
+
+
+@cache
+def make_vocabulary() -> list[str]:
+    """WordPieces in BERT's uncased conventions, [PAD] first, the same for all sets; the place in the list is the id.
+
+    All of ASCII is in it, letters and digits also as they stand inside a word, so that any plain English has pieces.
+    """
+    characters = sorted(ascii_lowercase + digits)
+    # Pieces that are given keep this order; those that the trainer finds itself it numbers by chance
+    given = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    given += [*punctuation, *characters, *(f"##{character}" for character in characters)]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made = [make_picture(0, "reference", index) for index in range(REFERENCE_CAPTIONED)]
+    trainer = trainers.WordPieceTrainer(vocab_size=450, special_tokens=given, show_progress=False)
+    tokenizer.train_from_iterator(sorted(caption for _, captions in made for caption in captions), trainer)
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.get)

@@ -5,7 +5,7 @@
 2. Maps: for each pixel its share of each basic colour, edge energies by orientation at two scales, texture measures.
 3. Features: the maps pooled over a grid in each box, the box's silhouette against its surroundings, its geometry.
 
-Legend: B pictures, C channels, H x W pixels, N windows, R regions.
+Legend: B pictures, C channels, H x W pixels, N windows, R regions. RGB values are 0 to 1.
 """
 
 import math
@@ -18,31 +18,20 @@ from torchvision.ops import nms, roi_align
 
 REGIONS = 36  # the first is always the whole picture
 WINDOW_SIDES = (18, 21, 25, 30, 36, 43, 52, 64)
-WINDOW_STEP = 1 / 7  # of a window's side
-RING_WIDTH = 0.2  # of a window's side
-EDGE_WEIGHT = 1.0  # of the edges' contrast against that of the colours
+WINDOW_STEP, RING_WIDTH = 1 / 7, 0.2  # of a window's side
 SHORTLIST = 300  # windows that go into the suppression
 MAX_OVERLAP = 0.5  # intersection over union above which the lower-scored of two windows goes
-
-PALETTE = (  # the basic colour terms: red, green, blue, 0 to 1
-    (0.05, 0.05, 0.05),  # black
-    (0.35, 0.35, 0.35),  # dark grey
-    (0.65, 0.65, 0.65),  # grey
-    (0.95, 0.95, 0.95),  # white
-    (0.80, 0.10, 0.10),  # red
-    (0.95, 0.55, 0.10),  # orange
-    (0.95, 0.90, 0.15),  # yellow
-    (0.15, 0.60, 0.20),  # green
-    (0.15, 0.30, 0.85),  # blue
-    (0.45, 0.15, 0.60),  # purple
-    (0.95, 0.55, 0.75),  # pink
-    (0.45, 0.28, 0.12),  # brown
-)
+PALETTE = (  # the basic colour terms: red, green, blue
+    (0.05, 0.05, 0.05), (0.35, 0.35, 0.35), (0.65, 0.65, 0.65), (0.95, 0.95, 0.95),  # black, dark grey, grey, white
+    (0.80, 0.10, 0.10), (0.95, 0.55, 0.10), (0.95, 0.90, 0.15), (0.15, 0.60, 0.20),  # red, orange, yellow, green
+    (0.15, 0.30, 0.85), (0.45, 0.15, 0.60), (0.95, 0.55, 0.75), (0.45, 0.28, 0.12),  # blue, purple, pink, brown
+)  # fmt: skip
 PALETTE_WIDTH = 0.12  # distance in colour within which a pixel counts as a palette colour
 ORIENTATIONS = 6
-TEXTURE_WINDOW = 10  # pixels, twice an odd number
-COLOUR_GRID, FINE_GRID, COARSE_GRID, TEXTURE_GRID, SILHOUETTE_GRID = 3, 4, 3, 3, 8
+TEXTURE_WINDOW = 5  # pixels at half the resolution, an odd number
+COLOUR_GRID, EDGE_GRID, COARSE_EDGE_GRID, TEXTURE_GRID, SILHOUETTE_GRID = 3, 4, 3, 3, 8
 GEOMETRY_KNOTS = 7  # soft bins for a box's x, y and side
+IMG_DIM = 414  # of a feature: what the parts below add up to
 
 
 def describe(pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,21 +42,16 @@ def describe(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """
     rgb = pictures.float() / 255
     boxes = propose(rgb)
-    flat = torch.cat([_colour(rgb, boxes), _edges(rgb, boxes), _texture(rgb, boxes), _silhouette(rgb, boxes)], dim=1)
-    features = torch.cat([flat.unflatten(0, boxes.shape[:2]), _geometry(boxes / rgb.shape[-1])], dim=-1)
-    return boxes, features
-
-
-# Proposals
+    pooled = torch.cat([_colour(rgb, boxes), _edges(rgb, boxes), _texture(rgb, boxes), _silhouette(rgb, boxes)], dim=1)
+    return boxes, torch.cat([pooled.unflatten(0, boxes.shape[:2]), _geometry(boxes / rgb.shape[-1])], dim=-1)
 
 
 def propose(rgb: Tensor) -> Tensor:
-    """REGIONS boxes of each picture (B, 3, H, W), 0 to 1: the whole picture, then windows by falling objectness."""
+    """REGIONS boxes of each picture (B, 3, H, W): the whole picture, then windows by falling objectness."""
     size = rgb.shape[-1]
-    windows = _windows(size)  # (N, 4)
+    windows = _windows(size)
     whole = torch.tensor([[0, 0, size, size]])
-    chosen = [torch.cat([whole, _thin(windows, scores)]) for scores in _objectness(rgb, windows)]
-    return torch.stack(chosen).float()
+    return torch.stack([torch.cat([whole, _thin(windows, row)]) for row in _objectness(rgb, windows)]).float()
 
 
 @cache
@@ -75,8 +59,7 @@ def _windows(size: int) -> Tensor:
     """Square windows of all sizes that lie inside the picture: int64 (N, 4)."""
     boxes = []
     for side in WINDOW_SIDES:
-        count = math.ceil((size - side) / (side * WINDOW_STEP)) + 1
-        starts = torch.linspace(0, size - side, count).round().long()
+        starts = torch.linspace(0, size - side, math.ceil((size - side) / (side * WINDOW_STEP)) + 1).round().long()
         corners = torch.cartesian_prod(starts, starts)
         boxes.append(torch.cat([corners, corners + side], dim=1))
     return torch.cat(boxes)
@@ -86,26 +69,20 @@ def _objectness(rgb: Tensor, windows: Tensor) -> Tensor:
     """How much the inside of each window differs from the ring around it: (B, N)."""
     size = rgb.shape[-1]
     *_, squared = _gradients(rgb)
-    edges = squared.sqrt()
-    integral = pad(torch.cat([rgb, edges], dim=1).cumsum(2).cumsum(3), (1, 0, 1, 0))  # (B, 4, H+1, W+1)
-    integral = integral.permute(2, 3, 0, 1).flatten(0, 1).contiguous()  # ((H+1)(W+1), B, 4): looked up by rows
+    maps = torch.cat([rgb, squared.sqrt()], dim=1)
+    integral = pad(maps.cumsum(2).cumsum(3), (1, 0, 1, 0)).permute(2, 3, 0, 1).contiguous()  # (H + 1, W + 1, B, 4)
     margin = (RING_WIDTH * (windows[:, 2:] - windows[:, :2])).round().long()
     around = torch.cat([windows[:, :2] - margin, windows[:, 2:] + margin], dim=1).clamp(0, size)
-    inner, outer = _box_sums(integral, windows, size), _box_sums(integral, around, size)
-    inner_area, outer_area = (_areas(boxes)[:, None, None] for boxes in (windows, around))
+    (inner, inner_area), (outer, outer_area) = _box_sums(integral, windows), _box_sums(integral, around)
     contrast = inner / inner_area - (outer - inner) / (outer_area - inner_area)  # (N, B, 4)
-    return (contrast[..., :3].norm(dim=-1) + EDGE_WEIGHT * contrast[..., 3]).T
+    return (contrast[..., :3].norm(dim=-1) + contrast[..., 3]).T
 
 
-def _box_sums(integral: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Sums over boxes (N, 4) from integral images ((H+1)(W+1), B, C): (N, B, C)."""
+def _box_sums(integral: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over boxes (N, 4) from integral images (H + 1, W + 1, B, C): (N, B, C); and the boxes' areas (N, 1, 1)."""
     x1, y1, x2, y2 = boxes.unbind(1)
-    corners = [integral.index_select(0, y * (size + 1) + x) for y, x in ((y2, x2), (y1, x2), (y2, x1), (y1, x1))]
-    return corners[0] - corners[1] - corners[2] + corners[3]
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    area = (x2 - x1) * (y2 - y1)
+    return integral[y2, x2] - integral[y1, x2] - integral[y2, x1] + integral[y1, x1], area[:, None, None]
 
 
 def _thin(windows: Tensor, scores: Tensor) -> Tensor:
@@ -118,22 +95,15 @@ def _thin(windows: Tensor, scores: Tensor) -> Tensor:
     return torch.cat([shortlist[kept], shortlist[spare]])[: REGIONS - 1]
 
 
-# Features
-
-
 def _pool(maps: Tensor, boxes: Tensor, grid: int, scale: float = 1) -> Tensor:
-    """Means of maps (B, C, h, w) over the cells of a grid in each box: (B * R, C * grid * grid).
-
-    `scale`: pixels of the maps per pixel of the picture.
-    """
+    """Means of maps (B, C, h, w), `scale` times the picture's size, over a grid in each box: (B * R, C * grid**2)."""
     return roi_align(maps, list(boxes), grid, spatial_scale=scale, sampling_ratio=2, aligned=True).flatten(1)
 
 
 def _colour(rgb: Tensor, boxes: Tensor) -> Tensor:
     """Share of each colour of the palette."""
-    smooth = avg_pool2d(rgb, 2)
-    palette = torch.tensor(PALETTE)
-    squared = (smooth.unsqueeze(1) - palette[:, :, None, None]).square().sum(2)  # (B, colours, H/2, W/2)
+    palette = torch.tensor(PALETTE)[:, :, None, None]
+    squared = (avg_pool2d(rgb, 2).unsqueeze(1) - palette).square().sum(2)  # (B, colours, H/2, W/2)
     return _pool((-squared / (2 * PALETTE_WIDTH**2)).softmax(1), boxes, COLOUR_GRID, scale=1 / 2)
 
 
@@ -146,31 +116,23 @@ def _gradients(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dx.gather(1, channel), dy.gather(1, channel), squared
 
 
-def _oriented_energy(rgb: Tensor) -> Tensor:
-    """Gradient length shared out over soft bins of its orientation: (B, ORIENTATIONS, H, W)."""
-    dx, dy, squared = _gradients(rgb)
-    angles = torch.arange(ORIENTATIONS)[:, None, None] * (math.pi / ORIENTATIONS)
-    length = squared.sqrt() + 1e-4
-    cosine = (dx * angles.cos() + dy * angles.sin()) / length
-    return length * cosine.pow(8)
-
-
 def _edges(rgb: Tensor, boxes: Tensor) -> Tensor:
-    """Oriented energy at two scales, each brought to unit length in each box and square-rooted, as in HOG."""
-    fine = _pool(_oriented_energy(_blur(rgb, 3)), boxes, FINE_GRID)
-    coarse = _pool(_oriented_energy(avg_pool2d(rgb, 4)), boxes, COARSE_GRID, scale=1 / 4)
-    return torch.cat([_unit(fine).sqrt(), _unit(coarse).sqrt()], dim=1)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / (rows.norm(dim=1, keepdim=True) + 1e-3)
+    """Edge energy by orientation at two scales, brought to unit length in each box and square-rooted, as in HOG."""
+    angles = torch.arange(ORIENTATIONS)[:, None, None] * (math.pi / ORIENTATIONS)
+    parts = []
+    for maps, grid, scale in ((_blur(rgb, 3), EDGE_GRID, 1), (avg_pool2d(rgb, 4), COARSE_EDGE_GRID, 1 / 4)):
+        dx, dy, squared = _gradients(maps)
+        length = squared.sqrt() + 1e-4
+        cosine = (dx * angles.cos() + dy * angles.sin()) / length
+        rows = _pool(length * cosine.pow(8), boxes, grid, scale)
+        parts.append((rows / (rows.norm(dim=1, keepdim=True) + 1e-3)).sqrt())
+    return torch.cat(parts, dim=1)
 
 
 def _blur(maps: Tensor, side: int) -> Tensor:
     """Mean over a square window of odd side, along one axis and then the other."""
-    edge = side // 2
     height, width = maps.shape[-2:]
-    padded = pad(maps, (edge,) * 4, mode="replicate")
+    padded = pad(maps, (side // 2,) * 4, mode="replicate")
     rows = sum(padded[:, :, i : i + height] for i in range(side))
     return sum(rows[..., i : i + width] for i in range(side)) / side**2
 
@@ -181,7 +143,7 @@ def _texture(rgb: Tensor, boxes: Tensor) -> Tensor:
     dx, dy, squared = _gradients(grey)
     spots = (grey - _blur(grey, 5)).abs()
     maps = torch.cat([grey, grey**2, grey**3, spots, squared, dx * dx - dy * dy, 2 * dx * dy], dim=1)
-    local = _blur(avg_pool2d(maps, 2), TEXTURE_WINDOW // 2)  # half the resolution is enough
+    local = _blur(avg_pool2d(maps, 2), TEXTURE_WINDOW)  # half the resolution is enough
     mean, square, cube, spots, energy, difference, product = local.split(1, dim=1)
     variance = (square - mean**2).clamp_min(0)
     deviation = variance.sqrt()
@@ -205,11 +167,10 @@ def _silhouette(rgb: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _geometry(boxes: Tensor) -> Tensor:
-    """Centre and side of boxes (B, R, 4), in shares of the picture, each as it is and in soft bins."""
+    """Centre and side of boxes (B, R, 4), as they are and in soft bins, corners, area; in shares of the picture."""
     centres = (boxes[..., :2] + boxes[..., 2:]) / 2
     side = (boxes[..., 2:3] - boxes[..., :1]).sqrt()
-    numbers = torch.cat([centres, side], dim=-1)  # (B, R, 3)
+    values = torch.cat([centres, side], dim=-1)  # (B, R, 3)
     knots = torch.linspace(0, 1, GEOMETRY_KNOTS)
-    bins = (-((numbers.unsqueeze(-1) - knots) * (GEOMETRY_KNOTS - 1)).square()).exp().flatten(-2)
-    corners_and_area = torch.cat([boxes, side.pow(4)], dim=-1)
-    return torch.cat([numbers, bins, corners_and_area], dim=-1)
+    bins = (-((values.unsqueeze(-1) - knots) * (GEOMETRY_KNOTS - 1)).square()).exp().flatten(-2)
+    return torch.cat([values, bins, boxes, side.pow(4)], dim=-1)
