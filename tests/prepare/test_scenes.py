@@ -262,7 +262,7 @@ def test_the_command_says_what_it_wrote_and_does_not_write_it_twice(tmp_path, ca
 
 
 def test_a_kill_half_way_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
-    leftover = tmp_path / ".scenes_precomp.partial"
+    leftover = tmp_path / ".scenes_precomp.tmp"
     leftover.mkdir()
     (leftover / "of_an_earlier_kill").touch()
 
@@ -297,4 +297,4 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, said):
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert said in errors
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.glob(".*.tmp"))

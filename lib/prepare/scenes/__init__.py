@@ -9,11 +9,8 @@ An interrupted run leaves nothing under the folders' names and begins again.
 
 import argparse
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
@@ -25,7 +22,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from lib.cli import InputError, with_bar
-from lib.files import writing_to
+from lib.files import new_folder
 from lib.prepare.scenes.captions import write_captions
 from lib.prepare.scenes.drawing import draw
 from lib.prepare.scenes.features import IMG_DIM, REGIONS, describe
@@ -37,16 +34,9 @@ BATCH = 20  # pictures
 REFERENCE_PICTURES, REFERENCE_CAPTIONED = 60, 200  # for the features' scale: whole batches; for the vocabulary
 Made = tuple[np.ndarray, list[str]]  # a picture and its captions
 CLIP = 5.0  # standard deviations of a feature
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-}
+BERT = {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+BERT |= {"intermediate_size": 256, "max_position_embeddings": 64}
+BERT |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -79,51 +69,32 @@ def write_scenes(folder: Path, vocab_folder: Path, images: int, seed: int) -> bo
     """
     if images < 10 or seed < 0:
         raise InputError(f"--images {images} --seed {seed}: give at least 10 images and a seed of 0 or more")
-    settings = {"version": VERSION, "images": images, "seed": seed, "splits": split_sizes(images)}
+    sizes, vocabulary = split_sizes(images), make_vocabulary()
+    settings = {"version": VERSION, "images": images, "seed": seed, "splits": sizes}
     settings |= {"regions": REGIONS, "img_dim": IMG_DIM, "picture_size": PICTURE_SIZE}
-    vocabulary = make_vocabulary()
-    config = BERT | {"vocab_size": len(vocabulary)}
-    small_files = {
-        folder: {"scenes.json": json.dumps(settings, indent=2)},
-        vocab_folder: {"vocab.txt": "\n".join(vocabulary), "config.json": json.dumps(config, indent=2)},
-    }
-    flags = {folder: "--data_name", vocab_folder: "--vocab"}
-    missing = [path for path, files in small_files.items() if not _is_there(path, files, flags[path])]
-    for path in missing:
-        with _new_folder(path) as partial:
-            if path == folder:
-                _write_set(partial, split_sizes(images), seed)
-            for name, text in small_files[path].items():
-                (partial / name).write_text(text + "\n", encoding="utf-8")
-    return bool(missing)
+    bert = json.dumps(BERT | {"vocab_size": len(vocabulary)}, indent=2)
+    texts = {"vocab.txt": "\n".join(vocabulary), "config.json": bert}
+    written = _write(vocab_folder, "--vocab", texts)
+    texts = {"scenes.json": json.dumps(settings, indent=2)}
+    return _write(folder, "--data_name", texts, lambda new: _write_splits(new, sizes, seed)) or written
 
 
-def _is_there(folder: Path, files: dict[str, str], flag: str) -> bool:
-    """Whether a folder holds these files: InputError if it holds something else."""
-    if not folder.exists():
+def _write(folder: Path, flag: str, texts: dict[str, str], write_rest: Callable[[Path], None] | None = None) -> bool:
+    """Write a folder with these text files and the rest; False if they are there, InputError if others are."""
+    if folder.exists():
+        for name, text in texts.items():
+            if not (folder / name).is_file() or (folder / name).read_bytes() != f"{text}\n".encode():
+                raise InputError(f"{folder}/{name} is not what these flags make: delete it or choose another {flag}")
         return False
-    for name, text in files.items():
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != f"{text}\n".encode():
-            raise InputError(f"{path} is not what would be written: delete {folder} or choose another {flag}")
+    with new_folder(folder, flag) as new:
+        if write_rest:
+            write_rest(new)
+        for name, text in texts.items():
+            (new / name).write_text(f"{text}\n", encoding="utf-8")
     return True
 
 
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which takes its name only when it is complete."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    with writing_to(folder):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_set(folder: Path, sizes: dict[str, int], seed: int) -> None:
+def _write_splits(folder: Path, sizes: dict[str, int], seed: int) -> None:
     (folder / "images").mkdir()
     threads = torch.get_num_threads()
     # On tensors this small, the threads within an operation wait for one another longer than they work
