@@ -1,21 +1,57 @@
-"""run.json, the record of a run beside its checkpoints: what was trained, on what, by what, and how it was chosen.
+"""run.json, the record of a run beside its checkpoints: what was trained, on what data, with which versions, and how
+the best epoch was chosen.
 
 format      FORMAT
-settings    all settings                data      of train and dev: folder, images, captions, fingerprint
-sessions    of each start: when, from where, at which step, on which device, with which versions
-progress    epoch, batch, step          history   of each finished epoch: epoch, step, dev (its metrics)
+settings    all settings                data      train and dev: folder, images, captions, fingerprint
+sessions    each start of the program: time, checkpoint it started from, step, device, versions
+progress    epoch, batch, step          history   each finished epoch: epoch, step, dev (its metrics)
 chosen      split (always dev), epoch, rsum, checkpoint; null before the first epoch has ended
 """
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
+from lib.checkpoints.native import BEST
 from lib.cli import InputError
+from lib.data.dataset import Split
 from lib.files import replacing
+from lib.runtime import versions
 
 RECORD = "run.json"
 FORMAT = "x-dim run 1"
-LARGEST = 2**24  # bytes; the record of a thousand epochs is far below
+
+
+def describe_data(split: Split) -> dict:
+    """Which data a split holds; the fingerprint does not depend on where it lies."""
+    sizes = {"images": len(split.features), "captions": len(split.captions)}
+    return {"folder": str(split.folder), **sizes, "fingerprint": split.fingerprint()}
+
+
+def begin_record(
+    settings: dict, data: dict, device: str, started_from: Path | None, step: int, earlier: list[dict]
+) -> dict:
+    """The part of a record that does not change while this process trains.
+
+    data: `describe_data` of each split. started_from, step: the checkpoint that the run goes on from, and its step.
+    earlier: sessions of the same run before this one.
+    """
+    session = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from": str(started_from) if started_from else None,
+        "step": step,
+        "device": device,
+        "versions": versions(),
+    }
+    return {"settings": settings, "data": data, "sessions": [*earlier, session]}
+
+
+def record_now(record: dict, progress: dict) -> dict:
+    """The whole record: what `begin_record` gave, and where the run stands (training's Progress as a dict)."""
+    best = {"epoch": progress["best_epoch"], "rsum": progress["best_rsum"]}
+    position = {name: progress[name] for name in ("epoch", "batch", "step")}
+    chosen = {"split": "dev", **best, "checkpoint": BEST} if progress["best_epoch"] else None
+    return {**record, "progress": position, "history": progress["history"], "chosen": chosen}
 
 
 def write_record(folder: Path, record: dict) -> None:
@@ -30,10 +66,8 @@ def read_record(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        with open(path, "rb") as file:
-            text = file.read(LARGEST + 1)
-        record = json.loads(text) if len(text) <= LARGEST else None
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
         record = None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(f"{path}: damaged, or not the record of a run")
@@ -43,14 +77,13 @@ def read_record(folder: Path) -> dict | None:
 def quote(record: dict) -> str:
     """One line that says how a run's best epoch was chosen. Raises InputError where the record does not say it."""
     try:
-        chosen, progress, settings = record["chosen"], record["progress"], record["settings"]
+        chosen, progress, seed = record["chosen"], record["progress"], record["settings"]["seed"]
         git = record["sessions"][-1]["versions"]["git"]
         choice = (
             f"epoch {chosen['epoch']} of {progress['epoch']} chosen on {chosen['split']} (rSum {chosen['rsum']:.1f})"
             if chosen
             else "no epoch chosen yet"
         )
-        line = f"{choice}, seed {settings['seed']}" + (f", commit {git[:10]}" if git else "")
-        return " ".join(line.split())  # one line, whatever the file holds
+        return f"{choice}, seed {seed}" + (f", commit {git[:10]}" if git else "")
     except (KeyError, IndexError, TypeError, ValueError):
         raise InputError(f"{RECORD}: damaged, it does not say how the checkpoint was chosen") from None

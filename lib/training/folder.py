@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib import distributed
-from lib.checkpoints.native import BEST, LAST, find_checkpoint, read_checkpoint, verify, write_checkpoint
+from lib.checkpoints.native import BEST, LAST, find_checkpoint, read_checkpoint, verify, write_state
 from lib.checkpoints.record import write_record
 from lib.cli import InputError, TrainingStopped
 from lib.files import TEMPORARY, replacing, sync_folder
@@ -152,7 +152,7 @@ class RunFolder:
 
     def _write(self, content: dict, best: bool, record: dict) -> None:
         newest = self.path / f"step-{content['progress']['step']:08d}.pt"
-        write_checkpoint(newest, content)
+        write_state(newest, content)
         for name in (BEST, LAST) if best else (LAST,):
             _name_too(newest, self.path / name)
         for path in step_files(self.path)[self.keep :]:

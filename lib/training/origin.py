@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.checkpoints.exchange import is_exchange
 from lib.checkpoints.native import find_checkpoint, read_checkpoint
 from lib.cli import InputError
 from lib.config import RecipeSettings, TrainSettings
@@ -49,7 +48,7 @@ def find_origin(settings: TrainSettings) -> Origin | None:
     path = Path(settings.model_name if settings.resume == "auto" else settings.resume)
     if settings.resume == "auto" and not checkpoints(path):
         return None
-    if path.is_dir() and not is_exchange(path):
+    if path.is_dir():
         newest = newest_sound(path)
         return _run(newest.path, newest.content, newest.damaged)
     path = find_checkpoint(str(path))
@@ -85,7 +84,7 @@ def _run(path: Path, content: dict, damaged: dict[Path, str]) -> Origin:
 
 
 def _weights_and_settings(path: Path, content: dict) -> Origin:
-    """A published or exchanged checkpoint: the schedule goes on, the optimiser starts fresh."""
+    """Weights and settings without an optimiser: the schedule goes on, the optimiser starts fresh."""
     then = content["progress"]
     progress = Progress(epoch=then["epoch"], step=then["step"])
     notes = [

@@ -222,14 +222,14 @@ def test_a_training_on_a_full_disk_stops_in_order_and_goes_on_when_there_is_room
     """Within the run as a whole: the disk fills up after the first checkpoint."""
     flags = [*tiny_flags, "--num_epochs", "2", "--save_steps", save_steps, "--model_name", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        write = folders.write_checkpoint
+        write = folders.write_state
 
         def full_from_the_second_on(path, content):
             if checkpoints(path.parent):
                 full_disk(patch, 1000)
             write(path, content)
 
-        patch.setattr(folders, "write_checkpoint", full_from_the_second_on)
+        patch.setattr(folders, "write_state", full_from_the_second_on)
         assert train.main(flags) == 1
     out, err = capsys.readouterr()
     assert "No space left on device" in out

@@ -1,0 +1,177 @@
+"""Checkpoints give back what was written; damage, other files and weights that do not fit are refused in one line."""
+
+import copy
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.checkpoints.native import (
+    BEST,
+    ENTRIES,
+    LAST,
+    OLD_BEST,
+    build_model,
+    find_checkpoint,
+    read_checkpoint,
+    verify,
+    write_state,
+    write_weights,
+)
+from lib.cli import InputError
+from tests.conftest import GOLDEN
+
+PUBLISHED = GOLDEN / "official_format_checkpoint.pth.tar"
+
+
+def same(one, other) -> bool:
+    """Equal to the bit, types included."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def refused(read, path) -> str:
+    """The one line with which a file is refused; it starts with the file's name."""
+    with pytest.raises(InputError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.fixture(scope="module")
+def content(trained_run):
+    """The entries of a trained run's last checkpoint."""
+    return read_checkpoint(trained_run / LAST)
+
+
+@pytest.fixture
+def altered(content, tmp_path):
+    """Writes a state file whose entries a function has changed."""
+
+    def write(change):
+        changed = copy.deepcopy(content)
+        change(changed)
+        write_state(tmp_path / "altered.pt", changed)
+        return tmp_path / "altered.pt"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def files(content, tmp_path_factory):
+    """The bytes of each form of a checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_weights(folder / "weights.safetensors", content)
+    write_state(folder / "state.pt", content)
+    return {path.name: path.read_bytes() for path in folder.iterdir()} | {"published.pth.tar": PUBLISHED.read_bytes()}
+
+
+def test_a_state_file_gives_back_every_entry(content, tmp_path):
+    write_state(tmp_path / "state.pt", content)
+    again = read_checkpoint(tmp_path / "state.pt", mapped=True)
+    assert {"optimizer", "random_state", *ENTRIES} <= set(again)
+    assert same({**again, "path": ""}, {**content, "path": ""})
+
+
+def test_a_weights_file_gives_back_all_but_what_only_training_needs(content, tmp_path):
+    write_weights(tmp_path / BEST, content)
+    again = read_checkpoint(tmp_path / BEST)
+    assert {"optimizer", "random_state"}.isdisjoint(again)
+    assert again["model"].keys() == content["model"].keys()
+    assert all(same(again["model"][name], weight) for name, weight in content["model"].items())
+    assert all(same(again[name], content[name]) for name in ENTRIES)
+    model, tokenizer = build_model(again)
+    assert all(torch.equal(weight, content["model"][name]) for name, weight in model.state_dict().items())
+    assert tokenizer.specification == content["tokenizer"]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "published.pth.tar"])
+@settings(deadline=None, max_examples=60)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_refused_or_changes_nothing(files, tmp_path_factory, name, place, bit):
+    path = tmp_path_factory.getbasetemp() / f"flipped_{name}"
+    path.write_bytes(files[name])
+    expected = read_checkpoint(path)
+    flipped = bytearray(files[name])
+    flipped[int(place * len(flipped))] ^= 1 << bit
+    path.unlink()
+    path.write_bytes(flipped)
+    try:
+        assert same(read_checkpoint(path), expected)
+        verify(path)
+    except InputError:
+        refused(verify, path)
+        refused(read_checkpoint, path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "published.pth.tar"])
+@pytest.mark.parametrize("kept", [0, 3, 1000, -1])
+def test_a_file_that_was_cut_off_is_refused(files, tmp_path, name, kept):
+    (tmp_path / name).write_bytes(files[name][:kept])
+    for read in (read_checkpoint, verify):
+        assert "damaged, or not a checkpoint" in refused(read, tmp_path / name)
+
+
+def test_a_damaged_weight_of_a_torch_file_is_found_by_its_record(files, tmp_path, content):
+    damaged = bytearray(files["state.pt"])
+    damaged[damaged.index(content["model"]["image_encoder.linear.weight"].numpy().tobytes())] ^= 1
+    (tmp_path / "state.pt").write_bytes(damaged)
+    assert "the checksum of its record" in refused(verify, tmp_path / "state.pt")
+
+
+def test_files_without_checksums_or_of_something_else_are_refused(content, tmp_path):
+    torch.save({"model": content["model"]}, tmp_path / "older.pt", _use_new_zipfile_serialization=False)
+    assert "no checksums, as before PyTorch 1.6" in refused(read_checkpoint, tmp_path / "older.pt")
+    torch.save({"format": "x-dim checkpoint 9"}, tmp_path / "newer.pt")
+    assert "'x-dim checkpoint 9', from another version" in refused(read_checkpoint, tmp_path / "newer.pt")
+    safetensors.torch.save_file(content["model"], tmp_path / "other.safetensors")
+    assert "do not say what model" in refused(read_checkpoint, tmp_path / "other.safetensors")
+
+
+def test_a_setting_that_this_version_does_not_know_is_ignored_with_a_note(altered):
+    content = read_checkpoint(altered(lambda content: content["settings"].update(no_such="x", margin="wide")))
+    assert content["notes"] == ["settings that this version does not know are ignored: margin='wide', no_such='x'"]
+    assert "no_such" not in content["settings"]
+
+
+WEIGHT = "image_encoder.linear.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights: weights.pop(WEIGHT), f"missing {WEIGHT}"),
+        (lambda weights: weights.update({f"{WEIGHT}s": torch.zeros(3)}), f"surplus {WEIGHT}s"),
+        (lambda weights: weights.update({WEIGHT: torch.zeros(3)}), f"{WEIGHT} is (3,), expected (16,)"),
+    ],
+)
+def test_weights_that_are_missing_surplus_or_misshapen_are_listed(altered, change, words):
+    path = altered(lambda content: change(content["model"]))
+    assert words in refused(lambda path: build_model(read_checkpoint(path)), path)
+
+
+def test_a_checkpoint_is_found_by_file_by_run_folder_and_as_the_newest_below_runs(tmp_path):
+    for age, name in enumerate((f"new/{BEST}", f"old/{OLD_BEST}", "old/last.pt")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    assert find_checkpoint("", runs=str(tmp_path)) == find_checkpoint(str(tmp_path / "new")) == tmp_path / "new" / BEST
+    assert find_checkpoint(str(tmp_path / "old")) == tmp_path / "old" / OLD_BEST
+    assert find_checkpoint(str(tmp_path / "old" / LAST)) == tmp_path / "old" / LAST
+    for missing, words in ((tmp_path / "no.pt", "no such checkpoint"), (tmp_path, "no such checkpoint")):
+        with pytest.raises(InputError, match=words):
+            find_checkpoint(str(missing))
+    with pytest.raises(InputError, match="train first"):
+        find_checkpoint("", runs=str(tmp_path / "nothing"))
