@@ -84,6 +84,7 @@ def quote(record: dict) -> str:
             if chosen
             else "no epoch chosen yet"
         )
-        return f"{choice}, seed {seed}" + (f", commit {git[:10]}" if git else "")
+        line = f"{choice}, seed {seed}" + (f", commit {git[:10]}" if git else "")
+        return " ".join(line.split())
     except (KeyError, IndexError, TypeError, ValueError):
         raise InputError(f"{RECORD}: damaged, it does not say how the checkpoint was chosen") from None
