@@ -17,9 +17,9 @@ TEMPORARY = ".tmp"  # ending of a file that is being written; one that stays beh
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` only when all of it is on the disk.
+    """Open a temporary file for writing that is moved to `path` when all of it is on the disk.
 
-    Until then what stood there stays. Raises InputError where the folder cannot be written or the disk is full.
+    After an error `path` is as it was. Raises InputError if the folder cannot be written or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
@@ -106,10 +106,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def check_writable(path: str) -> None:
-    """Refuse a file that could not be written later, before the work is done that it is for. Empty: none is.
-
-    Raises InputError.
-    """
+    """Raises InputError if a file cannot be written, before the work whose result it will hold. Empty: no file."""
     if not path:
         return
     temporary = Path(f"{path}.{os.getpid()}{TEMPORARY}")
@@ -124,10 +121,7 @@ def check_writable(path: str) -> None:
 
 
 def check_space(folder: str | Path, needed: int, what: str) -> None:
-    """Refuse work whose result will not fit: `needed` bytes below a folder that may not be there yet.
-
-    Raises InputError that says how much is free.
-    """
+    """Raises InputError if fewer than `needed` bytes are free for a folder, which may not exist yet."""
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent
@@ -150,7 +144,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind another: torch.save turns a full disk into a RuntimeError of its own."""
+    """The operating system's error that caused another: torch.save raises RuntimeError for a full disk."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

@@ -17,7 +17,7 @@ from lib.cli import InputError
 
 @dataclass(frozen=True)
 class Compute:
-    """A device and a precision: fp32 exact, tf32 (CUDA: products rounded to 10 bits), bf16 (products in bfloat16)."""
+    """A device and the precision of matrix products: fp32, tf32 (CUDA: 10 bits of mantissa) or bf16 (bfloat16)."""
 
     device: torch.device
     precision: str
@@ -28,28 +28,25 @@ class Compute:
 
     @property
     def half_features(self) -> bool:
-        """Whether region features may travel in float16: where products round them as much anyway."""
+        """Whether region features may be sent to the device in float16: the products round them as much anyway."""
         return self.precision != "fp32"
 
     def synchronize(self) -> None:
-        """Wait until the device has done its work, so that a clock reads true."""
+        """Wait until the device has done its work, before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def __str__(self) -> str:
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"{torch.get_num_threads()} threads"
         job = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
         return f"{self.device} ({name}), {self.precision}{job}"
 
 
 def choose_compute(device: str = "auto", precision: str = "") -> Compute:
-    """Resolve --device and --precision, and set PyTorch up for them. Raises InputError for what is not there.
+    """Resolve --device and --precision, and set PyTorch up for them. Raises InputError for a device that is not there.
 
-    The processes of a job take one GPU of their node each.
+    Each process of a job takes a GPU of its node.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,20 +67,18 @@ def choose_compute(device: str = "auto", precision: str = "") -> Compute:
         raise InputError("--precision tf32: needs a CUDA device; a CPU takes fp32 or bf16")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if chosen.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may add up in any order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     return Compute(chosen, precision)
 
 
 def _gpu_of_this_process(device: str) -> str:
     if device != "cuda":
-        raise InputError(f"--device {device}: the processes of a job take one GPU each; leave the number out")
-    if distributed.local_count() > torch.cuda.device_count():
-        raise InputError(
-            f"--nproc_per_node {distributed.local_count()}: "
-            f"PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
-            "start as many processes, or use --device cpu"
-        )
+        raise InputError(f"--device {device}: each process of a job takes a GPU of its own; leave the number out")
+    processes, devices = distributed.local_count(), torch.cuda.device_count()
+    if processes > devices:
+        raise InputError(f"--nproc_per_node {processes}: PyTorch sees {devices} CUDA devices here; or use --device cpu")
     return f"cuda:{distributed.local_rank()}"
 
 
@@ -92,16 +87,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def versions() -> dict[str, str]:
-    """Names to versions; `git` is this code's commit, with a + where files differ from it, empty without git."""
+    """Versions by name. `git`: this code's commit, see `git_commit`."""
     packages = {name: metadata.version(name) for name in PACKAGES}
     return {"x-dim": __version__, "git": git_commit(ROOT), "python": platform.python_version(), **packages}
 
 
 def git_commit(root: Path) -> str:
-    """The commit that a folder is a checkout of, with a + where tracked files differ from it; empty if it is none."""
+    """The commit checked out in a folder, with a + if tracked files differ from it; empty without git."""
     try:
         top, commit = _git(root, "rev-parse", "--show-toplevel", "HEAD").splitlines()
-        if Path(top).resolve() != root.resolve():  # only inside somebody else's checkout
+        if Path(top).resolve() != root.resolve():  # a folder within another project's checkout
             return ""
         return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -121,7 +116,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state(device: torch.device) -> dict:
-    """The state of all generators as plain types and tensors."""
+    """The state of all generators, in plain types and tensors."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -132,7 +127,7 @@ def random_state(device: torch.device) -> dict:
 
 
 def restore_random_state(state: dict, device: torch.device) -> None:
-    """Bring all generators to a saved state; CUDA's only where both then and now there is such a device."""
+    """Set all generators to a saved state; CUDA's only if it was saved and is there now."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""The helper that runs ranks: what a test is told of them."""
+"""The helper that runs ranks: what a test is told about them."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from lib.cli import InputError, Interrupted
 from tests.ranks import RankFailed, run_ranks
 
 
-def add_up_ranks(start):
+def sum_of_ranks(start):
     print(f"rank {distributed.rank()} of {distributed.world_size()}")
     with distributed.joined(torch.device("cpu")):
         total = torch.tensor([start + distributed.rank()])
@@ -22,10 +22,9 @@ def add_up_ranks(start):
 
 
 def test_ranks_form_a_job_and_return_values_and_output():
-    outcomes = run_ranks(add_up_ranks, 3, 10)
+    outcomes = run_ranks(sum_of_ranks, 3, 10)
     assert [(total.item(), threads) for (total, threads), *_ in outcomes] == [(33, 1)] * 3
-    assert [one.out for one in outcomes] == [f"rank {k} of 3\n" for k in range(3)]
-    assert [one.exitcode for one in outcomes] == [0] * 3
+    assert [(one.out, one.exitcode) for one in outcomes] == [(f"rank {k} of 3\n", 0) for k in range(3)]
 
 
 def fail_in_the_second(kind):
@@ -42,7 +41,7 @@ def fail_in_the_second(kind):
         ("error", InputError, "wrong"),
         ("interrupted", RankFailed, "ended"),
         ("exit", RankFailed, "SystemExit: 3"),
-        ("kill", RankFailed, "rank 1 died without a word, exit code -9"),
+        ("kill", RankFailed, "rank 1 was killed, exit code -9"),
     ],
 )
 def test_what_the_first_rank_to_fail_raises_is_raised_with_its_traceback(monkeypatch, kind, error, words):
