@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.model.similarity import Similarity
+from lib.model import registry
+from lib.model.xdim import XDimSimilarity
 
 REGIONS = 36
 
@@ -43,9 +44,10 @@ def random_lengths(captions: int, generator: torch.Generator) -> Tensor:
     return (torch.randn(captions, generator=generator) * 4 + 14).round().clamp(5, 35).long()
 
 
-def random_similarity(dims: int, device: str) -> Similarity:
+def random_similarity(dims: int, device: str, similarity: str = "xdim", gate: str = "adaptive") -> XDimSimilarity:
     torch.manual_seed(0)
-    return Similarity(dims).to(device)
+    part = registry.describe({"similarity": similarity, "gate": gate})["similarity"]
+    return registry.build("similarity", part, dims).to(device)
 
 
 def clock(work: Callable[[], object], device: str) -> tuple[float, object]:

@@ -5,7 +5,7 @@
 A round measures every size once, each in a process of its own, with hardest negatives; a ratio is the median of the
 rounds' ratios. Memory is the most that is held above what model, gradients, optimiser and a step of two pairs took. The
 difference is that of the first step's loss or gradient norm from the whole batch's, the larger one, relative to it,
-without dropout. On a CPU the whole batch is computed in groups too (lib/model/text_encoder.py), which are all kept.
+without dropout. On a CPU the whole batch is computed in groups too (lib/model/encoders.py), which are all kept.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.training import random_batch, start
 from lib.data.batches import Batch, on_device
-from lib.training.step import HARDEST
+from lib.losses import hinge
 from lib.training.train import train_step
 
 WHOLE = 0
@@ -80,7 +80,7 @@ def first_step(settings: Namespace, micro_batch: int) -> list[float]:
 def steps(run, batches: list[Batch]) -> Tensor:
     """Train on batches; the last one's loss and gradient norm."""
     for batch in on_device(batches, run.compute.device):
-        figures = train_step(run, batch, HARDEST)
+        figures = train_step(run, batch, hinge)
     return figures[:2]
 
 

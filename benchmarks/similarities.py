@@ -16,8 +16,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from lib.model.similarities import make_similarity
-from lib.training.step import ALL, RAMPED, batch_loss
+from lib.losses import Loss, hinge_all, ramped
+from lib.model.engine import make_engine
+from lib.model.xdim import Embedded
+from lib.training.step import batch_loss
 
 MARGIN = 0.2
 VARIANTS = {  # name: (similarity, gate)
@@ -33,9 +35,8 @@ class Subject:
     """A similarity, and the batch that it is measured on."""
 
     def __init__(self, variant: str, settings):
-        torch.manual_seed(0)
-        similarity, gate = VARIANTS[variant]
-        self.similarity = make_similarity(similarity, settings.embed_size, gate).to(settings.device)
+        self.similarity = common.random_similarity(settings.embed_size, settings.device, *VARIANTS[variant])
+        self.engine = make_engine("tiled", self.similarity)
         size = settings.batch_size
         self.inputs = common.random_embeddings(size, size, settings.embed_size, settings.device)
         self.settings = settings
@@ -44,15 +45,15 @@ class Subject:
         half = self.settings.precision == "bf16"
         with torch.autocast(self.settings.device, torch.bfloat16, enabled=half):
             if name == "scores":
-                self.similarity.scorer().all_pairs(*self.inputs)
+                self.engine.scorer().all_pairs(*self.inputs)
             else:
-                self.gradients(RAMPED if "ramped" in name else ALL)
+                self.gradients(ramped if "ramped" in name else hinge_all)
 
-    def gradients(self, negatives: str) -> tuple[Tensor, ...]:
+    def gradients(self, loss: Loss) -> tuple[Tensor, ...]:
         regions, words, lengths = self.inputs
         wanted = [regions.requires_grad_(), words.requires_grad_(), *self.similarity.parameters()]
-        loss, _ = batch_loss(self.similarity, (regions, words, lengths), MARGIN, negatives)
-        return torch.autograd.grad(loss, wanted)
+        value, _ = batch_loss(self.engine, Embedded(regions, words, lengths, None), loss, MARGIN)
+        return torch.autograd.grad(value, wanted)
 
 
 def main() -> None:

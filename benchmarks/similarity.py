@@ -1,10 +1,11 @@
-"""Scoring images against captions: each way of it against a loop over captions, in one run.
+"""Scoring images against captions: each way of it against the plain formula, in one run.
 
     python benchmarks/similarity.py
 
-Times are a pair's: the loop is measured on all images and some captions, exact scores, as in an evaluation, on some
-images and all captions, the coarse-to-fine ranking on all of both. A round measures everything once; a ratio is the
-median of the rounds' ratios. The machine's rate of products is the best of several sizes, before and after.
+Times are a pair's: the plain formula, a loop over captions, is measured on all images and some captions, exact scores,
+as in an evaluation, on some images and all captions, the coarse-to-fine ranking on all of both. A round measures
+everything once; a ratio is the median of the rounds' ratios. The machine's rate of products is the best of several
+sizes, before and after.
 """
 
 import sys
@@ -15,9 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.loop import loop_scores
 from lib.evaluation.parts import BLOCK, whole
 from lib.evaluation.rerank import Reranker
+from lib.model.engine import make_engine
 
 
 def main() -> None:
@@ -38,20 +39,20 @@ def measure(settings) -> dict:
     device, dims = settings.device, settings.embed_size
     regions, words, lengths = common.random_embeddings(settings.images, settings.captions, dims, device)
     similarity = common.random_similarity(dims, device)
+    engine = make_engine("tiled", similarity)
     seconds, scores, rates = {}, {}, {}
 
-    dependency, temperature = similarity.gate(), similarity.log_temperature.exp()
-    time, scores["loop"] = common.clock(
-        lambda: loop_scores(regions, words, lengths, dependency, temperature, settings.loop), device
-    )
+    few = lengths[: settings.loop]
+    time, scores["loop"] = common.clock(lambda: similarity(regions, words[: int(few.sum())], few), device)
     # a caption's share of the words, not of the captions: the first ones may be longer or shorter
-    seconds["loop"] = time / (settings.images * lengths[: settings.loop].sum().item())
+    seconds["loop"] = time / (settings.images * few.sum().item())
 
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         before = common.product_rate(dims, dtype, device)
         with torch.autocast(device, dtype, enabled=dtype == torch.bfloat16):
             time, scores[name] = common.clock(
-                lambda: similarity.scorer().all_pairs(regions[: settings.some], words, lengths), device
+                lambda: engine.scorer().all_pairs(regions[: settings.some], words, lengths),
+                device,
             )
         seconds[name] = time / (settings.some * lengths.sum().item())
         rates[name] = max(before, common.product_rate(dims, dtype, device))
@@ -71,12 +72,13 @@ def measure(settings) -> dict:
 
 def coarse_to_fine(settings, similarity, regions, words, lengths) -> Reranker:
     image_of_caption = torch.arange(settings.captions) * settings.images // settings.captions
-    exact = similarity.scorer()
+    engine = make_engine("tiled", similarity)
+    exact = engine.scorer()
 
     def score_pairs(images, captions):
         return exact.pairs(regions, words, lengths, images, captions)
 
-    coarse = similarity.scorer(coarse=True).all_pairs(regions, words, lengths)
+    coarse = engine.scorer(coarse=True).all_pairs(regions, words, lengths)
     parts = [whole(settings.images, settings.captions)]
     reranker = Reranker(coarse, score_pairs, image_of_caption.numpy(), parts)
     reranker.ranks(settings.rerank)

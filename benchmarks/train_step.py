@@ -1,4 +1,4 @@
-"""A training step of the similarity, forward and backward, against automatic differentiation of a loop over captions.
+"""A training step of the similarity, forward and backward, against automatic differentiation of the plain formula.
 
     python benchmarks/train_step.py
 
@@ -17,11 +17,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.loop import loop_scores
-from lib.losses import hinge_triplet_loss
-from lib.training.step import ALL, HARDEST, batch_loss
+from lib.losses import hinge, hinge_all
+from lib.model.engine import make_engine
+from lib.model.xdim import Embedded
+from lib.training.step import batch_loss
 
 MARGIN = 0.2
+LOSSES = {False: hinge_all, True: hinge}  # by whether the hardest negatives alone count
 WAYS = {  # name: (by the loop, hardest negatives, bfloat16)
     "loop, all negatives": (True, False, False),
     "float32, all negatives": (False, False, False),
@@ -41,31 +43,28 @@ class Step:
     def __init__(self, batch_size: int, dims: int, device: str):
         regions, words, self.lengths = common.random_embeddings(batch_size, batch_size, dims, device)
         self.similarity = common.random_similarity(dims, device)
+        self.engine = make_engine("tiled", self.similarity)
         self.inputs = [regions.requires_grad_(), words.requires_grad_(), *self.similarity.parameters()]
         self.device = device
 
     def loss(self, loop: bool, hardest: bool, half: bool) -> Tensor:
         if loop:
-            return hinge_triplet_loss(self.loop_scores(), MARGIN, hardest)
+            return LOSSES[hardest](self.similarity(*self.inputs[:2], self.lengths), MARGIN)
         with torch.autocast(self.device, torch.bfloat16, enabled=half):
-            embeddings = (*self.inputs[:2], self.lengths)
-            return batch_loss(self.similarity, embeddings, MARGIN, HARDEST if hardest else ALL)[0]
+            embedded = Embedded(*self.inputs[:2], self.lengths, None)
+            return batch_loss(self.engine, embedded, LOSSES[hardest], MARGIN)[0]
 
     def gradients(self, loop: bool, hardest: bool, half: bool) -> tuple[Tensor, ...]:
         """Gradients of the loss in embeddings and parameters."""
         return torch.autograd.grad(self.loss(loop, hardest, half), self.inputs)
 
-    def loop_scores(self) -> Tensor:
-        dependency, temperature = self.similarity.gate(), self.similarity.log_temperature.exp()
-        return loop_scores(*self.inputs[:2], self.lengths, dependency, temperature)
-
     def same_negatives(self, hardest: bool, half: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Gradients of the loss in ours and in the loop's scores, both for the negatives that our scores choose."""
         with torch.autocast(self.device, torch.bfloat16, enabled=half):
-            scores = self.similarity(*self.inputs[:2], self.lengths)
-        (of_scores,) = torch.autograd.grad(hinge_triplet_loss(scores, MARGIN, hardest), scores, retain_graph=True)
+            scores = self.engine(*self.inputs[:2], self.lengths)
+        (of_scores,) = torch.autograd.grad(LOSSES[hardest](scores, MARGIN), scores, retain_graph=True)
         ours = torch.autograd.grad(scores, self.inputs, of_scores)
-        return ours, torch.autograd.grad(self.loop_scores(), self.inputs, of_scores)
+        return ours, torch.autograd.grad(self.similarity(*self.inputs[:2], self.lengths), self.inputs, of_scores)
 
 
 def main() -> None:

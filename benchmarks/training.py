@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from lib.data.batches import Batch, on_device
+from lib.losses import Loss, hinge, hinge_all, ramped
 from lib.runtime import choose_compute
 from lib.training.optimizer import build_optimizer
-from lib.training.step import ALL, HARDEST, RAMPED, BatchLoss
+from lib.training.step import BatchLoss
 from lib.training.train import train_step
 
 IMG_DIM = 2048
@@ -37,19 +38,19 @@ def main() -> None:
     settings = flags.parse_args()
     results = {}
     for precision in PRECISIONS[settings.device]:
-        for negatives in (ALL, HARDEST, RAMPED):
-            name = f"{precision}, {negatives}"
-            results[name] = [measure(settings, precision, negatives) for _ in range(settings.rounds)]
+        for loss in (hinge_all, hinge, ramped):
+            name = f"{precision}, {loss.__name__}"
+            results[name] = [measure(settings, precision, loss) for _ in range(settings.rounds)]
     report(settings, results)
 
 
-def measure(settings, precision: str, negatives: str) -> dict:
+def measure(settings, precision: str, loss: Loss) -> dict:
     """Milliseconds a step; on a GPU memory, and what the profiler saw of two further steps."""
     run, batches = start(settings, precision)
 
     def steps(count: int) -> None:
         for batch in on_device(islice(cycle(batches), count), run.compute.device):
-            train_step(run, batch, negatives)
+            train_step(run, batch, loss)
 
     steps(settings.steps)
     if settings.device == "cuda":
@@ -68,13 +69,16 @@ def measure(settings, precision: str, negatives: str) -> dict:
 
 def start(settings, precision: str) -> tuple[SimpleNamespace, list[Batch]]:
     """What train_step takes: a model around BERT-base of random weights, and two batches."""
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig
 
+    from lib.model import registry
     from lib.model.xdim import XDim
 
     compute = choose_compute(settings.device, precision)
     torch.manual_seed(0)
-    model = XDim(BertModel(BertConfig(), add_pooling_layer=False), IMG_DIM, settings.embed_size)
+    architecture = registry.describe({"img_dim": IMG_DIM, "embed_size": settings.embed_size})
+    architecture["text_encoder"]["options"]["config"] = BertConfig().to_dict()
+    model = XDim.build(architecture)
     model = model.to(compute.device).train()
     parts = {"model": model, "loss": BatchLoss(model, MARGIN), "optimizer": build_optimizer(model, 5e-4)}
     run = SimpleNamespace(settings=SimpleNamespace(grad_clip=2.0), compute=compute, resident=None, **parts)

@@ -27,7 +27,7 @@ from lib.evaluation.evaluate import evaluate, write_json
 from lib.evaluation.metrics import retrieval_metrics
 from lib.evaluation.ranks import rank_matrix
 from lib.files import replacing
-from lib.model.similarities import OWN_GATE
+from lib.model.registry import PAPERS_GATE
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = re.compile(r" (\d+) pairs/s$", re.MULTILINE)
@@ -44,7 +44,7 @@ class Run(NamedTuple):
         """What the run has beyond the flags of all: the variant's, its seed and its folder."""
         name, *others = self.variant.split()
         similarity, _, gate = name.partition(":")
-        of_variant = ["--similarity", similarity, "--gate", gate or OWN_GATE, *others]
+        of_variant = ["--similarity", similarity, "--gate", gate or PAPERS_GATE, *others]
         return [*of_variant, "--seed", str(self.seed), "--model_name", str(self.folder), "--resume", "auto"]
 
 

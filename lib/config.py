@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lib.cli import InputError, Parser
-from lib.model.similarities import GATED, GATES, OWN_GATE, SIMILARITIES
+from lib.model.registry import GATES, PAPERS_GATE, SIMILARITIES
 
 Settings = TypeVar("Settings")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -50,8 +50,8 @@ class ModelSettings:
     embed_size: int = flag(1024, "dimensions that images and captions share")
     no_imgnorm: bool = flag(False, "do not normalise region embeddings")
     no_txtnorm: bool = flag(False, "do not normalise word embeddings")
-    similarity: str = flag(GATED, f"how images and captions are compared: {', '.join(SIMILARITIES)}")
-    gate: str = flag(OWN_GATE, f"what makes X-Dim's dependencies: {', '.join(GATES)}")
+    similarity: str = flag("xdim", f"how images and captions are compared: {', '.join(SIMILARITIES)}")
+    gate: str = flag(PAPERS_GATE, f"what makes X-Dim's dependencies: {', '.join(GATES)}")
     mask_padding: bool = flag(False, "keep padding regions out of attention and BatchNorm (published: they take part)")
 
 
@@ -121,7 +121,7 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
         for name, known in (("similarity", SIMILARITIES), ("gate", GATES)):
             _refuse(getattr(self, name) not in known, f"--{name} {getattr(self, name)}: expected {', '.join(known)}")
         _refuse(
-            self.gate != OWN_GATE and self.similarity != GATED,
+            self.gate != PAPERS_GATE and self.similarity != "xdim",
             f"--gate {self.gate}: --similarity {self.similarity} has no gate",
         )
         _refuse(
@@ -225,8 +225,10 @@ class AblationSettings:
         for variant in self.variants:
             similarity, _, gate = next(iter(variant.split()), "").partition(":")
             _refuse(
-                similarity not in SIMILARITIES or (gate or OWN_GATE) not in GATES or bool(gate and similarity != GATED),
-                f"--variants {variant}: expected {', '.join(SIMILARITIES)}, or {GATED} with one of "
+                similarity not in SIMILARITIES
+                or (gate or PAPERS_GATE) not in GATES
+                or bool(gate and similarity != "xdim"),
+                f"--variants {variant}: expected {', '.join(SIMILARITIES)}, or {'xdim'} with one of "
                 f"{', '.join(f':{name}' for name in GATES)}",
             )
         for name in ("variants", "seeds"):

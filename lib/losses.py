@@ -1,50 +1,86 @@
-"""The hinge triplet loss over a batch's scores (VSE++, Faghri et al. 2018), and one whose hardness is ramped."""
+"""Losses by name (--loss): each a function (scores, margin) -> scalar.
+
+scores: (B, B), row = image, column = caption, true pairs on the diagonal, the same on all processes. The result is a
+sum over the batch, not a mean. A loss may carry two attributes:
+
+    warmup     the loss that takes its place in the first --vse_mean_warmup_epochs epochs
+    pairwise   the loss is the sum over wrong pairs of pairwise(scores, true_of_images, true_of_captions, margin), see
+               `violations`, and is computed without holding the whole matrix
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial, update_wrapper
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lib.model import registry
 
-def hinge_triplet_loss(scores: Tensor, margin: float, hardest: bool) -> Tensor:
-    """Sum of max(0, margin + score of a negative - score of the true pair) over both directions.
+Loss = Callable[[Tensor, float], Tensor]
 
-    scores: (B, B), row = image, column = caption, true pairs on the diagonal.
-    hardest: only the worst negative of each row and of each column counts; else all of them do.
-    Returns a scalar: the sum, not the mean.
+
+def loss_of_epoch(part: Mapping[str, Any], epoch: int, warmup_epochs: int) -> Loss:
+    """The function of a loss, given as {"name", "options"}, in an epoch counted from 0. Raises ValueError."""
+    loss = registry.find("loss", part["name"])
+    registry.check_options("loss", part, loss)
+    chosen = getattr(loss, "warmup", loss) if epoch < warmup_epochs else loss
+    return update_wrapper(partial(chosen, **part["options"]), chosen)
+
+
+def _with(**attributes: Any) -> Callable[[Loss], Loss]:
+    def add(loss: Loss) -> Loss:
+        vars(loss).update(attributes)
+        return loss
+
+    return add
+
+
+def violations(scores: Tensor, true_of_images: Tensor, true_of_captions: Tensor, margin: float) -> Tensor:
+    """The hinge loss (I, C) of pairs, both directions added.
+
+    scores: (I, C). true_of_images: (I, 1), true_of_captions: (C,), scores of the true pairs.
     """
+    return (margin + scores - true_of_images).clamp(min=0) + (margin + scores - true_of_captions).clamp(min=0)
+
+
+@_with(pairwise=violations)
+def hinge_all(scores: Tensor, margin: float) -> Tensor:
+    """Hinge triplet loss: max(0, margin + score of a negative - score of the true pair), summed over all negatives."""
     true = scores.diagonal()
-    diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    if not hardest:
-        return violations(scores, true[:, None], true, margin).masked_fill(diagonal, 0).sum()
+    return violations(scores, true[:, None], true, margin).masked_fill(_diagonal(scores), 0).sum()
+
+
+@_with(warmup=hinge_all)
+def hinge(scores: Tensor, margin: float) -> Tensor:
+    """Hinge triplet loss of the hardest negative of each row and each column (VSE++, Faghri et al. 2018).
+
+    The published recipe: the first epoch takes all negatives.
+    """
+    true, diagonal = scores.diagonal(), _diagonal(scores)
     of_images = (margin + scores - true[:, None]).clamp(min=0).masked_fill(diagonal, 0)
     of_captions = (margin + scores - true).clamp(min=0).masked_fill(diagonal, 0)
     return of_images.max(dim=1).values.sum() + of_captions.max(dim=0).values.sum()
 
 
-def ramped_triplet_loss(scores: Tensor, margin: float) -> Tensor:
+def ramped(scores: Tensor, margin: float) -> Tensor:
     """The hinge triplet loss, harder the better the batch is retrieved already; no epoch decides on it.
 
     In each direction, with recall = the share of queries whose true pair beats all their negatives in the batch, a
-    query's loss is  recall x its hardest negative's + (1 - recall) x the mean over its negatives within the margin.
-    So an untrained model learns from many negatives, a trained one mostly from the hardest, and one whose scores have
-    become equal is at recall 0 and gets the gradients that it started with. docs/training.md has measurements.
-
-    scores: (B, B), row = image, column = caption, true pairs on the diagonal. Returns a scalar: the sum over queries.
+    query's loss is  recall x its hardest negative's + (1 - recall) x the mean over its negatives within the margin. So
+    an untrained model learns from many negatives, a trained one mostly from the hardest, and one whose scores have
+    become equal is at recall 0 and gets the gradients that it started with (measurements: docs/training.md).
     """
     return _ramped_over_rows(scores, margin) + _ramped_over_rows(scores.T, margin)
 
 
 def _ramped_over_rows(scores: Tensor, margin: float) -> Tensor:
-    true = scores.diagonal()[:, None]
-    diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    true, diagonal = scores.diagonal()[:, None], _diagonal(scores)
     recall = (scores.detach().masked_fill(diagonal, float("-inf")) < true).all(dim=1).to(scores.dtype).mean()
     violated = (margin + scores - true).clamp(min=0).masked_fill(diagonal, 0)
     mean = violated.sum(dim=1) / (violated > 0).sum(dim=1).clamp(min=1)
     return (recall * violated.max(dim=1).values + (1 - recall) * mean).sum()
 
 
-def violations(scores: Tensor, true_of_images: Tensor, true_of_captions: Tensor, margin: float) -> Tensor:
-    """The loss of each wrong pair, both directions added.
-
-    scores: (I, C). true_of_images: (I, 1), true_of_captions: (C,), scores of the true pairs. Returns (I, C).
-    """
-    return (margin + scores - true_of_images).clamp(min=0) + (margin + scores - true_of_captions).clamp(min=0)
+def _diagonal(scores: Tensor) -> Tensor:
+    return torch.eye(len(scores), dtype=torch.bool, device=scores.device)

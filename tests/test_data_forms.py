@@ -16,8 +16,8 @@ from lib.config import EvaluationSettings
 from lib.data.batches import EpochBatches
 from lib.data.dataset import open_split
 from lib.evaluation.evaluate import evaluate
+from lib.model.xdim import score_caption
 from tests.conftest import write_data
-from tests.model import oracle
 
 SPLITS = ("train", "dev", "test", "testall")
 FLAGS = ["--device", "cpu", "--workers", "0", "--batch_size", "7"]
@@ -147,13 +147,9 @@ def varying_run(varying, tiny_flags, tmp_path_factory):
 
 def oracle_scores(model, images, captions):
     """Scores of images (r, img_dim) and captions (ids), one pair at a time."""
-    gate = model.similarity.gate
-    dependency = oracle.dependency_matrix(gate.joint_logits, gate.threshold_scale, gate.log_sharpness)
+    D, temperature = model.similarity.dependency(), model.similarity.log_temperature.exp()
     words = [model.encode_captions(ids[None], torch.tensor([len(ids)])) for ids in captions]
-    scores = [
-        torch.stack([oracle.pair_score(image, word, dependency, model.similarity.log_temperature) for word in words])
-        for image in images
-    ]
+    scores = [torch.cat([score_caption(image[None], word, D, temperature) for word in words]) for image in images]
     return torch.stack(scores)
 
 
@@ -161,15 +157,15 @@ def test_training_on_varying_numbers_says_that_it_masks_and_scores_as_the_formul
     assert "regions     1 to 8 of an image; padding is masked" in (varying_run / "run.log").read_text()
     model, tokenizer = build_model(read_checkpoint(varying_run / "last.pt"))
     assert not read_checkpoint(varying_run / "last.pt")["architecture"]["mask_padding"]  # the flag was not given
-    model.mask_padding = True
+    model.image_encoder.mask_padding = True
     model.train()
-    model.text_encoder.bert.eval()
+    model.text_encoder.backbone.eval()
     split = open_split(str(varying.parent), varying.name, "train", 16)
     features, counts, ids, lengths = EpochBatches(split, tokenizer.tokenize(split.captions), tokenizer, 8, 0, 0)[0]
     assert len(set(counts.tolist())) > 2
     with torch.no_grad():
         actual = model(features, counts, ids, lengths)
-        regions = model.image_encoder(features).split(counts.tolist())
+        regions = model.image_encoder.embed(features).split(counts.tolist())
         expected = oracle_scores(model, regions, [one[:n] for one, n in zip(ids, lengths, strict=True)])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
@@ -190,7 +186,7 @@ def test_scores_of_varying_numbers_equal_the_formulas(varying, varying_run, eval
     captions = (varying / "testall_caps.txt").read_text().splitlines()
     ids = [torch.from_numpy(tokenizer.pad(tokenizer.tokenize([caption]))[0][0]) for caption in captions]
     with torch.no_grad():
-        expected = oracle_scores(model, [model.encode_images(image) for image in features.split(counts)], ids)
+        expected = oracle_scores(model, [model.image_encoder.embed(image) for image in features.split(counts)], ids)
     np.testing.assert_allclose(evaluated[0], expected, atol=1e-5)
 
 

@@ -5,16 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lib.losses import hinge_triplet_loss, ramped_triplet_loss
+from lib.losses import hinge, hinge_all, loss_of_epoch, ramped, violations
 
 
-@pytest.mark.parametrize(("hardest", "name"), [(False, "sum"), (True, "max")])
-def test_loss_and_gradient_equal_the_published_code(golden, hardest, name):
+@pytest.mark.parametrize(("loss", "name"), [(hinge_all, "sum"), (hinge, "max")])
+def test_loss_and_gradient_equal_the_published_code(golden, loss, name):
     figures = golden("hinge_loss")
     scores = torch.from_numpy(figures["scores"]).requires_grad_()
-    loss = hinge_triplet_loss(scores, 0.2, hardest)
-    loss.backward()
-    assert loss.item() == pytest.approx(float(figures[f"loss.{name}"]), rel=1e-12)
+    value = loss(scores, 0.2)
+    value.backward()
+    assert value.item() == pytest.approx(float(figures[f"loss.{name}"]), rel=1e-12)
     torch.testing.assert_close(scores.grad, torch.from_numpy(figures[f"grad.{name}"]), rtol=0, atol=1e-12)
 
 
@@ -33,7 +33,7 @@ squares = st.integers(2, 7).flatmap(lambda n: hnp.arrays("float64", (n, n), elem
 @settings(deadline=None)
 @given(squares, st.floats(0.01, 1), st.booleans())
 def test_loss_equals_the_sum_written_out(scores, margin, hardest):
-    loss = hinge_triplet_loss(torch.from_numpy(scores), margin, hardest).item()
+    loss = (hinge if hardest else hinge_all)(torch.from_numpy(scores), margin).item()
     assert loss == pytest.approx(plain_loss(scores.tolist(), margin, hardest), abs=1e-9)
 
 
@@ -60,7 +60,7 @@ def plain_ramped_loss(scores, margin):
 @settings(deadline=None)
 @given(squares, st.floats(0.01, 1))
 def test_ramped_loss_equals_its_formula_written_out(scores, margin):
-    loss = ramped_triplet_loss(torch.from_numpy(scores), margin).item()
+    loss = ramped(torch.from_numpy(scores), margin).item()
     assert loss == pytest.approx(plain_ramped_loss(scores, margin)[0], abs=1e-9)
 
 
@@ -68,17 +68,31 @@ def test_ramped_loss_equals_its_formula_written_out(scores, margin):
 def test_ramped_gradient_equals_its_formula_written_out(size):
     scores = np.random.default_rng(size).normal(size=(size, size)) * 0.2 + 0.3 * np.eye(size)
     leaf = torch.from_numpy(scores).requires_grad_()
-    ramped_triplet_loss(leaf, 0.2).backward()
+    ramped(leaf, 0.2).backward()
     np.testing.assert_allclose(leaf.grad.numpy(), plain_ramped_loss(scores, 0.2)[1], rtol=0, atol=1e-12)
 
 
 def test_ramped_loss_is_of_the_hardest_negatives_where_every_query_is_answered():
     scores = torch.eye(6, dtype=torch.float64) * 0.1 + torch.rand(6, 6, dtype=torch.float64) * 0.05
-    torch.testing.assert_close(ramped_triplet_loss(scores, 0.2), hinge_triplet_loss(scores, 0.2, hardest=True))
+    torch.testing.assert_close(ramped(scores, 0.2), hinge(scores, 0.2))
 
 
 def test_ramped_loss_pulls_equal_scores_apart_with_every_negative():
     scores = torch.full((5, 5), 0.7, dtype=torch.float64, requires_grad=True)
-    ramped_triplet_loss(scores, 0.2).backward()
+    ramped(scores, 0.2).backward()
     expected = torch.full((5, 5), 2 / 4, dtype=torch.float64).fill_diagonal_(-2)
     torch.testing.assert_close(scores.grad, expected)
+
+
+def test_the_published_recipe_takes_all_negatives_in_its_warm_up_epochs_and_the_hardest_after_it():
+    scores = torch.randn(6, 6)
+    for part, epochs in (
+        ({"name": "hinge", "options": {}}, [hinge_all, hinge, hinge]),
+        ({"name": "ramped", "options": {}}, [ramped] * 3),
+    ):
+        for epoch, expected in enumerate(epochs):
+            assert loss_of_epoch(part, epoch, warmup_epochs=1)(scores, 0.2) == expected(scores, 0.2)
+    assert loss_of_epoch({"name": "hinge", "options": {}}, 0, 1).pairwise is violations
+    assert not hasattr(loss_of_epoch({"name": "hinge", "options": {}}, 1, 1), "pairwise")
+    with pytest.raises(ValueError, match="--loss ramped: has no option 'x'"):
+        loss_of_epoch({"name": "ramped", "options": {"x": 1}}, 0, 1)

@@ -33,7 +33,7 @@ from lib.cli import InputError, reason
 from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.files import replacing
-from lib.model.similarities import GATED, OWN_GATE
+from lib.model.registry import PAPERS_GATE, describe
 from lib.model.xdim import XDim
 
 FORMAT = "x-dim checkpoint 3"
@@ -43,7 +43,7 @@ OLD_BEST = "model_best.pt"
 WEIGHTS = ".safetensors"
 ENTRIES = ("architecture", "bert_config", "tokenizer", "settings", "progress", "data", "versions")
 STATE = ("model", *ENTRIES, "optimizer", "random_state")
-ADDED = {"similarity": GATED, "gate": OWN_GATE}  # what the oldest checkpoints do not say
+ADDED = {"similarity": "xdim", "gate": PAPERS_GATE}  # what the oldest checkpoints do not say
 
 
 def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
@@ -237,23 +237,16 @@ def add_text(content: dict, bert: str) -> dict:
 
 def new_model(bert, settings: dict) -> XDim:
     """An X-Dim of random weights around a BERT."""
-    return XDim(
-        bert,
-        img_dim=settings["img_dim"],
-        embed_size=settings["embed_size"],
-        normalize_regions=not settings["no_imgnorm"],
-        normalize_words=not settings["no_txtnorm"],
-        mask_padding=settings["mask_padding"],
-        similarity=settings["similarity"],
-        gate=settings["gate"],
-    )
+    architecture = describe(settings)
+    architecture["text_encoder"]["options"]["config"] = {}
+    return XDim.build(architecture, bert)
 
 
 def describe_architecture(model: XDim, settings: dict, tokenizer: Tokenizer) -> dict:
     """The parts of a checkpoint that say what to build before its weights can be loaded."""
     return {
         "architecture": {name: settings[name] for name in (*published.ARCHITECTURE, *ADDED)},
-        "bert_config": plain(model.text_encoder.bert.config),
+        "bert_config": plain(model.text_encoder.backbone.config),
         "tokenizer": tokenizer.specification,
     }
 

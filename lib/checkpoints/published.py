@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lib.cli import InputError
-from lib.model.similarities import GATED, PUBLISHED_GATES
+from lib.model.registry import PUBLISHED_GATES
 
 # Published name -> ours, for each of the three state dicts; those that end in a dot are starts of names.
 NAMES = (
@@ -23,7 +23,7 @@ NAMES = (
         "mlp.bns.0.": "image_encoder.mlp.1.",
         "mlp.layers.1.": "image_encoder.mlp.3.",
     },
-    {"bert.": "text_encoder.bert.", "linear.": "text_encoder.linear."},
+    {"bert.": "text_encoder.backbone.", "linear.": "text_encoder.linear."},
     {
         "weights.weight": "similarity.gate.joint_logits",
         "sim_map.weight": "similarity.gate.threshold_scale",
@@ -92,7 +92,7 @@ def revert(content: dict) -> dict:
     One that was published becomes what it was, to the bit; another one gets an `opt` of its own settings, and none of
     the weights that are never used. Raises InputError for a model that the published code does not know.
     """
-    for name, known in (("similarity", (GATED,)), ("gate", PUBLISHED_GATES)):
+    for name, known in (("similarity", ("xdim",)), ("gate", PUBLISHED_GATES)):
         if (found := content["architecture"].get(name, known[0])) not in known:
             raise InputError(f"{content['path']}: the published code does not know --{name} {found}")
     origin = content.get("published") or _origin(content)

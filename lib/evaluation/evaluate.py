@@ -25,7 +25,7 @@ from lib.evaluation.rerank import Reranker
 from lib.evaluation.scores import Scores, kept, scores_of_model, side_by_side, with_mean, written
 from lib.evaluation.sources import CheckpointSource, Source, opened
 from lib.files import check_writable, replacing
-from lib.model.similarity import Scorer
+from lib.model.engine.autograd import Scorer
 from lib.runtime import Compute
 
 

@@ -15,8 +15,9 @@ from lib.data.batches import Images
 from lib.data.features import ranges
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation.parts import Shares, blocks, blocks_of, chunks, count, overlap, unshared, within
-from lib.model.regions import pad_regions, real_regions
-from lib.model.similarity import Scorer, Similarity
+from lib.model.engine import PlainEngine, TiledEngine
+from lib.model.engine.autograd import Scorer
+from lib.model.layers import pad_rows, real_rows
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
 
@@ -44,7 +45,7 @@ class Embeddings(NamedTuple):
         else:
             places = ranges((ends[images] - counts).numpy(), counts.numpy())
             rows = self.regions[torch.from_numpy(places).to(self.regions.device)]
-        return pad_regions(rows, counts), real_regions(counts, rows.device)
+        return pad_rows(rows, counts), real_rows(counts, rows.device)
 
     def own_words(self, captions: slice) -> Tensor:
         """Words (words, D) of consecutive captions of the share."""
@@ -91,7 +92,7 @@ class Matcher:
         InputError where shapes do not fit or features are not finite.
         """
         images = [torch.as_tensor(image) for image in regions]
-        img_dim = self.model.image_encoder.linear.in_features
+        img_dim = self.model.image_encoder.img_dim
         if not images:
             raise InputError(f"regions: expected (images, regions, {img_dim}), found no images")
         for image in images:
@@ -117,13 +118,15 @@ class Matcher:
 
         counts: (images,) regions of each.
         """
-        dims, end = self.model.image_encoder.linear.out_features, 0
+        dims, end = self.model.image_encoder.width, 0
         embedded = torch.empty(int(counts.sum()), dims, device=self.compute.device)
         for images in with_bar(batches, "images"):
             features = images.images.to(self.compute.device, non_blocking=True).float()
             begin, end = end, end + len(features)
             with self.compute.autocast():
-                embedded[begin:end] = self.model.encode_images(features)
+                padded, of_each = self.model.encode_images(features, images.counts)
+            real = real_rows(of_each, padded.device)
+            embedded[begin:end] = padded.flatten(0, 1) if real is None else padded[real]
         return embedded
 
     @torch.inference_mode()
@@ -141,7 +144,7 @@ class Matcher:
         ]
         encoded = slice(groups[0].start, groups[-1].stop) if groups else slice(0, 0)
         starts = lengths.cumsum(0) - lengths - lengths[: encoded.start].sum()
-        dims = self.model.text_encoder.linear.out_features
+        dims = self.model.text_encoder.width
         words = torch.empty(int(lengths[encoded].sum()), dims, device=self.compute.device)
         for batch in with_bar(batches, "captions"):
             ids, _ = self.tokenizer.pad(captions.select(batch.numpy()))
@@ -153,13 +156,13 @@ class Matcher:
 
     def scorer(self, coarse: bool = False) -> Scorer:
         """What scores embeddings in this matcher's precision; see Similarity.scorer."""
-        return make_scorer(self.model.similarity, self.compute, coarse)
+        return make_scorer(self.model.engine, self.compute, coarse)
 
 
-def make_scorer(similarity: Similarity, compute: Compute, coarse: bool = False) -> Scorer:
+def make_scorer(engine: TiledEngine | PlainEngine, compute: Compute, coarse: bool = False) -> Scorer:
     """What scores embeddings in a precision; it needs no encoder. coarse: see Similarity.scorer."""
     with compute.autocast():
-        return similarity.scorer(coarse)
+        return engine.scorer(coarse)
 
 
 def score_strips(scorer: Scorer, embeddings: Embeddings) -> Strips:

@@ -14,7 +14,7 @@ from lib.cli import InputError, reason
 from lib.evaluation.matcher import Embeddings, score_strips, score_true_pairs
 from lib.evaluation.parts import Part, Shares, chunks, overlap
 from lib.files import replacing
-from lib.model.similarity import Scorer
+from lib.model.engine.autograd import Scorer
 
 Rows = Iterator[tuple[int, list[Tensor]]]  # first caption, of each row the scores (own images, captions)
 

@@ -18,7 +18,7 @@ from lib.evaluation.metrics import FOLDS
 from lib.evaluation.parts import Part, Shares, folds, whole
 from lib.evaluation.provenance import Caveat, find_caveats, quote_checkpoint, quote_run
 from lib.evaluation.scores import Scores, open_matrix, saved_scores, scores_of_model
-from lib.model.similarities import GATED, OWN_GATE
+from lib.model.registry import PAPERS_GATE
 from lib.runtime import Compute, choose_compute
 
 
@@ -29,7 +29,7 @@ class CheckpointSource:
         self.matcher = load_matcher(checkpoint, settings.bert, settings.device, settings.precision)
         self.checkpoint = self.matcher.checkpoint
         self.name = _name_model(**self.checkpoint["architecture"])
-        self.scorer = partial(make_scorer, self.matcher.model.similarity, self.matcher.compute)
+        self.scorer = partial(make_scorer, self.matcher.model.engine, self.matcher.compute)
         self.embeddings: Embeddings | None = None
 
     def describe(self, label: str) -> str:
@@ -85,8 +85,8 @@ Source = CheckpointSource | SavedSource
 
 def _name_model(similarity: str, gate: str, **_) -> str:
     """What a table calls a model."""
-    name = "X-Dim" if similarity == GATED else similarity
-    return name if gate == OWN_GATE else f"{name}, {gate} gate"
+    name = "X-Dim" if similarity == "xdim" else similarity
+    return name if gate == PAPERS_GATE else f"{name}, {gate} gate"
 
 
 class Opened(NamedTuple):

@@ -1,81 +1,219 @@
 """X-Dim: "Unlocking the Power of Cross-Dimensional Semantic Dependency for Image-Text Matching" (ACM MM 2023).
 
-Regions and words are embedded in D shared dimensions; a learned sparse matrix says which dimensions depend on each
-other; images and captions are compared by groups of dependent dimensions. The formulas are the paper's; how they are
-computed differs (see similarity.py).
+The page of the paper: the gate (section 3.2), the similarity as a plain formula (section 3.3), the model. Change the
+formula here and train with `--engine plain`; the default engine (lib/model/engine/) computes the same scores faster and
+has to be changed after it. Symbols are the paper's, shapes stand beside the lines that change them:
+
+    B pairs of a batch    I images    R regions of an image    C captions    W words of a caption    D shared dimensions
+
+Captions travel packed: the words of all captions one after the other (sum of W, D), with their lengths (C,).
 """
 
-from torch import Tensor, nn
-from transformers import BertModel
+import math
+from typing import NamedTuple
 
-from lib.model.image_encoder import ImageEncoder
-from lib.model.regions import pad_regions, real_regions
-from lib.model.similarities import make_similarity, takes_unit_vectors
-from lib.model.text_encoder import TextEncoder
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib.model import registry
+from lib.model.engine import make_engine
+from lib.model.layers import EPSILON, at_least_float32, l2_normalize, real_rows
+from lib.model.shard import Shard
+
+# tanh(exp(x)) is 1 in every precision long before x = 20; beyond it exp overflows in the backward pass.
+MAX_EXPONENT = 20.0
+
+
+class AdaptiveGate(nn.Module):
+    """The adaptive sparse probabilistic gate: which dimensions depend on which. start: mean of lambda at the start."""
+
+    diagonal = False  # whether the norm of S D^T is taken by the diagonal of D^T D alone
+
+    def __init__(self, embed_size: int, start: float = 2.5):
+        super().__init__()
+        self.joint_logits = nn.Parameter(torch.randn(embed_size, embed_size))  # E
+        self.threshold_scale = nn.Parameter(torch.normal(start, 0.1, (embed_size,)))  # lambda
+        self.log_sharpness = nn.Parameter(torch.tensor(4.0))
+
+    def mask(self) -> tuple[Tensor, Tensor]:
+        """The soft sparse mask M and the joint probabilities P, each (D, D), row i = dimension i."""
+        P = self.joint_logits.sigmoid()
+        std, mean = torch.std_mean(P, dim=1)
+        threshold = (mean + self.threshold_scale * std)[:, None]
+        M = (self.log_sharpness.exp() * (P - threshold)).clamp(max=MAX_EXPONENT).exp().tanh()
+        return M, P
+
+    def forward(self) -> Tensor:
+        """The dependency matrix D (D, D)."""
+        M, P = self.mask()
+        return l2_normalize(M * P)
+
+    def figures(self) -> dict[str, float]:
+        """What the log says of the gate; see `gate_figures`."""
+        return gate_figures(self)
+
+
+def score_caption(
+    V: Tensor, T: Tensor, D: Tensor | None, temperature: Tensor, real: Tensor | None = None, diagonal: bool = False
+) -> Tensor:
+    """Similarity (I,) of images V (I, R, D) and one caption T (W, D).
+
+    D: dependency matrix (D, D); None: dimensions are aggregated one by one (the baseline `independent`). real: (I, R),
+    False for padding regions, which must not be attended to. diagonal: the norm of S D^T by the diagonal of D^T D
+    alone.
+    """
+    delta = T.new_ones(T.shape[-1]) if D is None else D.sum(dim=0)
+    Z = at_least_float32((T * delta) @ V.mT)  # (I, W, R) = T diag(delta) V^T
+    A = F.leaky_relu(Z.tanh(), 0.1)
+    A = A / (A.norm(dim=1, keepdim=True) + EPSILON)  # over the caption's words, for each region
+    if real is not None:
+        A = A.masked_fill(~real[:, None], -math.inf)
+    A = (temperature * A).softmax(dim=-1)  # over the regions
+    C = l2_normalize(A @ V)  # (I, W, D) attended image context of each word
+    S = C * T  # (I, W, D) correspondence of each dimension
+    if D is None:
+        words = S.sum(dim=-1)
+    elif diagonal:
+        words = (S * delta).sum(dim=-1) / ((S * D.norm(dim=0)).norm(dim=-1) + EPSILON)
+    else:
+        words = l2_normalize(S @ D.mT).sum(dim=-1)  # (I, W) sum of U's rows
+    return words.mean(dim=-1)
+
+
+class XDimSimilarity(nn.Module):
+    """Scores images against captions by groups of dependent dimensions. gate: a part of registry.GATES."""
+
+    unit_vectors = True  # takes regions and words that are L2-normalised one by one
+    attention = True  # a word attends to regions: the tiled engine knows how to score it
+
+    def __init__(self, embed_size: int, gate: dict | None = None):
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.gate = registry.build("gate", gate or {"name": registry.PAPERS_GATE, "options": {}}, embed_size)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether norms are taken by the diagonal of D^T D alone."""
+        return self.gate.diagonal
+
+    def dependency(self) -> Tensor | None:
+        """The dependency matrix D (D, D); None where dimensions count as independent."""
+        return self.gate()
+
+    def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C) of all pairs by the plain formula, differentiable by ordinary autograd.
+
+        regions: (I, R, D). words: (sum of W, D). lengths: (C,) words of each caption. real: (I, R), False for padding.
+        """
+        D, temperature = self.dependency(), self.log_temperature.exp()
+        captions = words.split(lengths.tolist())
+        return torch.stack([score_caption(regions, T, D, temperature, real, self.diagonal) for T in captions], dim=1)
+
+    def figures(self) -> dict[str, float]:
+        """What the log says of the similarity."""
+        return {**self.gate.figures(), "temperature": self.log_temperature.exp().item()}
+
+
+class Embedded(NamedTuple):
+    """What a similarity takes: own images (I, R, D), words of all captions (sum of W, D), lengths (C,), real (I, R)."""
+
+    regions: Tensor
+    words: Tensor
+    lengths: Tensor
+    real: Tensor | None
 
 
 class XDim(nn.Module):
-    """The whole model: two encoders and the similarity.
+    """The whole model: an image encoder, a text encoder, a similarity, each by its name in registry.py."""
 
-    bert: the language model to build on (without its pooling layer). img_dim: numbers of a region feature.
-    embed_size: shared dimensions D. normalize_regions, normalize_words: L2-normalise each embedding (--no_imgnorm,
-    --no_txtnorm switch it off), where the similarity takes unit vectors. mask_padding: in training, keep padding
-    regions out of the attention and of BatchNorm. similarity, gate: names in similarities.py.
-    """
-
-    def __init__(
-        self,
-        bert: BertModel,
-        img_dim: int = 2048,
-        embed_size: int = 1024,
-        normalize_regions: bool = True,
-        normalize_words: bool = True,
-        mask_padding: bool = False,
-        similarity: str = "xdim",
-        gate: str = "adaptive",
-    ):
+    def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, similarity: nn.Module, engine: str = "tiled"):
         super().__init__()
-        self.mask_padding = mask_padding
-        unit = takes_unit_vectors(similarity)
-        self.image_encoder = ImageEncoder(img_dim, embed_size, normalize_regions and unit)
-        self.text_encoder = TextEncoder(bert, embed_size, normalize_words and unit)
-        self.similarity = make_similarity(similarity, embed_size, gate)
+        self.image_encoder, self.text_encoder, self.similarity = image_encoder, text_encoder, similarity
+        self.use_engine(engine)
 
-    def forward(self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Scores (B, B) of all images against all captions of a batch.
+    @classmethod
+    def build(cls, architecture: dict, backbone: nn.Module | None = None, engine: str = "tiled") -> "XDim":
+        """A model of random weights from `registry.describe`'s architecture, complete with the text configuration.
 
-        features: (n, img_dim) of all regions, one image after the other. counts: (B,) regions of each image, on the
-        CPU. ids: (B, N) token ids, padded with 0. lengths: (B,) tokens of each caption.
+        backbone: a pretrained language model to take instead of a random one. Raises ValueError where a part is unknown
+        or does not take its options.
         """
-        return self.similarity(*self.embed(features, counts, ids, lengths))
+        dims = architecture["embed_size"]
+        image, text, similarity = (architecture[kind] for kind in ("image_encoder", "text_encoder", "similarity"))
+        if backbone is None:  # before all other weights: the order of random numbers is part of a seed's result
+            backbone = registry.find("text_encoder", text["name"]).make_backbone(text["options"]["config"])
+        image_encoder = registry.build("image_encoder", image, dims)
+        text_encoder = registry.build("text_encoder", text, dims, backbone=backbone)
+        return cls(image_encoder, text_encoder, registry.build("similarity", similarity, dims), engine)
+
+    def use_engine(self, name: str) -> None:
+        """Choose how scores are computed: "tiled", fast, or "plain", by the similarity's own formula."""
+        self.engine = make_engine(name, self.similarity)
+
+    def forward(
+        self, images: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, shard: Shard | None = None
+    ) -> Tensor:
+        """Scores (B, B) of all images against all captions of a batch, the same on all processes; see `embed`."""
+        shard = shard or Shard(len(lengths))
+        return shard.gather_outputs(self.engine(*self.embed(images, counts, ids, lengths, shard)), shard.sizes)
 
     def embed(
-        self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, longest: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the similarity takes of a batch: region and word embeddings, lengths, and which regions take part.
+        self, images: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, shard: Shard | None = None
+    ) -> Embedded:
+        """Embed a batch of which each process has its own pairs, and gather the words of all captions.
 
-        longest: regions that images are padded to, of a batch that several processes share; else the largest count.
+        images: what the image encoder takes of the own images (region features (n, img_dim), packed). counts: (B,)
+        regions of each image of the whole batch. ids: (own captions, N) token ids. lengths: (B,) tokens of each caption
+        of the whole batch. counts and lengths are on the CPU.
         """
-        if self.training and not self.mask_padding:  # as published: padding regions are zeros that become unit vectors
-            regions, real = self.image_encoder(pad_regions(features, counts, longest)), None
-        else:
-            regions, real = pad_regions(self.encode_images(features), counts), real_regions(counts, features.device)
-        return regions, self.encode_captions(ids, lengths), lengths, real
+        shard = shard or Shard(len(lengths))
+        regions, own_counts = self.image_encoder(images, counts, shard)
+        words = self.text_encoder(ids, lengths[shard.own])
+        words = shard.gather_inputs(words, [int(part.sum()) for part in lengths.split(shard.sizes)])
+        return Embedded(regions, words, lengths, real_rows(own_counts, regions.device))
 
-    def encode_images(self, features: Tensor) -> Tensor:
-        """Region embeddings (n, D) of features (n, img_dim), none of which is padding."""
-        return self.image_encoder(features)
+    def encode_images(self, images: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Region embeddings (I, R, D), zero or anything beyond an image's count, and the counts (I,)."""
+        return self.image_encoder(images, counts)
 
     def encode_captions(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Word embeddings (W, D), packed, of token ids (C, N)."""
+        """Word embeddings (sum of W, D), packed, of token ids (C, N)."""
         return self.text_encoder(ids, lengths)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters of each part."""
-        parts = {
-            "image encoder": self.image_encoder,
-            "BERT": self.text_encoder.bert,
-            "text projection": self.text_encoder.linear,
-            "similarity": self.similarity,
+        backbone = list(self.text_encoder.backbone_parameters())
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        language = sum(p.numel() for p in backbone)
+        return {
+            "image encoder": counts["image_encoder"],
+            "language model": language,
+            "text projection": counts["text_encoder"] - language,
+            "similarity": counts["similarity"],
         }
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+@torch.no_grad()
+def gate_figures(gate: AdaptiveGate) -> dict[str, float]:
+    """How sparse a gate is.
+
+    sparsity: share of the mask's entries below a half. open_rows: share of rows with an entry that is not. closed_rows:
+    share of rows of D whose norm is below a half: they lie so far below their threshold that EPSILON dominates the
+    normalisation. partners: dimensions that a row of D is made of, (sum of squares)^2 / sum of fourth powers, averaged
+    over the rows that are not closed, 0 without any. threshold: mean of lambda. sharpness: the mask's.
+    """
+    mask, probabilities = gate.mask()
+    is_open = mask >= 0.5
+    squares = l2_normalize(mask * probabilities).square()
+    norms = squares.sum(dim=1)  # squared
+    kept = norms >= 0.25
+    partners = norms[kept].square() / squares[kept].square().sum(dim=1)
+    return {
+        "sparsity": 1 - is_open.float().mean().item(),
+        "open_rows": is_open.any(dim=1).float().mean().item(),
+        "closed_rows": 1 - kept.float().mean().item(),
+        "partners": partners.mean().item() if kept.any() else 0.0,
+        "threshold": gate.threshold_scale.mean().item(),
+        "sharpness": gate.log_sharpness.exp().item(),
+    }

@@ -15,7 +15,7 @@ IMPLEMENTATION = {
 
 def build_optimizer(model: XDim, learning_rate: float) -> torch.optim.AdamW:
     """AdamW over all parameters in two groups, BERT and the rest; weight decay applies to every one, the gate's too."""
-    bert = list(model.text_encoder.bert.parameters())
+    bert = list(model.text_encoder.backbone_parameters())
     of_bert = {id(parameter) for parameter in bert}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in of_bert]
     groups = [{"params": rest, "factor": 1.0}, {"params": bert, "factor": BERT_FACTOR}]

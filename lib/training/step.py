@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.collectives import divide, gather_parts
-from lib.distributed import rank, world_size
-from lib.losses import hinge_triplet_loss, ramped_triplet_loss, violations
-from lib.model.similarity import Similarity, all_scores
-from lib.model.xdim import XDim
-
-ALL, HARDEST, RAMPED = "all negatives", "hardest negatives", "ramped hardness"  # what a batch's loss is taken over
+from lib import collectives
+from lib.distributed import world_size
+from lib.losses import Loss
+from lib.model.engine import PlainEngine, TiledEngine
+from lib.model.shard import Shard
+from lib.model.xdim import Embedded, XDim
 
 
 class BatchLoss(nn.Module):
@@ -27,32 +26,30 @@ class BatchLoss(nn.Module):
         self.model, self.margin = model, margin
 
     def forward(
-        self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, negatives: str
+        self, features: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, loss: Loss
     ) -> tuple[Tensor, Tensor]:
         """features: (n, img_dim) of the own images' regions, on the device; the others as in data.batches.Batch.
 
         Returns two scalars, see batch_loss, the same for all processes.
         """
-        parts = divide(len(lengths), world_size())
-        own = parts[rank()]
-        regions, words, _, real = self.model.embed(features, counts[own], ids, lengths[own], int(counts.max()))
-        words = gather_parts(words, [int(lengths[part].sum()) for part in parts])
-        return batch_loss(self.model.similarity, (regions, words, lengths, real), self.margin, negatives)
+        shard = collectives.shard(len(lengths))
+        embedded = self.model.embed(features, counts, ids, lengths, shard)
+        return batch_loss(self.model.engine, embedded, loss, self.margin, shard)
 
 
-def batch_loss(similarity: Similarity, embeddings: tuple, margin: float, negatives: str) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, by the way that scores and differentiates least.
+def batch_loss(
+    engine: TiledEngine | PlainEngine, embedded: Embedded, loss: Loss, margin: float, shard: Shard | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, in the way that scores and differentiates least, and the standard deviation of its scores.
 
-    embeddings: what the similarity takes: of the own images, of all captions. negatives: ALL, HARDEST or RAMPED.
-    Returns the loss, and the standard deviation of the batch's scores: NaN with ALL, where they are never all there.
+    The latter is NaN for a pairwise loss (lib/losses.py), for which the scores are never all held.
     """
-    if negatives == ALL:
-        loss = similarity.sum_over_negatives(partial(violations, margin=margin), *embeddings)
-        return loss, torch.full_like(loss, float("nan"))
-    scores = all_scores(similarity(*embeddings))
-    ramped = negatives == RAMPED
-    loss = ramped_triplet_loss(scores, margin) if ramped else hinge_triplet_loss(scores, margin, hardest=True)
-    return loss, scores.detach().std()
+    shard = shard or Shard(len(embedded.lengths))
+    if pairwise := getattr(loss, "pairwise", None):
+        value = engine.sum_over_negatives(partial(pairwise, margin=margin), *embedded, shard=shard)
+        return value, torch.full_like(value, float("nan"))
+    scores = shard.gather_outputs(engine(*embedded), shard.sizes)
+    return loss(scores, margin), scores.detach().std()
 
 
 def share_loss(loss: BatchLoss) -> nn.Module:

@@ -30,6 +30,7 @@ from lib.evaluation.embed import Timing, embed_split
 from lib.evaluation.evaluate import measure, rank_exactly
 from lib.evaluation.matcher import Matcher
 from lib.evaluation.parts import whole
+from lib.losses import Loss, loss_of_epoch
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
 from lib.training.collapse import CollapseWatch
@@ -42,7 +43,7 @@ from lib.training.optimizer import build_optimizer, learning_rate_of, restore_op
 from lib.training.origin import Origin, refuse_changed_data, refuse_used_folder
 from lib.training.progress import Progress
 from lib.training.record import begin_record, describe_data, record_now
-from lib.training.step import ALL, HARDEST, RAMPED, BatchLoss, backward, share_loss
+from lib.training.step import BatchLoss, backward, share_loss
 
 
 @dataclass
@@ -110,7 +111,7 @@ def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> R
         model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
         captions = [tokenize_split(tokenizer, split) for split in (train_split, dev_split)]
     seed_process(settings.seed, origin.progress.step if origin else 0)
-    model.mask_padding |= train_split.features.varies
+    model.image_encoder.mask_padding |= train_split.features.varies
     model.text_encoder.micro_batch = settings.micro_batch
     model.to(compute.device)
     loss = share_loss(BatchLoss(model, settings.margin))
@@ -203,7 +204,7 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
     settings, model, progress = run.settings, run.model, run.progress
     rate = learning_rate_of(epoch, settings.learning_rate, settings.lr_update)
     set_learning_rate(run.optimizer, rate)
-    negatives = negatives_of(epoch, settings)
+    loss_function = loss_of(epoch, settings)
     watch = CollapseWatch(settings.margin, settings.hardness)
     data = (run.train, run.train_captions, run.tokenizer)
     form = {"half": run.compute.half_features, "indexed": run.resident is not None}
@@ -215,7 +216,7 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
     since, pairs = time.perf_counter(), 0
     bar = with_bar(left, f"epoch {epoch + 1}", len(left))
     for batch in on_device(bar, run.compute.device, run.resident):
-        enqueued = train_step(run, batch, negatives)
+        enqueued = train_step(run, batch, loss_function)
         progress.step += 1
         progress.batch += 1
         pairs += settings.batch_size
@@ -236,14 +237,13 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
     figures.settle()
 
 
-def negatives_of(epoch: int, settings: TrainSettings) -> str:
-    """What an epoch's losses are taken over, one of training/step.py's."""
-    if settings.hardness == "recall":
-        return RAMPED
-    return HARDEST if settings.max_violation or epoch >= settings.vse_mean_warmup_epochs else ALL
+def loss_of(epoch: int, settings: TrainSettings) -> Loss:
+    """An epoch's loss."""
+    part = {"name": "ramped" if settings.hardness == "recall" else "hinge", "options": {}}
+    return loss_of_epoch(part, epoch, 0 if settings.max_violation else settings.vse_mean_warmup_epochs)
 
 
-def train_step(run: Run, batch: Batch, negatives: str) -> Tensor:
+def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:
     """One optimisation step on a batch that is on the device, which may still be at it when this returns.
 
     Returns (3,) on the device: the loss, the gradient's global norm before clipping, and the scores' standard deviation
@@ -252,7 +252,7 @@ def train_step(run: Run, batch: Batch, negatives: str) -> Tensor:
     distributed.heartbeat()
     with run.compute.autocast():
         images = batch.images.to(torch.get_default_dtype())
-        loss, spread = run.loss(images, batch.counts, batch.ids, batch.lengths, negatives)
+        loss, spread = run.loss(images, batch.counts, batch.ids, batch.lengths, loss_function)
     run.optimizer.zero_grad(set_to_none=True)
     backward(loss)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)

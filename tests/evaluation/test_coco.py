@@ -763,7 +763,7 @@ def plain_pooled(run, data):
     model.eval()
     images, captions = torch.from_numpy(np.load(data / "testall_ims.npy")[::5]), []
     with torch.no_grad():
-        regions = [model.encode_images(image).mean(dim=0) for image in images]
+        regions = [model.image_encoder.embed(image).mean(dim=0) for image in images]
         for caption in (data / "testall_caps.txt").read_text().splitlines():
             ids, lengths = map(torch.from_numpy, tokenizer.pad(tokenizer.tokenize([caption])))
             captions.append(model.encode_captions(ids, lengths).mean(dim=0))

@@ -17,9 +17,8 @@ from lib.cli import InputError
 from lib.evaluation.metrics import retrieval_metrics
 from lib.evaluation.parts import folds
 from lib.evaluation.ranks import rank_matrix
-from lib.model.xdim import XDim
+from lib.model.xdim import XDim, score_caption
 from tests.conftest import TINY_BERT, write_data
-from tests.model import oracle
 
 FLAGS = ["--device", "cpu", "--workers", "0", "--batch_size", "7"]
 
@@ -29,21 +28,19 @@ def plain_scores(run, data_path, data_name, split):
     folder = f"{data_path}/{data_name}"
     model, tokenizer = build_model(read_checkpoint(run / "model_best.pt"))
     model.eval()
-    gate = model.similarity.gate
-    dependency = oracle.dependency_matrix(gate.joint_logits, gate.threshold_scale, gate.log_sharpness)
+    D, temperature = model.similarity.dependency(), model.similarity.log_temperature.exp()
     features = torch.from_numpy(np.load(f"{folder}/{split}_ims.npy")[::5])
     with open(f"{folder}/{split}_caps.txt", encoding="utf-8") as file:
         captions = file.read().splitlines()
     rows = []
     with torch.no_grad():
-        regions = [model.encode_images(image) for image in features]
+        regions = [model.encode_images(image, torch.tensor([len(image)]))[0] for image in features]
         words = []
         for caption in captions:
             ids, lengths = map(torch.from_numpy, tokenizer.pad(tokenizer.tokenize([caption])))
             words.append(model.encode_captions(ids, lengths))
         for image in regions:
-            row = [oracle.pair_score(image, each, dependency, model.similarity.log_temperature) for each in words]
-            rows.append(torch.stack(row))
+            rows.append(torch.cat([score_caption(image, each, D, temperature) for each in words]))
     return torch.stack(rows).numpy()
 
 
@@ -160,9 +157,9 @@ def test_scores_that_are_not_numbers_leave_no_file_behind(trained_run, monkeypat
 def test_every_image_is_encoded_once(trained_run, monkeypatch):
     seen = []
 
-    def spy(self, features, encode=XDim.encode_images):
+    def spy(self, features, counts, encode=XDim.encode_images):
         seen.append(len(features))
-        return encode(self, features)
+        return encode(self, features, counts)
 
     monkeypatch.setattr(XDim, "encode_images", spy)
     assert eval_program.main(["--checkpoint", str(trained_run), "--split", "dev", *FLAGS]) == 0

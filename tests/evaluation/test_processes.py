@@ -12,7 +12,7 @@ import eval as eval_program
 import train
 from lib import distributed, load
 from lib.evaluation import parts, sources
-from lib.model.similarity import Scorer
+from lib.model.engine.autograd import Scorer
 from tests.ranks import run_ranks
 
 IMAGES = 150

@@ -8,7 +8,7 @@ import torch
 
 import train
 from lib.checkpoints.native import read_checkpoint
-from lib.model import similarity
+from lib.model.engine import autograd
 from lib.training import train as training
 from tests.conftest import TINY_BERT
 from tests.ranks import run_ranks
@@ -96,7 +96,7 @@ def test_losses_gradients_and_weights_are_those_of_one_process(flags, tmp_path, 
 
 
 def train_as_if_few_negatives_counted(flags, steps):
-    similarity.FEW_PAIRS = 1.0
+    autograd.FEW_PAIRS = 1.0
     return train_in_float64(flags, steps)
 
 

@@ -9,10 +9,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from lib import losses
 from lib.checkpoints.native import read_checkpoint
-from lib.training import step as training_step
 from lib.training import train as training
-from lib.training.step import ALL, HARDEST, RAMPED
 from tests.conftest import GOLDEN, TINY_BERT
 
 LOSS = re.compile(r"step (\d+) loss ([\d.]+)")
@@ -72,15 +71,15 @@ def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(tiny_flags, 
 def test_hardest_negatives_start_after_the_warmup_or_at_once(tiny_flags, tmp_path, monkeypatch):
     seen = []
 
-    def spy(run, batch, negatives, train_step=training.train_step):
-        seen.append(negatives)
-        return train_step(run, batch, negatives)
+    def spy(run, batch, loss, train_step=training.train_step):
+        seen.append(loss.__name__)
+        return train_step(run, batch, loss)
 
     monkeypatch.setattr(training, "train_step", spy)
     run(tiny_flags, tmp_path / "warm", "--num_epochs", "2")
     run(tiny_flags, tmp_path / "hard", "--max_violation")
     run(tiny_flags, tmp_path / "ramped", "--hardness", "recall", "--num_epochs", "2")
-    assert seen == [ALL] * 15 + [HARDEST] * 15 + [HARDEST] * 15 + [RAMPED] * 30
+    assert seen == ["hinge_all"] * 15 + ["hinge"] * 30 + ["ramped"] * 30
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
@@ -108,13 +107,13 @@ def test_a_step_whose_figures_are_no_numbers_stops_the_run_and_nothing_is_saved_
 ):
     calls = []
 
-    def loss(scores, margin, hardest, plain=training_step.hinge_triplet_loss):
+    def loss(scores, margin, plain=losses.hinge):
         calls.append(None)
         if len(calls) != step:
-            return plain(scores, margin, hardest)
+            return plain(scores, margin)
         return scores.sum() * float("nan") if what == "loss" else (scores - scores.detach()).abs().sqrt().sum()
 
-    monkeypatch.setattr(training_step, "hinge_triplet_loss", loss)
+    monkeypatch.setattr(losses, "hinge", loss)
     folder = tmp_path / "run"
     flags = ["--model_name", str(folder), "--save_steps", "1", "--keep", "99", "--max_violation"]
     assert train.main([*tiny_flags, *flags]) == 1
@@ -172,7 +171,7 @@ def test_a_collapsed_run_is_warned_of(tiny_flags, tmp_path, monkeypatch, flag):
         return regions.mean() * 1e-3 * torch.arange(len(regions)) + words.new_zeros(len(lengths))[:, None]
 
     monkeypatch.setattr("lib.training.collapse.WATCHED_STEPS", 10)
-    monkeypatch.setattr("lib.model.similarity.Similarity.forward", scores)
+    monkeypatch.setattr("lib.model.engine.TiledEngine.__call__", scores)
     run(tiny_flags, tmp_path / "run", *flag)
     assert (tmp_path / "run" / "run.log").read_text().count("they have collapsed to one value") == 1
 

@@ -1,185 +1,132 @@
-"""X-Dim's similarity of images and captions (paper, section 3.3), computed over tiles of images x words.
+"""X-Dim's scores and their gradients, tile by tile (paper, section 3.3; the plain formula: lib/model/xdim.py).
 
-For a caption's words T and an image's regions V, with the gate's dependency matrix D and delta = column sums of D:
+With K = D^T D and x = (A V) * t, the unnormalised correspondence of a word t, two identities save work without changing
+a score. The sum of a row of x D^T is sum_r A_r Z_r, which the attention already has; and the norm of the context A V
+cancels between numerator and denominator up to the 1e-8 that guards each division:
 
-    Z = T diag(delta) V^T;  A = leaky_relu(tanh(Z), 0.1), normalised over the caption's words for each region
-    A = softmax over regions of (temperature * A);  C = rows of A V, normalised;  S = C * T
-    similarity = mean over words of the sum of the normalised row of S D^T
+    word score = sum_r A_r Z_r / (||x D^T|| + 1e-8 (||A V|| + 1e-8))
 
-Two identities save work without changing a score. With x = (A V) * T before C's normalisation, the sum of a row of
-x D^T is sum_r A_r Z_r, which the attention already has; and C's scale cancels between numerator and norm up to the 1e-8
-that guards each division:  word score = sum_r A_r Z_r / (||x D^T|| + 1e-8 (||A V|| + 1e-8)).
-
-What remains is ||x D^T||, about D^2/2 multiply-adds for a word and an image (dependent_norm.py). The backward pass of
-scores differentiates those that the loss turns out to depend on, scoring them once more; a sum over all negatives that
-depends on most of them is differentiated while it is computed.
+What remains is ||x D^T||, about D^2 / 2 multiply-adds for a word and an image (norms.py). The backward pass of scores
+differentiates only the pairs on which the loss turns out to depend, scoring them once more; a sum over all negatives
+that depends on most pairs is differentiated while it is computed.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lib.collectives import add_up, divide, gather, gather_results
-from lib.distributed import rank, world_size
-from lib.model.dependent_norm import DiagonalNorm, Norm, differentiable_norm, scoring_norm
-from lib.model.gate import DependencyGate, initial_log_temperature
-from lib.model.norm import EPSILON
-from lib.model.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
+from lib.model.engine.norms import ContextNorm, DiagonalNorm, Norm, differentiable_norm, scoring_norm
+from lib.model.engine.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
+from lib.model.layers import EPSILON
+from lib.model.shard import Shard
 
 # Pairs are differentiated one by one where the loss depends on no more than this share of them.
 FEW_PAIRS = 0.4
-ONE_IN = 8  # of the images, one in so many tells how large that share is
+ONE_IN = 8  # every eighth image is scored coarsely to estimate that share
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class AttentionSimilarity(nn.Module):
-    """Scores images against captions by each word's attention over regions; under autocast, products in bfloat16.
+class TiledEngine:
+    """Scores by attention of words over regions; products in bfloat16 under autocast, the rest in float32.
 
-    What a subclass says: `_of_gate`, how words meet regions, and what norms are taken by, `_gram` and `_scoring_norm`.
+    similarity: has dependency() (D or None), diagonal, log_temperature; see XDimSimilarity.
     """
 
-    unit_vectors = True  # takes regions and words one by one as unit vectors
+    def __init__(self, similarity: Any):
+        self.similarity = similarity
 
-    def __init__(self):
-        super().__init__()
-        self.log_temperature = nn.Parameter(initial_log_temperature())
-
-    def _of_gate(self) -> tuple[Tensor | None, Tensor]:
-        """The dependency matrix D and delta (D,)."""
-        raise NotImplementedError
-
-    def _gram(self, dependency: Tensor | None) -> Tensor | None:
-        """K or its diagonal, by which norms are differentiated; None: by neither."""
-        raise NotImplementedError
-
-    def _scoring_norm(self, dependency: Tensor | None, dtype: torch.dtype, once=False, coarse=False) -> Norm:
-        """What computes norms without gradients; see dependent_norm.py."""
-        raise NotImplementedError
-
-    def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
-        """Similarity of all pairs, differentiable.
-
-        regions: (I, R, D). words: (W, D), the captions' words one after the other. lengths: (C,) words of each caption,
-        each at least 1. real: (I, R), false for padding regions that must not be attended to; None: all take part.
-        Returns (I, C).
-        """
+    def __call__(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C) of all pairs, differentiable. Arguments as XDimSimilarity.forward takes them."""
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
-            dependency, *parameters = self._parameters_of_pairs()
+            dependency, *parameters = self._parameters(regions)
             norm = self._scoring_norm(dependency, dtype, once=True)
             return _AllPairs.apply(regions, words, *parameters, lengths, real, dtype, norm)
 
     def sum_over_negatives(
-        self, loss: PairLoss, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None
+        self,
+        loss: PairLoss,
+        regions: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        real: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         """Sum of a loss over all wrong pairs, where image k belongs to caption k.
 
-        loss: of scores (G, c), the true scores of their images (G, 1) and the true scores of their captions (c,), one
-        number for each pair (G, c), differentiable. The others: as in `forward`; where several processes share the
-        images (see `_Pairs`) regions and real are this one's, words and lengths are all. Returns a scalar,
-        differentiable, the same for all processes.
+        loss: of scores (G, c), the true scores of their images (G, 1) and of their captions (c,); a number for each
+        pair (G, c), differentiable. shard: the images are this process's pairs, the captions are all. Returns a scalar,
+        differentiable, the same on all processes.
         """
-        inputs = (regions, words, lengths, real)
-        if self._share_that_counts(loss, *inputs) <= FEW_PAIRS:
-            return sum_over_wrong(loss, all_scores(self(*inputs)))
+        shard = shard or Shard(len(lengths))
+        if self._share_of_violations(loss, regions, words, lengths, real, shard) <= FEW_PAIRS:
+            scores = shard.gather_outputs(self(regions, words, lengths, real), shard.sizes)
+            true, wrong = scores.diagonal(), ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+            return loss(scores, true[:, None], true).where(wrong, 0).sum()
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
-            _, *parameters = self._parameters_of_pairs()
-            return _SumOverNegatives.apply(regions, words, *parameters, lengths, real, dtype, loss)
-
-    def _parameters_of_pairs(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-        """The dependency matrix D, and what scores are differentiated in: delta, K, the attention's temperature."""
-        dependency, delta = self._of_gate()  # before K: so are D's gradients added up
-        return dependency, delta, self._gram(dependency), self.log_temperature.exp()
-
-    @torch.no_grad()
-    def _share_that_counts(self, loss: PairLoss, regions, words, lengths, real) -> float:
-        """The share of pairs whose loss is not zero, estimated from coarse scores of some of the images."""
-        scorer, pairs = self.scorer(coarse=True), _Pairs(len(lengths))
-        true = pairs.gather(scorer.pairs(regions, words, lengths, pairs.images, pairs.captions, real))
-        some = slice(None, None, ONE_IN)
-        scores = scorer.all_pairs(regions[some], words, lengths, None if real is None else real[some])
-        counts = loss(scores, true[pairs.own][some, None], true) != 0
-        return (add_up(counts.sum()) / add_up(counts.new_tensor(counts.numel(), dtype=torch.long))).item()
+            _, *parameters = self._parameters(regions)
+            return _SumOverNegatives.apply(regions, words, *parameters, lengths, real, dtype, loss, shard)
 
     @torch.no_grad()
     def scorer(self, coarse: bool = False) -> "Scorer":
-        """The gate computed once, for scoring without gradients; coarse: with K = D^T D replaced by its diagonal."""
-        dtype = product_dtype(self.log_temperature)
-        with torch.autocast(self.log_temperature.device.type, enabled=False):
-            dependency, delta = self._of_gate()
+        """The gate computed once, for scores without gradients; coarse: with K = D^T D replaced by its diagonal."""
+        log_temperature = self.similarity.log_temperature
+        dtype = product_dtype(log_temperature)
+        with torch.autocast(log_temperature.device.type, enabled=False):
+            dependency, delta = self._gate(log_temperature)
             norm = self._scoring_norm(dependency, dtype, coarse=coarse)
-            return Scorer(delta, self.log_temperature.exp(), norm, dtype)
+            return Scorer(delta, log_temperature.exp(), norm, dtype)
 
-    def figures(self) -> dict[str, float]:
-        """For logs."""
-        return {"temperature": self.log_temperature.exp().item()}
+    def _gate(self, like: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The dependency matrix D and delta, its column sums (D,)."""
+        dependency = self.similarity.dependency()
+        return dependency, like.new_ones(like.shape[-1:] or 1) if dependency is None else dependency.sum(dim=0)
 
+    def _parameters(self, regions: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """D, and what scores are differentiated in: delta, K (or its diagonal, or None), the attention's
+        temperature.
+        """
+        dependency, delta = self._gate(regions)  # delta before K: D's gradients are added up in this order
+        if dependency is None:
+            gram = None
+        else:
+            gram = dependency.square().sum(dim=0) if self.similarity.diagonal else dependency.T @ dependency
+        return dependency, delta, gram, self.similarity.log_temperature.exp()
 
-class Similarity(AttentionSimilarity):
-    """X-Dim's. gate: what makes the dependency matrix, one of gate.py's; None: X-Dim's own."""
-
-    def __init__(self, embed_size: int, gate: nn.Module | None = None):
-        super().__init__()
-        self.gate = gate or DependencyGate(embed_size)
-
-    def _of_gate(self) -> tuple[Tensor, Tensor]:
-        dependency = self.gate()
-        return dependency, dependency.sum(dim=0)
-
-    def _gram(self, dependency: Tensor) -> Tensor:
-        return dependency.square().sum(dim=0) if self.gate.diagonal else dependency.T @ dependency
-
-    def _scoring_norm(self, dependency: Tensor, dtype: torch.dtype, once=False, coarse=False) -> Norm:
-        if coarse or self.gate.diagonal:
+    def _scoring_norm(self, dependency: Tensor | None, dtype: torch.dtype, once=False, coarse=False) -> Norm:
+        if dependency is None:
+            return ContextNorm()
+        if coarse or self.similarity.diagonal:
             return DiagonalNorm(dependency.detach())
         return scoring_norm(dependency.detach(), dtype, once)
 
-    def figures(self) -> dict[str, float]:
-        return {**self.gate.figures(), **super().figures()}
-
-
-def all_scores(scores: Tensor) -> Tensor:
-    """The scores (B, B) of a batch from those that each process has of its images (I, B), differentiable."""
-    return gather_results(scores, _Pairs(scores.shape[1]).sizes)
-
-
-def sum_over_wrong(loss: PairLoss, scores: Tensor) -> Tensor:
-    """Sum of a loss over all wrong pairs of scores (B, B), where image k belongs to caption k."""
-    true = scores.diagonal()
-    wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    return loss(scores, true[:, None], true).where(wrong, 0).sum()
-
-
-class _Pairs:
-    """The true pairs of a batch whose images several processes share: each has as many, in order; captions are all."""
-
-    def __init__(self, total: int):
-        parts = divide(total, world_size())
-        self.own = parts[rank()]  # of all pairs, those of this process's images
-        self.sizes = [part.stop - part.start for part in parts]
-        self.images = torch.arange(self.sizes[rank()])  # counted among this process's
-        self.captions = self.images + self.own.start
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Values (B,) of all pairs from those of each process's."""
-        return gather(values, self.sizes)
+    @torch.no_grad()
+    def _share_of_violations(self, loss: PairLoss, regions, words, lengths, real, shard: Shard) -> float:
+        """The share of pairs whose loss is not zero, estimated from coarse scores of some of the images."""
+        scorer, images = self.scorer(coarse=True), torch.arange(len(regions))
+        true = shard.gather(scorer.pairs(regions, words, lengths, images, images + shard.own.start, real), shard.sizes)
+        some = slice(None, None, ONE_IN)
+        scores = scorer.all_pairs(regions[some], words, lengths, None if real is None else real[some])
+        counts = loss(scores, true[shard.own][some, None], true) != 0
+        return (shard.sum(counts.sum()) / shard.sum(counts.new_tensor(counts.numel(), dtype=torch.long))).item()
 
 
 class Scorer:
-    """Scores pairs without gradients, or with them where a tile's inputs ask for it."""
+    """Scores pairs without gradients; `tile` is differentiable where its inputs are."""
 
     def __init__(self, delta: Tensor, temperature: Tensor, norm: Norm, dtype):
-        """delta: column sums of D (D,). norm: see dependent_norm.py. dtype: of the products."""
+        """delta: column sums of D (D,). norm: see norms.py. dtype: of the products."""
         self.delta, self.temperature, self.norm, self.dtype = delta, temperature, norm, dtype
 
     @torch.no_grad()
     def all_pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
-        """Scores (I, C); arguments as Similarity.forward takes them."""
+        """Scores (I, C); arguments as XDimSimilarity.forward takes them."""
         tiles = all_tiles(len(regions), lengths.cpu(), self.rows(regions), regions.device)
         return self._fill(regions.new_empty(len(regions), len(lengths)), tiles, regions, words, real)
 
@@ -212,7 +159,7 @@ class Scorer:
         return rows_of_tile(regions.device, self.dtype, regions.shape[-1])
 
     def prepare(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """What `tile` takes for words (1 or G, c, n, D): as they meet regions, and as they meet their context."""
+        """Words (1 or G, c, n, D) as `tile` takes them: times delta, for the affinity, and weighted, for the norm."""
         return (words * self.delta).to(self.dtype), self.norm.weigh(words).to(self.dtype)
 
     def tile(self, regions: Tensor, queries: Tensor, weights: Tensor, real: Tensor | None = None) -> Tensor:
@@ -266,19 +213,20 @@ class _SumOverNegatives(torch.autograd.Function):
     """A loss summed over all wrong pairs; its gradients are computed along with it."""
 
     @staticmethod
-    def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, loss):
+    def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, loss, shard):
         inputs = (regions, words, delta, gram, temperature, real)
         exact = regions.dtype  # of the true pairs, which are few
-        lengths, pairs = lengths.cpu(), _Pairs(len(lengths))
-        images_captions = (pairs.images, pairs.captions)
+        lengths, images = lengths.cpu(), torch.arange(len(regions))
+        true_pairs = (images, images + shard.own.start)
         scorer = Scorer(delta, temperature, differentiable_norm(gram, exact), exact)
-        negatives = _Negatives(loss, pairs.gather(scorer.pairs(regions, words, lengths, *images_captions, real)), pairs)
+        true_scores = shard.gather(scorer.pairs(regions, words, lengths, *true_pairs, real), shard.sizes)
+        negatives = _Negatives(loss, true_scores, shard.own.start)
         wrong, true = _Differentiator(*inputs, dtype), _Differentiator(*inputs, exact)
         rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
         for tile in all_tiles(len(regions), lengths, rows, regions.device):
             wrong.add(tile, lambda scores, tile=tile: negatives.add(scores, tile.places))
-        total, of_true = add_up(negatives.sum), add_up(negatives.of_true)[pairs.own]
-        for tile in pair_tiles(*images_captions, lengths, scorer.rows(regions), regions.device):
+        total, of_true = shard.sum(negatives.sum), shard.sum(negatives.of_true)[shard.own]
+        for tile in pair_tiles(*true_pairs, lengths, scorer.rows(regions), regions.device):
             true.add(tile, lambda _, tile=tile: of_true[tile.places])
         both = zip(wrong.gradients(), true.gradients(), strict=True)
         ctx.save_for_backward(*(None if a is None else a + b for a, b in both))
@@ -287,15 +235,15 @@ class _SumOverNegatives(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return *(None if one is None else gradient * one for one in ctx.saved_tensors), None, None, None, None
+        return *(None if one is None else gradient * one for one in ctx.saved_tensors), None, None, None, None, None
 
 
 class _Negatives:
     """Adds up a loss over wrong pairs, and its gradients in the scores of the true ones."""
 
-    def __init__(self, loss: PairLoss, true: Tensor, pairs: _Pairs):
-        """true: (B,) scores of image k and caption k."""
-        self.loss, self.true, self.first = loss, true, pairs.own.start
+    def __init__(self, loss: PairLoss, true: Tensor, first: int):
+        """true: (B,) scores of image k and caption k. first: this process's first image among all."""
+        self.loss, self.true, self.first = loss, true, first
         self.sum, self.of_true = true.new_zeros(()), torch.zeros_like(true)
 
     def add(self, scores: Tensor, places: Tensor) -> Tensor:

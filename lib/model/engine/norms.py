@@ -1,12 +1,13 @@
-"""The norm of correspondences under the dependency matrix D, the one costly part of the similarity.
+"""The norm of a word's correspondence under the dependency matrix D, the one costly part of the similarity.
 
-For a word's attention A over the regions V of an image and the word's own embedding t, the correspondence is
-x = (A V) * t and its norm ||x D^T||. It depends on D only through K = D^T D, so any factor F with F^T F = K serves,
-such as the triangular one of a QR decomposition of D (in float64: K's own factorisation fails for half-open gates).
+For a word t with attention A over the regions V of an image, the unnormalised correspondence is x = (A V) * t, and the
+score divides by ||x D^T||. It depends on D only through K = D^T D, so D may be replaced by any F with F^T F = K, such
+as the triangular factor of a QR decomposition of D (in float64: a Cholesky factorisation of K fails for half-open
+gates).
 
-Each class below is called with attention (G, W, R), regions (G, R, D) and weights (1 or G, W, D), the words as its
-`weigh` has made them. It returns (G, W), in float32 at least: the norms and the formulas' guard against a division by
-zero, ||x D^T|| + 1e-8 (||A V|| + 1e-8).
+Each class is called with attention (G, W, R), regions (G, R, D) and weights (1 or G, W, D), which are the words as its
+`weigh` has prepared them. It returns the divisor (G, W), in float32 at least: ||x D^T|| + 1e-8 (||A V|| + 1e-8), where
+the second term is what the formula's two guards against division by zero amount to.
 """
 
 import math
@@ -17,52 +18,54 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib.model.norm import EPSILON
+from lib.model.layers import EPSILON
 
 if TYPE_CHECKING:
-    from lib.model.fused_norm import FusedNorm
+    from lib.model.engine.triton_norm import TritonNorm
 
-# Columns of a triangular product that are multiplied at once: the fewer, the less of the zero half is touched.
+# Rows of a triangular factor that are multiplied at once: the fewer, the less of its zero half is touched.
 BLOCK = 128
 
 
 class Scratch:
-    """Memory that tiles use one after the other: on a CPU fresh pages cost more time than what is computed in them."""
+    """Buffers that tiles reuse one after the other: on a CPU, touching fresh pages costs more than the arithmetic."""
 
     def __init__(self):
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor of a shape, of the type and device of `like`; the last one of that name is lost."""
+        """An uninitialised tensor of a shape, with the type and device of `like`; overwrites the last one of that
+        name.
+        """
         buffer, size = self._buffers.get(name), math.prod(shape)
         if buffer is None or len(buffer) < size or buffer.dtype != like.dtype:
             buffer = self._buffers[name] = like.new_empty(size)
         return buffer[:size].view(shape)
 
 
-def scoring_norm(dependency: Tensor, dtype: torch.dtype, once: bool = False) -> "FactorNorm | FusedNorm":
-    """||x D^T||, exact, by what is fastest on the device of D (D, D) for products of a type.
+def scoring_norm(dependency: Tensor, dtype: torch.dtype, once: bool = False) -> "FactorNorm | TritonNorm":
+    """||x D^T||, exact, by what is fastest on the device of D (D, D) with products in `dtype`.
 
-    once: for one batch only. A GPU multiplies by all of D in less time than it takes to find a triangular factor then.
+    once: for a single batch, where on a GPU the QR decomposition would take longer than the products that it saves.
     """
     triangular = not (once and dependency.is_cuda)
     factor = torch.linalg.qr(dependency.double(), mode="r").R if triangular else dependency
-    fused = _fused_norm(dependency.device, dtype)
+    fused = _triton_norm(dependency.device, dtype)
     return (fused or FactorNorm)(factor.to(dtype), triangular)
 
 
-def _fused_norm(device: torch.device, dtype: torch.dtype) -> "type[FusedNorm] | None":
-    """The Triton kernel, where its products are as exact as asked for and it works."""
+def _triton_norm(device: torch.device, dtype: torch.dtype) -> "type[TritonNorm] | None":
+    """The Triton kernel, where its products are as precise as was asked for and it runs."""
     rounded = dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
     if device.type != "cuda" or not rounded or find_spec("triton") is None:
         return None
-    from lib.model.fused_norm import FusedNorm, works
+    from lib.model.engine.triton_norm import TritonNorm, works
 
-    return FusedNorm if works(device, dtype) else None
+    return TritonNorm if works(device, dtype) else None
 
 
 class Norm(Protocol):
-    """What gives (G, W) norms of G images and W words."""
+    """Divisors (G, W) for G images and W words."""
 
     def weigh(self, words: Tensor) -> Tensor: ...
 
@@ -92,14 +95,14 @@ class FactorNorm:
 
 
 class DiagonalNorm:
-    """sqrt(sum_j K_jj x_j^2), a cheap stand-in: D instead of D^2 products."""
+    """sqrt(sum_j K_jj x_j^2): D instead of D^2 multiply-adds, for `--gate diagonal` and as a coarse score."""
 
     def __init__(self, dependency: Tensor):
         self.scale = dependency.norm(dim=0)
         self.scratch = Scratch()
 
     def weigh(self, words: Tensor) -> Tensor:
-        """Words scaled so that x, which holds them as a factor, needs no scaling of its own."""
+        """Words times sqrt(K_jj), so that x needs no scaling of its own."""
         return words * self.scale
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
@@ -108,14 +111,14 @@ class DiagonalNorm:
 
 
 def differentiable_norm(gram: Tensor | None, dtype: torch.dtype) -> "GramNorm | DiagonalGramNorm | ContextNorm":
-    """The norm with gradients: by all of K (D, D), by its diagonal (D,) alone, or without K that of the context."""
+    """The norm with gradients: by K (D, D), by its diagonal (D,) alone, or without K the norm of the context."""
     if gram is None:
         return ContextNorm()
     return (GramNorm if gram.ndim == 2 else DiagonalGramNorm)(gram, dtype)
 
 
 class ContextNorm:
-    """||A V|| + 1e-8, which makes the sum of a word's correspondences its cosine with its context. No K takes part."""
+    """||A V|| + 1e-8, which makes a word's score its cosine with its context: no dependencies (`independent`)."""
 
     leaves = totals = ()
 
@@ -130,8 +133,9 @@ class ContextNorm:
 
 
 class DiagonalGramNorm:
-    """sqrt(sum_j k_j x_j^2) with gradients, for the diagonal k (D,) of K; those in k, a leaf, are
-    for the caller to add up in `totals`."""
+    """sqrt(sum_j k_j x_j^2) with gradients, for the diagonal k (D,) of K. k is a leaf; the caller sums its gradients of
+    all
+    tiles into `totals`."""
 
     def __init__(self, diagonal: Tensor, dtype: torch.dtype):
         self.leaves = (diagonal.detach().to(dtype).requires_grad_(),)
@@ -152,10 +156,10 @@ class DiagonalGramNorm:
 
 
 class GramNorm:
-    """sqrt((x K) . x) with gradients: that in x is a multiple of x K, which is there already, that in K is x^T x.
+    """sqrt((x K) . x) with gradients: in x a multiple of x K, which the forward pass has computed; in K, x^T x.
 
-    K's gradient is summed up over all calls: `gradient()` gives it after the backward passes. Each call must be
-    differentiated before the next, which uses the same memory.
+    K's gradient is summed over all calls; `gradient()` returns it after the backward passes. Each call must be
+    differentiated before the next one, which reuses its buffers.
     """
 
     leaves = totals = ()
@@ -172,7 +176,7 @@ class GramNorm:
         return _GramNorm.apply(attention, regions, weights, self)
 
     def gradient(self) -> Tensor:
-        """Gradient (D, D) of all that was computed and differentiated so far, in K."""
+        """Gradient (D, D) in K of all calls that were differentiated so far."""
         return 0.5 * (self.upper.triu() + self.upper.triu(1).T)
 
 
@@ -185,7 +189,7 @@ class _GramNorm(torch.autograd.Function):
         product = torch.mm(x, norm.gram, out=norm.scratch("product", x, *x.shape))
         each = torch.mul(x, product, out=norm.scratch("each", x, *x.shape))
         squares = each.sum(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        norms = squares.clamp(min=1e-30).sqrt()  # a correspondence of zeros must not divide by zero
+        norms = squares.clamp(min=1e-30).sqrt()  # sqrt has no finite gradient at 0
         ctx.save_for_backward(attention, regions, weights, norms)
         ctx.norm, ctx.context, ctx.x, ctx.product, ctx.each = norm, context, x, product, each
         return norms.view(attention.shape[:2]) + guard
@@ -209,7 +213,7 @@ class _GramNorm(torch.autograd.Function):
 
 
 def _correspond(attention: Tensor, regions: Tensor, weights: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor | float]:
-    """Correspondences x (rows, D), and the guard against a division by zero."""
+    """Correspondences x (G * W, D), and the guard against division by zero."""
     context = _attend(attention, regions, scratch)
     guard = _guard(context)
     return context.mul_(weights).flatten(0, 1), guard
@@ -227,7 +231,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def _guard(context: Tensor) -> Tensor | float:
-    """1e-8 (||A V|| + 1e-8), where the precision can tell the first term from nothing."""
+    """1e-8 (||A V|| + 1e-8); in float32 the first term is below the rounding of the norm that it is added to."""
     if context.dtype == torch.float64:
         return EPSILON * (context.norm(dim=-1) + EPSILON)
     return EPSILON**2

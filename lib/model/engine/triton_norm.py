@@ -1,4 +1,4 @@
-"""The norm of dependent_norm.py as one Triton kernel for CUDA: correspondences never leave the chip.
+"""FactorNorm as one Triton kernel for CUDA: correspondences never leave the chip.
 
 A program takes some words of one image. For each block of the factor's rows it goes through the dimensions: context
 from attention and regions, times the word, times the factor, added up in registers; only the squared norms are written.
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lib.model.dependent_norm import FactorNorm
-from lib.model.norm import EPSILON
+from lib.model.engine.norms import FactorNorm
+from lib.model.layers import EPSILON
 
 # Words of a program, rows of the factor and dimensions at a time; for float32, which takes twice the space, fewer.
 BLOCKS = {
@@ -25,7 +25,7 @@ BLOCKS = {
 LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 
-class FusedNorm:
+class TritonNorm:
     """||x F^T|| in bfloat16 or TF32 products; see FactorNorm, whose place it takes."""
 
     def __init__(self, factor: Tensor, triangular: bool):
@@ -59,7 +59,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     shapes = ((2, 5, 3), (2, 3, 80), (1, 5, 80), (80, 80))
     *inputs, factor = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     try:
-        fused, plain = FusedNorm(factor.triu(), True)(*inputs), FactorNorm(factor.triu(), True)(*inputs)
+        fused, plain = TritonNorm(factor.triu(), True)(*inputs), FactorNorm(factor.triu(), True)(*inputs)
         found = "" if torch.allclose(fused, plain, rtol=0.02) else "it computes other norms than plain products"
     except Exception as error:  # whatever compilers and drivers raise
         found = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,4 +1,4 @@
-"""Cutting pairs of images and captions into tiles whose captions all have one length, so that nothing is padded."""
+"""Pairs of images and captions in tiles whose captions all have one length, so that nothing is padded."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from lib.model import dependent_norm
-from lib.model.dependent_norm import FactorNorm
-from tests.model.test_similarity import assert_close_to_largest, oracle_scores, random_inputs, random_similarity
+from lib.model.engine import make_engine, norms
+from lib.model.engine.norms import FactorNorm
+from tests.model.test_engine import assert_close_to_largest, make, random_inputs, single
 
 pytest.importorskip("triton", reason="PyTorch without CUDA comes without Triton")
 
@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="PyTorch without CUDA comes without Triton"
 @pytest.fixture
 def fused(monkeypatch):
     """The module, its kernel run by the interpreter (tests/conftest.py) in small blocks."""
-    from lib.model import fused_norm
+    from lib.model.engine import triton_norm as fused_norm
 
     small = {"WORDS": 16, "ROWS": 32, "DIMS": 16}
     monkeypatch.setattr(fused_norm, "BLOCKS", {torch.float16: small, torch.float32: small})  # it has no bfloat16
@@ -37,22 +37,21 @@ def test_the_kernel_gives_the_norms_of_plain_products(
     shapes = ((images, words, regions), (images, regions, dims), (1 if shared else images, words, dims), (dims, dims))
     *inputs, factor = (torch.randn(shape, generator=generator) for shape in shapes)
     factor = factor.triu() if triangular else factor
-    actual = fused.FusedNorm(factor.to(dtype), triangular)(*(part.to(dtype) for part in inputs))
+    actual = fused.TritonNorm(factor.to(dtype), triangular)(*(part.to(dtype) for part in inputs))
     torch.testing.assert_close(actual, FactorNorm(factor, triangular)(*inputs), rtol=tolerance, atol=tolerance)
 
 
 def test_scores_and_gradients_by_way_of_the_kernel_are_those_of_the_formulas(fused, monkeypatch):
-    monkeypatch.setattr(dependent_norm, "_fused_norm", lambda device, dtype: fused.FusedNorm)
-    exact = random_similarity(32)
-    inputs = random_inputs(4, [3, 8, 1, 3], 6, 32)
-    expected = oracle_scores(exact, *inputs)
-    single = exact.float()
-    regions, words = (part.detach().float().requires_grad_() for part in inputs[:2])
-    assert_close_to_largest(single.scorer().all_pairs(regions, words, inputs[2]).double(), expected, 1e-5)
-    scores = single(regions, words, inputs[2])
+    monkeypatch.setattr(norms, "_triton_norm", lambda device, dtype: fused.TritonNorm)
+    model, inputs = make(dims=32), random_inputs(4, [3, 8, 1, 3], 6, 32)
+    expected = model(*inputs)
+    plain = torch.autograd.grad(expected[0].sum(), inputs[:2], retain_graph=True)
+    model, inputs = model.float(), single(inputs)
+    engine = make_engine("tiled", model)
+    scores = engine(*inputs)
+    assert_close_to_largest(engine.scorer().all_pairs(*inputs).double(), expected, 1e-5)
     assert_close_to_largest(scores.double(), expected, 1e-5)
-    plain = torch.autograd.grad(expected[0].sum(), inputs[:2])
-    for ours, theirs in zip(torch.autograd.grad(scores[0].sum(), [regions, words]), plain, strict=True):
+    for ours, theirs in zip(torch.autograd.grad(scores[0].sum(), inputs[:2]), plain, strict=True):
         assert_close_to_largest(ours.double(), theirs, 1e-4)
 
 
@@ -62,31 +61,31 @@ def test_a_kernel_that_cannot_be_built_or_computes_nonsense_is_said_and_not_used
     def broken(*_):
         raise RuntimeError("Failed to find C compiler\nand more")
 
-    monkeypatch.setattr(fused.FusedNorm, "__call__", broken)
+    monkeypatch.setattr(fused.TritonNorm, "__call__", broken)
     with pytest.warns(UserWarning, match="scoring is slower: RuntimeError: Failed to find C compiler$"):
         assert not fused.works(torch.device("cpu"), torch.bfloat16)
     fused.works.cache_clear()
-    monkeypatch.setattr(fused.FusedNorm, "__call__", lambda *_: torch.ones(2, 5))
+    monkeypatch.setattr(fused.TritonNorm, "__call__", lambda *_: torch.ones(2, 5))
     with pytest.warns(UserWarning, match="other norms"):
         assert not fused.works(torch.device("cpu"), torch.bfloat16)
 
 
 def test_only_cuda_with_rounded_products_takes_the_kernel(monkeypatch):
-    monkeypatch.setattr("lib.model.fused_norm.works", lambda *_: True)
+    monkeypatch.setattr("lib.model.engine.triton_norm.works", lambda *_: True)
     cuda = torch.device("cuda")
-    assert dependent_norm._fused_norm(cuda, torch.bfloat16)
-    assert not dependent_norm._fused_norm(cuda, torch.float32)
-    assert not dependent_norm._fused_norm(torch.device("cpu"), torch.bfloat16)
+    assert norms._triton_norm(cuda, torch.bfloat16)
+    assert not norms._triton_norm(cuda, torch.float32)
+    assert not norms._triton_norm(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert dependent_norm._fused_norm(cuda, torch.float32)
-    assert not dependent_norm._fused_norm(cuda, torch.float64)
+    assert norms._triton_norm(cuda, torch.float32)
+    assert not norms._triton_norm(cuda, torch.float64)
 
 
 COMPILE = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from lib.model.fused_norm import BLOCKS, LAUNCH, _squares
+from lib.model.engine.triton_norm import BLOCKS, LAUNCH, _squares
 
 capability, dtype = int({capability}), getattr(torch, "{dtype}")
 pointer = "*bf16" if dtype == torch.bfloat16 else "*fp32"

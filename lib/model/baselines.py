@@ -1,0 +1,166 @@
+"""What X-Dim is compared with: gates that change one thing, aggregation without dependencies, pooling (GPO)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lib.model.engine import PlainScorer
+from lib.model.layers import l2_normalize, pad_rows
+from lib.model.xdim import AdaptiveGate, XDimSimilarity
+
+
+class OpenGate(AdaptiveGate):
+    """Thresholds start within a sigmoid's reach, so that every row begins with some open entries (docs/training.md)."""
+
+    def __init__(self, embed_size: int, start: float = 1.5):
+        super().__init__(embed_size, start)
+
+
+class FixedGate(AdaptiveGate):
+    """Thresholds stay where they start: lambda is not learned."""
+
+    def __init__(self, embed_size: int, start: float = 2.5):
+        super().__init__(embed_size, start)
+        self.threshold_scale.requires_grad_(False)
+
+
+class DiagonalGate(AdaptiveGate):
+    """Norms by the diagonal of D^T D alone: D multiply-adds for a word and an image instead of D^2 / 2."""
+
+    diagonal = True
+
+
+class DenseGate(nn.Module):
+    """No mask: every dimension depends on every other one, D = P with L2-normalised rows."""
+
+    diagonal = False
+
+    def __init__(self, embed_size: int):
+        super().__init__()
+        self.joint_logits = nn.Parameter(torch.randn(embed_size, embed_size))  # E
+
+    def forward(self) -> Tensor:
+        """The dependency matrix D (D, D)."""
+        return l2_normalize(self.joint_logits.sigmoid())
+
+    def figures(self) -> dict[str, float]:
+        """Nothing to log: it has no thresholds."""
+        return {}
+
+
+class IndependentSimilarity(XDimSimilarity):
+    """The same attention, dimensions aggregated one by one: a word's score is the cosine of the word and its
+    context.
+    """
+
+    diagonal = False
+
+    def __init__(self, embed_size: int):
+        nn.Module.__init__(self)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def dependency(self) -> None:
+        """There is none."""
+        return None
+
+    def figures(self) -> dict[str, float]:
+        """What the log says of the similarity."""
+        return {"temperature": self.log_temperature.exp().item()}
+
+
+# GPO, the generalised pooling operator of VSE-infinity (Chen et al., CVPR 2021): one vector a side.
+
+ENCODING = 32  # numbers of a position's encoding
+HIDDEN = 32  # units of the GRU in each direction
+TEMPERATURE = 0.1
+
+
+class GpoSimilarity(nn.Module):
+    """Scores images against captions by the cosine of their pooled vectors.
+
+    In float32 under autocast too: it costs next to nothing, and neighbouring bfloat16 cosines are a 256th apart.
+    """
+
+    unit_vectors = False  # regions and words are pooled as they are; the pooled vectors are normalised
+
+    def __init__(self, embed_size: int):
+        super().__init__()
+        self.image_pooling, self.caption_pooling = GeneralizedPooling(), GeneralizedPooling()
+
+    def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C); arguments as XDimSimilarity takes them."""
+        with torch.autocast(regions.device.type, enabled=False):
+            return self.pool_images(regions, real) @ self.pool_captions(words, lengths).T
+
+    def pool_images(self, regions: Tensor, real: Tensor | None) -> Tensor:
+        """Unit vectors (I, D)."""
+        counts = torch.full((len(regions),), regions.shape[1]) if real is None else real.sum(dim=1).cpu()
+        return l2_normalize(self.image_pooling(regions, counts))
+
+    def pool_captions(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """Unit vectors (C, D)."""
+        return l2_normalize(self.caption_pooling(pad_rows(words, lengths.cpu()), lengths.cpu()))
+
+    def scorer(self) -> "PooledScorer":
+        """Scores without gradients."""
+        return PooledScorer(self)
+
+    def figures(self) -> dict[str, float]:
+        """Nothing to log."""
+        return {}
+
+
+class PooledScorer(PlainScorer):
+    """Pools captions once that are scored against several blocks of images, one after the other."""
+
+    similarity: GpoSimilarity
+    words = captions = None  # of the last call
+
+    @torch.no_grad()
+    def all_pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C)."""
+        with torch.autocast(regions.device.type, enabled=False):
+            if self.captions is None or words is not self.words:
+                self.words, self.captions = words, self.similarity.pool_captions(words, lengths)
+            return self.similarity.pool_images(regions, real) @ self.captions.T
+
+
+class GeneralizedPooling(nn.Module):
+    """Pools sets of vectors, each dimension's values sorted in descending order, by learned weights of the positions.
+
+    Weights: a BiGRU over the positions' sine and cosine encodings, both directions averaged, a linear layer to one
+    number, softmax at temperature 0.1.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(ENCODING, HIDDEN, batch_first=True, bidirectional=True)
+        self.linear = nn.Linear(HIDDEN, 1, bias=False)  # softmax would cancel a bias
+
+    def forward(self, vectors: Tensor, counts: Tensor) -> Tensor:
+        """Pool sets (S, N, D), of which the first `counts` (S,), on the CPU, are real. Returns (S, D)."""
+        sizes, which = counts.unique(return_inverse=True)
+        weights = self.weights(sizes, vectors)[which.to(vectors.device)]  # (S, N)
+        padding = torch.arange(vectors.shape[1]) >= counts[:, None]
+        padding = padding.to(vectors.device)[..., None]
+        ordered = vectors.masked_fill(padding, float("-inf")).sort(dim=1, descending=True).values
+        return (ordered.masked_fill(padding, 0) * weights[..., None]).sum(dim=1)
+
+    def weights(self, sizes: Tensor, like: Tensor) -> Tensor:
+        """Weights of the positions (sizes, N) for sets of some sizes (sizes,), 0 from a set's own size on."""
+        positions = _encode_positions(like.shape[1]).to(like).expand(len(sizes), -1, -1)
+        packed = pack_padded_sequence(positions, sizes, batch_first=True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=like.shape[1])
+        forwards, backwards = states.unflatten(-1, (2, HIDDEN)).unbind(dim=-2)
+        scores = self.linear((forwards + backwards) / 2).squeeze(-1) / TEMPERATURE
+        padding = torch.arange(like.shape[1]) >= sizes[:, None]
+        return scores.masked_fill(padding.to(scores.device), float("-inf")).softmax(dim=-1)
+
+
+def _encode_positions(number: int) -> Tensor:
+    """Sine and cosine encodings (number, ENCODING) of positions (Vaswani et al. 2017)."""
+    rates = torch.exp(torch.arange(0, ENCODING, 2, dtype=torch.float64) * (-math.log(10_000) / ENCODING))
+    angles = torch.arange(number)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)

@@ -1,0 +1,64 @@
+"""Small pieces that the parts of the model share."""
+
+import torch
+from torch import Tensor, nn
+
+from lib.model.shard import Shard
+
+EPSILON = 1e-8
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is: what autocast rounds to bfloat16 must not be added up in it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def l2_normalize(vectors: Tensor) -> Tensor:
+    """x / (||x|| + 1e-8) over the last dimension, in float32 at least: the one normalisation of X-Dim."""
+    vectors = at_least_float32(vectors)
+    return vectors / (vectors.norm(dim=-1, keepdim=True) + EPSILON)
+
+
+def pad_rows(rows: Tensor, counts: Tensor, longest: int | None = None) -> Tensor:
+    """Packed rows (sum of counts, D) as (items, longest, D), zero beyond each item's count.
+
+    counts: (items,), on the CPU, so that nothing waits for the device. longest: at least the largest count, the
+    default.
+    """
+    longest = longest or int(counts.max())
+    if len(rows) == len(counts) * longest:
+        return rows.view(len(counts), longest, -1)
+    places = (torch.arange(longest) < counts[:, None]).flatten().nonzero().squeeze(1)
+    padded = rows.new_zeros(len(counts) * longest, rows.shape[1])
+    return padded.index_copy(0, places.to(rows.device, non_blocking=True), rows).view(len(counts), longest, -1)
+
+
+def real_rows(counts: Tensor, device: torch.device) -> Tensor | None:
+    """Mask (items, longest) that is False for padding; None where nothing is padded. counts: (items,), on the CPU."""
+    longest = counts.max()
+    if (counts == longest).all():
+        return None
+    return (torch.arange(longest) < counts[:, None]).to(device, non_blocking=True)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """nn.BatchNorm1d with statistics over the rows of all processes. (PyTorch's SyncBatchNorm works on GPUs only.)"""
+
+    def forward(self, rows: Tensor, shard: Shard | None = None) -> Tensor:
+        """rows: (n, D), n may differ between processes. Returns (n, D)."""
+        if not self.training or shard is None or len(shard.sizes) == 1:
+            return super().forward(rows)
+        exact = at_least_float32(rows)
+        sums = torch.cat([exact.sum(dim=0), exact.new_full((1,), len(exact))])
+        total, count = shard.sum_inputs(sums).tensor_split([-1])
+        mean = total / count
+        centred = exact - mean
+        variance = shard.sum_inputs(centred.square().sum(dim=0)) / count
+        self._update_running(mean.detach(), variance.detach() * count / (count - 1))
+        return (centred * (variance + self.eps).rsqrt() * self.weight + self.bias).to(rows.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)

@@ -1,0 +1,295 @@
+"""The fast engine against the plain formula, and both against the published code's figures: scores and gradients."""
+
+from functools import partial
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.nn import functional as F
+
+from lib.losses import hinge, hinge_all, violations
+from lib.model import registry
+from lib.model.engine import TiledEngine, autograd, make_engine, norms, tiles
+from lib.model.engine.norms import FactorNorm, GramNorm
+
+GOLDEN_PARAMETERS = {  # ours -> published
+    "gate.joint_logits": "weights.weight",
+    "gate.threshold_scale": "sim_map.weight",
+    "gate.log_sharpness": "temp_learnable.weight",
+    "log_temperature": "temp_scale.weight",
+}
+VARIANTS = [
+    *(("xdim", gate) for gate in registry.GATES),
+    *((name, "adaptive") for name in registry.SIMILARITIES if name != "xdim"),
+]
+LENGTHS = [1, 9, 2, 30, 4, 9]
+WEIGHT = torch.tensor(1.0, dtype=torch.float64)
+COUNTS = torch.tensor([7, 1, 3, 7, 2, 5])
+
+
+def make(name="xdim", gate="adaptive", dims=12, half_open=True):
+    """A similarity in float64; half_open: with a gate that is not nearly closed, as it is at its start."""
+    torch.manual_seed(0)
+    part = registry.describe({"similarity": name, "gate": gate})["similarity"]
+    similarity = registry.build("similarity", part, dims).double()
+    if half_open and name == "xdim" and gate != "dense":
+        with torch.no_grad():
+            similarity.gate.log_sharpness.fill_(2.0)
+            similarity.gate.threshold_scale.fill_(0.5)
+    return similarity
+
+
+def random_inputs(images, lengths, regions=7, dims=12):
+    generator = torch.Generator().manual_seed(1)
+
+    def unit(*shape):
+        return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).requires_grad_()
+
+    return unit(images, regions, dims), unit(sum(lengths), dims), torch.tensor(lengths)
+
+
+def single(inputs):
+    """The same in float32, as new leaves."""
+    return [t.detach().float().requires_grad_() if t.is_floating_point() else t for t in inputs]
+
+
+def assert_close_to_largest(actual, expected, tolerance):
+    """Differences relative to the largest expected entry."""
+    expected = torch.as_tensor(expected).reshape(actual.shape)
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def gradients(similarity, scores, inputs, weights=None):
+    if weights is None:
+        weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(2), dtype=scores.dtype)
+    leaves = [*inputs[:2], *(parameter for parameter in similarity.parameters() if parameter.requires_grad)]
+    return torch.autograd.grad((scores * weights).sum(), leaves, retain_graph=True, materialize_grads=True)
+
+
+def assert_same(similarity, ours, plain, inputs, tolerance=1e-10, **weights):
+    assert_close_to_largest(ours, plain, tolerance)
+    both = zip(
+        gradients(similarity, ours, inputs, **weights), gradients(similarity, plain, inputs, **weights), strict=True
+    )
+    for one, other in both:
+        assert_close_to_largest(one, other, tolerance) if other.abs().max() > 1e-12 else None
+
+
+def tile(monkeypatch, tile_bytes=5000, block=5, few_pairs=-1):
+    """Small, uneven tiles; few_pairs: -1 differentiates all pairs, 1 only those with a gradient."""
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
+    monkeypatch.setattr(norms, "BLOCK", block)
+    monkeypatch.setattr(autograd, "FEW_PAIRS", few_pairs)
+
+
+def summed(similarity, inputs, real=None, engine="tiled"):
+    """The loss over all negatives, in the way that training takes it."""
+    return make_engine(engine, similarity).sum_over_negatives(partial(violations, margin=0.2), *inputs, real)
+
+
+@pytest.mark.parametrize("regime", ["init", "trained"])
+@pytest.mark.parametrize("way", ["sum", "max", "sum of scores"])
+@pytest.mark.parametrize(("engine", "few_pairs"), [("plain", -1), ("tiled", -1), ("tiled", 1)])
+def test_scores_loss_and_gradients_equal_the_published_code(golden, monkeypatch, regime, way, engine, few_pairs):
+    tile(monkeypatch, 10_000, 24, few_pairs)
+    figures, loss_name = golden(f"similarity_{regime}"), way[:3]
+    model = make(dims=64)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for ours, published in GOLDEN_PARAMETERS.items():
+            value = torch.from_numpy(figures[f"param.{published}"])
+            parameters[ours].copy_(value.reshape(parameters[ours].shape))
+    regions, words = (torch.from_numpy(figures[name]).requires_grad_() for name in ("regions", "words"))
+    lengths = torch.from_numpy(figures["lengths"])
+
+    inputs = regions, words[torch.arange(words.shape[1]) < lengths[:, None]], lengths
+    scores = make_engine(engine, model)(*inputs)
+    losses = {"max": lambda: hinge(scores, 0.2), "sum of scores": lambda: hinge_all(scores, 0.2)}
+    loss = losses.get(way, lambda: summed(model, inputs, engine=engine))()
+    loss.backward()
+
+    assert_close_to_largest(scores, figures["similarity"], 1e-10)
+    assert_close_to_largest(loss, figures[f"loss.{loss_name}"], 1e-10)
+    assert_close_to_largest(regions.grad, figures[f"grad.{loss_name}.regions"], 1e-10)
+    assert_close_to_largest(words.grad, figures[f"grad.{loss_name}.words"], 1e-10)
+    for ours, published in GOLDEN_PARAMETERS.items():
+        assert_close_to_largest(parameters[ours].grad, figures[f"grad.{loss_name}.param.{published}"], 1e-10)
+
+
+@pytest.mark.parametrize("few_pairs", [-1, 1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("name", "gate"), VARIANTS)
+def test_the_engine_gives_the_plain_formulas_scores_losses_and_gradients(monkeypatch, name, gate, masked, few_pairs):
+    tile(monkeypatch, few_pairs=few_pairs)
+    model, inputs = make(name, gate), random_inputs(6, LENGTHS)
+    real = torch.arange(7) < COUNTS[:, None] if masked else None
+    plain = model(*inputs, real)
+    assert_same(model, make_engine("tiled", model)(*inputs, real), plain, inputs)
+    assert_same(model, 3 * summed(model, inputs, real), 3 * hinge_all(plain, 0.2), inputs)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    images=st.integers(1, 5),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    regions=st.integers(1, 8),
+    tile_bytes=st.integers(1, 30_000),
+    block=st.integers(1, 16),
+    share=st.floats(0, 1),
+)
+def test_any_sizes_tiles_and_any_number_of_pairs_with_a_gradient(images, lengths, regions, tile_bytes, block, share):
+    with pytest.MonkeyPatch.context() as patch:
+        tile(patch, tile_bytes, block, autograd.FEW_PAIRS)
+        model, inputs = make(dims=6), random_inputs(images, lengths, regions, 6)
+        weights = torch.rand(images, len(lengths), dtype=torch.float64)
+        weights = weights * (torch.rand(weights.shape, generator=torch.Generator().manual_seed(3)) < share)
+        assert_same(model, make_engine("tiled", model)(*inputs), model(*inputs), inputs, weights=weights)
+
+
+@pytest.mark.parametrize("engine", ["tiled", "plain"])
+@pytest.mark.parametrize(("name", "gate"), VARIANTS)
+def test_a_scorer_gives_the_same_scores_without_gradients(name, gate, engine):
+    model, inputs = make(name, gate), random_inputs(6, LENGTHS)
+    real, engine = torch.arange(7) < COUNTS[:, None], make_engine(engine, model)
+    scorer = engine.scorer()
+    scores = scorer.all_pairs(*inputs, real)
+    assert not scores.requires_grad
+    torch.testing.assert_close(scores, engine(*inputs, real).detach())
+    images, captions = torch.tensor([0, 4, 4, 2]), torch.tensor([3, 0, 4, 2])
+    torch.testing.assert_close(scorer.pairs(*inputs, images, captions, real), scores[images, captions])
+    torch.testing.assert_close(scorer.all_pairs(inputs[0][:2], *inputs[1:], real[:2]), scores[:2])
+
+
+def test_coarse_scores_take_the_diagonal_of_the_gram_matrix_alone():
+    model, inputs = make(), random_inputs(5, LENGTHS)
+    expected = make(gate="diagonal")(*inputs)
+    torch.testing.assert_close(make_engine("tiled", model).scorer(coarse=True).all_pairs(*inputs), expected.detach())
+
+
+@pytest.mark.parametrize("engine", ["tiled", "plain"])
+@pytest.mark.parametrize("half_open", [True, False])
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 0.3)])
+def test_float32_and_bfloat16_stay_near_float64_in_scores_and_gradients(engine, half_open, autocast, tolerance):
+    model = make(dims=64, half_open=half_open)
+    inputs = random_inputs(12, [5, 9, 14] * 4, 11, 64)
+    scores = model(*inputs)
+    expected = [*gradients(model, scores, inputs), *gradients(model, summed(model, inputs), inputs, WEIGHT)]
+    model, inputs = model.float(), single(inputs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, loss = make_engine(engine, model)(*inputs), summed(model, inputs, engine=engine)
+    assert ours.dtype == loss.dtype == torch.float32
+    assert (ours - scores).abs().max() < (0.05 if autocast else 1e-5)
+    if autocast:
+        assert not torch.equal(ours, ours.bfloat16().float())
+    weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).float()
+    actual = [*gradients(model, ours, inputs, weights), *gradients(model, loss, inputs, WEIGHT.float())]
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert_close_to_largest(one.double(), other, tolerance)
+
+
+def test_gradients_of_few_pairs_are_computed_in_float32_under_autocast_too():
+    model = make(dims=64)
+    inputs = random_inputs(12, [5, 9, 14] * 4, 11, 64)
+    weights = torch.zeros(12, 12, dtype=torch.float64)
+    weights.view(-1)[::10] = 1
+    expected = gradients(model, model(*inputs), inputs, weights)
+    model, inputs = model.float(), single(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = make_engine("tiled", model)(*inputs)
+    for one, other in zip(gradients(model, scores, inputs, weights.float()), expected, strict=True):
+        assert_close_to_largest(one.double(), other, 1e-4)
+
+
+def test_a_backward_pass_under_autocast_is_one_outside_it():
+    model, inputs = make().float(), single(random_inputs(4, [3, 8]))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = make_engine("tiled", model)(*inputs)
+        within = torch.autograd.grad(scores.sum(), inputs[:2], retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(within, torch.autograd.grad(scores.sum(), inputs[:2]), strict=True))
+
+
+def test_a_summed_loss_of_most_pairs_scores_wrong_ones_once_and_true_ones_with_their_gradient(monkeypatch):
+    scored = []
+
+    def count(self, regions, queries, *others, tile=autograd.Scorer.tile):
+        scored.append(len(regions) * queries.shape[1])
+        return tile(self, regions, queries, *others)
+
+    monkeypatch.setattr(autograd.Scorer, "tile", count)
+    monkeypatch.setattr(TiledEngine, "_share_of_violations", lambda *_: 1.0)
+    model = make()
+    summed(model, random_inputs(16, [3, 8, 1, 5] * 4)).backward()
+    assert sum(scored) == 16 + 16 * 16 + 16
+
+
+def test_the_share_of_violations_is_about_that_of_the_exact_scores():
+    model = make(dims=48, half_open=False)
+    inputs = random_inputs(64, [3, 8, 1, 5] * 16, 6, 48)
+    engine = make_engine("tiled", model)
+    scores = engine(*inputs).detach()
+    for margin in (-0.5, -0.1, 0.0, 0.3, 2.0):
+        loss = partial(violations, margin=margin)
+        exact = (loss(scores, scores.diagonal()[:, None], scores.diagonal()) != 0).float().mean().item()
+        estimate = engine._share_of_violations(loss, *inputs, None, autograd.Shard(64))
+        assert estimate == pytest.approx(exact, abs=0.15)
+
+
+def test_hardest_negatives_differentiate_no_more_than_three_pairs_a_row(monkeypatch):
+    differentiated = []
+    monkeypatch.setattr(
+        autograd,
+        "pair_tiles",
+        lambda images, *rest: differentiated.append(len(images)) or tiles.pair_tiles(images, *rest),
+    )
+    model = make()
+    hinge(make_engine("tiled", model)(*random_inputs(16, [3, 8, 1, 5] * 4)), 0.2).backward()
+    assert len(differentiated) == 1
+    assert 16 < differentiated[0] <= 3 * 16
+
+
+@pytest.mark.parametrize("engine", ["tiled", "plain"])
+def test_a_sharp_gate_keeps_scores_and_gradients_finite(engine):
+    model, inputs = make(dims=16), random_inputs(3, [4, 4], 5, 16)
+    with torch.no_grad():
+        model.gate.log_sharpness.fill_(8.0)
+    scores = make_engine(engine, model)(*inputs)
+    assert scores.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients(model, scores, inputs))
+
+
+@pytest.mark.parametrize("half_open", [True, False])
+@pytest.mark.parametrize("triangular", [True, False])
+def test_factor_norm_is_the_norm_of_the_correspondence_with_its_dependencies(half_open, triangular):
+    dependency = make(dims=300, half_open=half_open).dependency().detach()
+    attention, regions, words = (torch.randn(*shape) for shape in ((2, 25, 3), (2, 3, 300), (1, 25, 300)))
+    factor = torch.linalg.qr(dependency, mode="r").R if triangular else dependency
+    actual = FactorNorm(factor.float(), triangular)(attention, regions, words)
+    x = attention.double() @ regions.double() * words.double()
+    torch.testing.assert_close(actual.double(), (x @ dependency.T).norm(dim=-1), rtol=1e-5, atol=0)
+
+
+def test_gram_norm_of_zeros_has_finite_gradients():
+    words = torch.zeros(1, 2, 6, requires_grad=True)
+    norm = GramNorm(torch.eye(6), torch.float32)
+    norm(torch.ones(1, 2, 3), torch.ones(1, 3, 6), words).sum().backward()
+    assert not words.grad.any()
+    assert not norm.gradient().any()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    images=st.integers(1, 50), lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40), rows=st.integers(1, 2000)
+)
+def test_tiles_cover_every_pair_once_with_all_words_of_each_caption(images, lengths, rows):
+    lengths, seen = torch.tensor(lengths), torch.zeros(images, len(lengths), dtype=torch.long)
+    starts = lengths.cumsum(0) - lengths
+    for one in tiles.all_tiles(images, lengths, rows, torch.device("cpu")):
+        of_tile = torch.arange(images)[one.images]
+        assert one.words.numel() * len(of_tile) <= max(rows, one.words.shape[2])
+        seen.view(-1)[one.places] += 1
+        for words, caption in zip(one.words[0], one.places[0] % len(lengths), strict=True):
+            assert words.tolist() == list(range(starts[caption], starts[caption] + lengths[caption]))
+        assert torch.equal(one.places // len(lengths), of_tile[:, None].expand_as(one.places))
+    assert (seen == 1).all()
