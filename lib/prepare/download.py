@@ -2,87 +2,49 @@
 
 They come from the Kaggle data set kuanghueilee/scan-features: Flickr30K and COCO in one archive, which is fetched whole
 by kagglehub (pip install kagglehub) into its own cache. --data_path gets links to the files there, wherever in the
-archive they are.
+archive they are; KAGGLEHUB_CACHE names another place for it. After an interruption give the same command again.
 """
 
 import argparse
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from lib.cli import InputError, one_line
+from lib.cli import InputError, one_line, reason
 from lib.files import check_space, writing_to
 
 HANDLE = "kuanghueilee/scan-features"
-
-# Bytes of float32 features, 36 regions of 2,048 numbers a row. Flickr30K: 29,000 train images and five times each of
-# 1,014 for dev and of 1,000 for test; COCO: 113,287 and five times each of 1,000, of 1,000 and of 5,000 (testall).
-ROW_BYTES = 36 * 2048 * 4
-F30K_BYTES = (29_000 + 5 * 1_014 + 5 * 1_000) * ROW_BYTES
-COCO_BYTES = (113_287 + 5 * 1_000 + 5 * 1_000 + 5 * 5_000) * ROW_BYTES
-# Such numbers hardly shrink, and the archive is there until all of it has been extracted.
-NEEDED_BYTES = 2 * (F30K_BYTES + COCO_BYTES)
+# Rows of 36 x 2,048 float32: train, five times dev and test of Flickr30K; train, five times dev, test, testall of COCO
+ROWS = 29_000 + 5 * (1_014 + 1_000) + 113_287 + 5 * (1_000 + 1_000 + 5_000)
+NEEDED_BYTES = 2 * ROWS * 36 * 2048 * 4  # the archive, hardly compressed, stays until all of it is extracted
 
 FILE = re.compile(r"(train|dev|test|testall)_(ims\.npy|caps\.txt|ids\.txt)")
-FOLDERS = {"f30k": re.compile(r"f30k|flickr(?!8)", re.IGNORECASE), "coco": re.compile("coco", re.IGNORECASE)}
+FOLDER = re.compile("f30k|flickr(?!8)|coco")  # the last of these in a path says of which data set a file is
 SPLITS = {"f30k": ("train", "dev", "test"), "coco": ("train", "dev", "testall")}  # those that must be there
-
-Found = dict[str, dict[str, list[Path]]]  # of each data set and file name, where such a file is
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the data sets")
     flags.add_argument(
-        "--data_set", choices=("f30k", "coco", "both"), default="both", help="which to put there; both are downloaded"
+        "--data_set", choices=(*SPLITS, "both"), default="both", help="which to put there; both are downloaded"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    wanted = ("f30k", "coco") if args.data_set == "both" else (args.data_set,)
-    missing = []
-    for data_set in wanted:
-        if _is_there(data_set, _folder(args, data_set)):
-            print(f"{_folder(args, data_set)} is already there")
-        else:
-            missing.append(data_set)
-    if missing:
-        _put_in_place(args, missing, _download())
-
-
-def _put_in_place(args: argparse.Namespace, data_sets: list[str], root: Path) -> None:
-    """Link what was found. Raises InputError on what was not, once the other data set has been linked."""
-    found, problems = _find(root), []
-    for data_set in data_sets:
-        try:
-            files = _choose(data_set, found[data_set], root)
-            _link(files, _folder(args, data_set))
-        except InputError as error:
-            problems.append(str(error))
+    root = None
+    for data_set in SPLITS if args.data_set == "both" else (args.data_set,):
+        folder = args.data_path / f"{data_set}_precomp"
+        if all((folder / name).exists() for name in _needed(data_set)):
+            print(f"{folder} is already there")
             continue
-        print(f"{_folder(args, data_set)}: {len(files)} links to files in {root}")
-    if len(problems) < len(data_sets):
-        print(
-            "The download stays there, in kagglehub's cache; the environment variable KAGGLEHUB_CACHE names another "
-            "place for it. Next: python -m lib.prepare verify"
-        )
-    if problems:
-        raise InputError("; ".join(problems))
-
-
-def _folder(args: argparse.Namespace, data_set: str) -> Path:
-    return args.data_path / f"{data_set}_precomp"
-
-
-def _is_there(data_set: str, folder: Path) -> bool:
-    return all((folder / name).exists() for name in _needed(data_set))
+        root = root or _download()
+        files = _find(data_set, root)
+        _link(files, folder)
+        print(f"{folder}: {len(files)} links to files in {root}; next: python -m lib.prepare verify")
 
 
 def _needed(data_set: str) -> list[str]:
     return [f"{split}_{ending}" for split in SPLITS[data_set] for ending in ("ims.npy", "caps.txt")]
-
-
-# The download
 
 
 def _download() -> Path:
@@ -90,74 +52,41 @@ def _download() -> Path:
     try:
         import kagglehub  # here: an optional dependency
     except ImportError as error:
-        raise InputError(
-            f"kagglehub cannot be used ({one_line(str(error))}): pip install kagglehub, and run this again"
-        ) from None
-    _check_space()
-    try:
-        return Path(kagglehub.dataset_download(HANDLE))
-    except Exception as error:  # requests', kagglehub's own, the system's: all are reasons not to have it
-        said = one_line(" ".join(str(error).split())) or type(error).__name__
-        raise InputError(
-            f"the Kaggle data set {HANDLE} could not be downloaded ({said}); look at the network and at your Kaggle "
-            "credentials (https://www.kaggle.com/settings, API; then ~/.kaggle/kaggle.json), and run this again: it "
-            "goes on from where it was"
-        ) from None
-
-
-def _check_space() -> None:
-    """Refuse a download that will not fit; what is in the cache needs no room any more."""
+        raise InputError(f"no kagglehub ({reason(error)}): pip install kagglehub, and run this again") from None
     cache = Path(os.environ.get("KAGGLEHUB_CACHE") or Path.home() / ".cache" / "kagglehub")
     there = cache / "datasets" / HANDLE
-    if any(there.glob("*.complete")):
-        return
-    written = sum(path.stat().st_size for path in there.rglob("*") if path.is_file())
-    check_space(cache, NEEDED_BYTES - written, "the archive and what is in it (KAGGLEHUB_CACHE names another folder)")
-
-
-# What is in it
-
-
-def _find(root: Path) -> Found:
-    """All files of a data set's layout; which data set, the nearest folder says that names one."""
-    found = {data_set: {} for data_set in FOLDERS}
-    for path in _walk(root):
-        data_set = _data_set_of(path.relative_to(root))
-        if data_set and FILE.fullmatch(path.name):
-            found[data_set].setdefault(path.name, []).append(path)
-    return found
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        yield from (Path(folder) / name for name in sorted(names))
-
-
-def _data_set_of(path: Path) -> str | None:
-    for folder in reversed(path.parts[:-1]):
-        named = [data_set for data_set, pattern in FOLDERS.items() if pattern.search(folder)]
-        if len(named) == 1:
-            return named[0]
-    return None
-
-
-def _choose(data_set: str, found: dict[str, list[Path]], root: Path) -> dict[str, Path]:
-    """The one file of each name. Raises InputError where one is missing or stands there more than once."""
-    missing = [name for name in _needed(data_set) if name not in found]
-    if missing:
-        archives = [path.relative_to(root) for path in _walk(root) if path.suffix in (".zip", ".tar", ".gz", ".tgz")]
-        hint = f"unpack {one_line(str(archives[0]))} there" if archives else "link them yourself if they are there"
+    if not any(there.glob("*.complete")):
+        written = sum(path.stat().st_size for path in there.rglob("*") if path.is_file())
+        check_space(cache, NEEDED_BYTES - written, "the archive and its files (KAGGLEHUB_CACHE names another folder)")
+    try:
+        return Path(kagglehub.dataset_download(HANDLE))
+    except Exception as error:  # requests', kagglehub's own, the system's
+        said = one_line(" ".join(str(error).split())) or repr(error)
         raise InputError(
-            f"{root}: no {', '.join(missing)} in it, below a folder that names {data_set}; {hint}, and run this again"
+            f"the Kaggle data set {HANDLE} could not be downloaded ({said}); look at the network and at your Kaggle "
+            "credentials (https://www.kaggle.com/settings, API; then ~/.kaggle/kaggle.json), and run this again: "
+            "kagglehub goes on where it was"
+        ) from None
+
+
+def _find(data_set: str, root: Path) -> dict[str, Path]:
+    """The files of a data set, by name. Raises InputError where one is missing or stands there more than once."""
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*_*.*")):
+        named = FOLDER.findall(str(path.parent.relative_to(root)).lower())
+        if FILE.fullmatch(path.name) and named and (named[-1] == "coco") == (data_set == "coco"):
+            if path.name in found:
+                places = f"{found[path.name].relative_to(root)} and {path.relative_to(root)}"
+                raise InputError(
+                    f"{root}: {path.name} is there more than once ({places}); link the right files yourself"
+                )
+            found[path.name] = path
+    if missing := [name for name in _needed(data_set) if name not in found]:
+        raise InputError(
+            f"{root}: no {', '.join(missing)} in a folder that names {data_set}; if they are there, packed or under "
+            "another name, unpack or link them yourself"
         )
-    for name, paths in found.items():
-        if len(paths) > 1:
-            places = " and ".join(one_line(str(path.relative_to(root))) for path in paths[:2])
-            raise InputError(
-                f"{root}: {name} of {data_set} is there more than once ({places}); link the right files yourself"
-            )
-    return {name: path for name, (path,) in found.items()}
+    return found
 
 
 def _link(files: dict[str, Path], folder: Path) -> None:
@@ -169,5 +98,5 @@ def _link(files: dict[str, Path], folder: Path) -> None:
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for link, path in links.items():
-            if not os.path.lexists(link):
+            if not link.is_symlink():
                 link.symlink_to(path)

@@ -1,7 +1,9 @@
-"""What tests of `tsv`, `karpathy` and `own` share: images, and files that hold them."""
+"""What tests of the commands share: images, and files that hold them."""
 
 import base64
 import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -9,10 +11,11 @@ from lib.data.dataset import open_split
 from lib.prepare.__main__ import main
 
 IMG_DIM = 5
+Images = dict[str, tuple[np.ndarray, np.ndarray]]  # id: features (r, IMG_DIM), boxes (r, 4)
 
 
-def make_images(ids, counts=(4,), dtype=np.float32, seed=0):
-    """{id: (features (r, IMG_DIM), boxes (r, 4))}; the numbers of regions in turn."""
+def make_images(ids: Iterable, counts: Sequence[int] = (4,), dtype: type = np.float32, seed: int = 0) -> Images:
+    """Random images, whose numbers of regions are `counts` in turn."""
     rng = np.random.default_rng(seed)
     images = {}
     for number, image_id in enumerate(ids):
@@ -22,32 +25,27 @@ def make_images(ids, counts=(4,), dtype=np.float32, seed=0):
     return images
 
 
-def encode(array):
-    return base64.b64encode(np.asarray(array, "<f4").tobytes())
+def tsv_line(image_id: str, features: np.ndarray, boxes: np.ndarray, end: bytes = b"\r\n") -> bytes:
+    arrays = [base64.b64encode(np.asarray(array, "<f4").tobytes()) for array in (boxes, features)]
+    return b"\t".join([*(str(field).encode() for field in (image_id, 640, 480, len(features))), *arrays]) + end
 
 
-def tsv_line(image_id, features, boxes, size=(640, 480), end=b"\r\n"):
-    numbers = (str(number).encode() for number in (image_id, *size, len(features)))
-    return b"\t".join([*numbers, encode(boxes), encode(features)]) + end
-
-
-def write_tsv(path, images):
+def write_tsv(path: Path, images: Images) -> Path:
     path.write_bytes(b"".join(tsv_line(image_id, *image) for image_id, image in images.items()))
     return path
 
 
-def write_store(folder, images, split="all", repeats=1, boxes=True):
+def write_store(folder: Path, images: Images, split: str = "all", repeats: int = 1, boxes: bool = True) -> Path:
     """Features of equal numbers of regions, their ids and boxes."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / f"{split}_ims.npy", np.stack([features for features, _ in images.values()]).repeat(repeats, 0))
-    (folder / f"{split}_ids.txt").write_text("".join(f"{image_id}\n" * repeats for image_id in images))
+    write_lines(folder / f"{split}_ids.txt", [image_id for image_id in images for _ in range(repeats)])
     if boxes:
         np.save(folder / f"{split}_boxes.npy", np.stack([b for _, b in images.values()]).repeat(repeats, 0))
     return folder
 
 
-def write_folder(folder, images, suffix=".npy"):
-    """A file for each image."""
+def write_image_files(folder: Path, images: Images, suffix: str = ".npy") -> Path:
     folder.mkdir()
     for image_id, (features, boxes) in images.items():
         if suffix == ".npy":
@@ -57,38 +55,44 @@ def write_folder(folder, images, suffix=".npy"):
     return folder
 
 
-def entry(number, split="train", sentences=5, **fields):
+def write_captions(path: Path, rows: Sequence[dict]) -> Path:
+    """rows: image_id, caption and perhaps split."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def entry(number: int, split: str = "train", sentences: int = 5, **fields: object) -> dict:
     """An image of Karpathy's file."""
-    raw = [{"raw": f"caption {k} of {number}", "tokens": ["not", "these"], "imgid": number} for k in range(sentences)]
+    raw = [{"raw": f"caption {k} of {number}", "tokens": ["not", "these"]} for k in range(sentences)]
     return {"split": split, "imgid": number, "filename": f"{number}.jpg", "sentences": raw, **fields}
 
 
-def write_karpathy(path, entries, name="flickr30k"):
+def write_karpathy(path: Path, entries: Sequence[dict], name: str = "flickr30k") -> Path:
     path.write_text(json.dumps({"dataset": name, "images": entries}))
     return path
 
 
-def prepare(capsys, *argv):
-    """(exit code, stdout, stderr) of `python -m lib.prepare ...`."""
+def write_lines(path: Path, lines: Iterable[object]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def prepare(capsys, *argv: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python -m lib.prepare ...`; an error is one line."""
     code = main([str(argument) for argument in argv])
     captured = capsys.readouterr()
+    assert (code, len(captured.err.splitlines())) in ((0, 0), (2, 1)), captured.err
     return code, captured.out, captured.err
 
 
-def refused(capsys, *argv):
-    """The one line with which a command refuses what it is given."""
-    code, _, err = prepare(capsys, *argv)
-    assert code == 2
-    assert len(err.splitlines()) == 1, err
-    assert err.isprintable() or err[:-1].isprintable()
-    return err
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.exists() else {}
 
 
-def check_split(folder, split, expected, captions=None):
-    """A split holds these images, to the bit and in this order. expected: {id: (features, boxes)}."""
+def check_split(folder: Path, split: str, expected: Images, captions: dict[str, list[str]] | None = None) -> None:
+    """A split holds these images, to the bit and in this order."""
     opened = open_split(str(folder.parent), folder.name, split, IMG_DIM)
     features = [features for features, _ in expected.values()]
-    assert (folder / f"{split}_ids.txt").read_text().split() == list(expected)
+    assert (folder / f"{split}_ids.txt").read_text().splitlines() == list(expected)
     assert opened.features.counts.tolist() == list(map(len, features))
     assert opened.features.dtype == features[0].dtype
     assert np.array_equal(opened.features.read(np.arange(len(features))), np.concatenate(features))

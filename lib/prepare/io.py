@@ -1,0 +1,195 @@
+"""What the commands share: an image as they pass it on, writing a split, reading what a data set's folder holds."""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import DTypeLike
+
+from lib.cli import InputError, reason
+from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, find_folder, open_split
+from lib.data.features import MOST_REGIONS, FeatureFile
+
+KNOWN_SPLITS = ("train", "dev", "test", "testall")  # what training and evaluation open; these need captions
+FEATURES = "_ims.npy"
+HEADER_BYTES = 128  # of a .npy file, as NumPy pads it for up to three dimensions
+BOX = 4  # numbers of a box: x1 y1 x2 y2
+NAMED = 5  # ids or rows that a message names
+
+
+class Image(NamedTuple):
+    """An image on its way into a data set.
+
+    features: (r, img_dim), one row a region. boxes: (r, 4), x1 y1 x2 y2 in pixels. origin: the file and line it was
+    read from, for error messages.
+    """
+
+    id: str
+    features: np.ndarray
+    boxes: np.ndarray | None = None
+    captions: Sequence[str] = ()
+    origin: str = ""
+
+
+def add_data_flags(flags: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--data_path and --data_name; without a default the name is required, that of a new data set."""
+    what = "the data set" if default else "the new data set"
+    flags.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the data sets")
+    flags.add_argument("--data_name", default=default, required=not default, help=f"name of {what}, a folder in there")
+
+
+def target_folder(args: argparse.Namespace, flag: str = "--data_name") -> Path:
+    """Where the new data set goes. Raises InputError where its name leads out of --data_path."""
+    name = Path(getattr(args, flag.removeprefix("--")))
+    if name.is_absolute() or ".." in name.parts or not name.name:
+        raise InputError(f"{flag} {name}: must be a folder below --data_path, without '..'")
+    return args.data_path / name
+
+
+# Writing
+
+
+def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeLike = np.float32) -> np.ndarray:
+    """Write a split image by image, features in float32 or float16. Returns each image's number of regions (images,).
+
+    Boxes and captions are written where the images have them. Images that differ in their number of
+    regions are written one after the other, with {split}_offsets.npy. Raises InputError, with the image's origin, where
+    its features cannot be used, and where there are no images.
+    """
+    written: list[Image] = []  # all but features and boxes, which are in the files
+    counts, img_dim, all_boxes, boxes_path = [], 0, True, folder / f"{split}_boxes.npy"
+    with open(folder / f"{split}{FEATURES}", "wb") as features_file, open(boxes_path, "wb") as boxes_file:
+        for file in (features_file, boxes_file):
+            file.write(bytes(HEADER_BYTES))
+        for image in images:
+            _check(image, img_dim, np.dtype(dtype))
+            counts.append(len(image.features))
+            img_dim = image.features.shape[1]
+            features_file.write(np.ascontiguousarray(image.features, dtype).data)
+            if image.boxes is not None:
+                boxes_file.write(np.ascontiguousarray(image.boxes, np.float32).data)
+            all_boxes = all_boxes and image.boxes is not None
+            written.append(image._replace(features=np.empty(0), boxes=None))
+        if not written:
+            raise InputError(f"no images for the split {split}")
+        varies = len(set(counts)) > 1
+        shape = (sum(counts),) if varies else (len(counts), counts[0])
+        _write_header(features_file, (*shape, img_dim), dtype)
+        _write_header(boxes_file, (*shape, BOX), np.float32)
+    if not all_boxes:
+        boxes_path.unlink()
+    if varies:
+        np.save(folder / f"{split}_offsets.npy", np.cumsum([0, *counts], dtype=np.int64))
+    write_lines(folder / f"{split}_ids.txt", (image.id for image in written))
+    if any(image.captions for image in written):
+        write_lines(folder / f"{split}_caps.txt", (caption for image in written for caption in image.captions))
+        if any(len(image.captions) != CAPTIONS_PER_IMAGE for image in written):
+            write_lines(folder / f"{split}_caps_counts.txt", (len(image.captions) for image in written))
+    return np.array(counts)
+
+
+def write_lines(path: Path, lines: Iterable[object]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def _check(image: Image, img_dim: int, dtype: np.dtype) -> None:
+    """Raises InputError where an image cannot be written. img_dim: that of the images before, 0 for the first."""
+    features, boxes, problem = image.features, image.boxes, ""
+    if not image.id.isprintable() or not image.id.strip():
+        problem = "an image id must be printable text"
+    elif features.ndim != 2 or features.dtype.kind != "f" or not 1 <= len(features) <= MOST_REGIONS:
+        found = f"{features.dtype} {features.shape}"
+        problem = f"expected floats (regions, img_dim), 1 to {MOST_REGIONS} regions, found {found}"
+    elif features.shape[1] != (img_dim or features.shape[1]):
+        problem = f"features of {features.shape[1]} numbers, but the images before have {img_dim}"
+    elif dtype == np.float16 and features.dtype != np.float16:
+        problem = f"{features.dtype} features, but other images have float16; make them one type"
+    elif not np.isfinite(features).all():
+        problem = "NaN or infinite features"
+    elif boxes is not None and (boxes.shape != (len(features), BOX) or not np.isfinite(boxes).all()):
+        problem = f"expected boxes ({len(features)}, {BOX}) without NaN, found {boxes.shape}"
+    if problem:
+        raise InputError(f"{image.origin or f'image {image.id!r}'}: {problem}")
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    file.seek(0)
+    npy.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    assert file.tell() == HEADER_BYTES
+
+
+# Reading
+
+
+def find_splits(args: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The data set's folder and the names of all splits in it, `train` first. InputError where there are none."""
+    folder = find_folder(str(args.data_path), args.data_name)
+    names = {path.name.removesuffix(FEATURES) for path in folder.glob(f"?*{FEATURES}")}
+    if not names:
+        open_split(str(args.data_path), args.data_name, "train")  # says what is missing
+    known = [name for name in KNOWN_SPLITS if name in names]
+    return folder, known + sorted(names.difference(known))
+
+
+def open_features(folder: Path, name: str) -> Split:
+    """A split, with captions where there are some. Raises InputError where its files are not sound."""
+    if (folder / f"{name}_caps.txt").is_file():
+        folder = folder.resolve()
+        return open_split(str(folder.parent), folder.name, name)
+    return Split(name, folder, FeatureFile(folder / f"{name}{FEATURES}"), [], np.zeros(0, np.int64))
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError where the file is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not JSON ({reason(error)}); copy or download it again") from None
+
+
+def read_boxes(split: Split) -> np.ndarray | None:
+    """Boxes (regions of all images, 4) from {split}_boxes.npy; None where there is no such file.
+
+    Where images stand five times in the file of features, their boxes may, too. Raises InputError where they are not
+    one box for each region, or hold NaN.
+    """
+    path, features = split.folder / f"{split.name}_boxes.npy", split.features
+    if not path.is_file():
+        return None
+    regions = int(features.starts[-1])
+    try:
+        boxes = np.load(path, allow_pickle=False)
+        repeats = features.repeats if boxes.size == regions * features.repeats * BOX else 1
+        if boxes.size != regions * repeats * BOX or boxes.shape[-1] != BOX or not np.isfinite(boxes).all():
+            raise ValueError(f"expected {BOX} numbers for each of {regions} regions, found {boxes.shape} or NaN")
+        boxes = boxes.reshape(len(features) if repeats > 1 else 1, repeats, -1, BOX)
+        if (boxes != boxes[:, :1]).any():
+            raise ValueError("the five rows of an image differ")
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: no boxes of these features ({reason(error)}); delete it, or make it again") from None
+    return boxes[:, 0].reshape(-1, BOX).astype(np.float32)
+
+
+# Printing
+
+
+def name_some(names: Sequence[object]) -> str:
+    """The first few, for a message."""
+    return ", ".join([*map(str, names[:NAMED]), *(["..."] if len(names) > NAMED else [])])
+
+
+def span(numbers: Sequence[int] | np.ndarray) -> str:
+    """ "36", or "10 to 100"; empty where there are none."""
+    least, most = (min(numbers), max(numbers)) if len(numbers) else ("", "")
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of columns, names to the left and figures to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ([name.ljust(widths[0]), *map(str.rjust, figures, widths[1:])] for name, *figures in (header, *rows))
+    return "\n".join(map("  ".join, lines))
