@@ -10,13 +10,12 @@ five times in a row, one row a caption. That is recognised, and an image is one 
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lib.cli import InputError, one_line
+from lib.cli import InputError
 from lib.data.features import FeatureFile
 from lib.files import read_lines
 
@@ -171,11 +170,6 @@ def _repeats_images(features: FeatureFile) -> bool:
     return True
 
 
-# Used by lib/prepare and lib/evaluation alone
-
-MOST_CAPTIONS, NAME_BYTES = 10_000, 200
-
-
 def count_lines(path: Path) -> int:
     """Lines of a file of any size, with lines of any length."""
     count, end = 0, b"\n"
@@ -183,18 +177,3 @@ def count_lines(path: Path) -> int:
         while block := file.read(2**20):
             count, end = count + block.count(b"\n"), block[-1:]
     return count + (end != b"\n")
-
-
-def check_name(flag: str, name: str, nested: bool = False) -> None:
-    """Raises InputError for what is no plain name below a folder, such as "../other" or "/etc".
-
-    nested: "coco/precomp" is one too.
-    """
-    parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()
-    stays = bool(parts) and ".." not in parts and not Path(name).anchor and (nested or name == parts[0])
-    if not stays or len(os.fsencode(name)) > NAME_BYTES:
-        below = " below --data_path" if nested else ""
-        raise InputError(
-            f"{flag} {one_line(str(name))!r}: must be a plain name{below}, without '..', no absolute path, "
-            f"at most {NAME_BYTES} bytes"
-        )

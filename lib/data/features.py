@@ -22,7 +22,6 @@ from lib.cli import InputError, one_line, reason, with_bar
 
 READ_AHEAD_BYTES = 2**17  # Linux reads no more than this ahead for one call, on some disks
 BLOCK_BYTES = 2**20  # read, converted and checked at a time, so that it stays in the processor's cache
-HEADER_BYTES, MOST_REGIONS = 16_384, 4_096  # for lib/prepare
 UPLOAD_BYTES = 2**26  # copied to a device at a time
 INFINITY = {np.dtype(np.float32): 0x7F800000, np.dtype(np.float16): 0x7C00}  # its bits
 

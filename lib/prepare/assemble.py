@@ -70,7 +70,7 @@ def write_dataset(folder: Path, splits: Mapping[str, Sequence[Captioned]], featu
             each = [len(image.captions) for image in there]
             rows.append((split, f"{len(each):,}", f"{sum(each):,}", span(each), span(regions), f"{len(missing):,}"))
         leave_out("without_captions.txt", "no captions", sorted(set(features.ids).difference(used)))
-    print(f"{folder}\n\n{table(HEADER, rows)}\n", *notes, sep="\n")
+    print(f"{folder}\n\n{table(HEADER, rows)}", *notes, sep="\n")
 
 
 def clean_caption(text: str) -> str:

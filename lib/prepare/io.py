@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from lib.cli import InputError, reason
 from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, find_folder, open_split
-from lib.data.features import MOST_REGIONS, FeatureFile
+from lib.data.features import FeatureFile
 
 KNOWN_SPLITS = ("train", "dev", "test", "testall")  # what training and evaluation open; these need captions
 FEATURES = "_ims.npy"
@@ -101,9 +101,8 @@ def _check(image: Image, img_dim: int, dtype: np.dtype) -> None:
     features, boxes, problem = image.features, image.boxes, ""
     if not image.id.isprintable() or not image.id.strip():
         problem = "an image id must be printable text"
-    elif features.ndim != 2 or features.dtype.kind != "f" or not 1 <= len(features) <= MOST_REGIONS:
-        found = f"{features.dtype} {features.shape}"
-        problem = f"expected floats (regions, img_dim), 1 to {MOST_REGIONS} regions, found {found}"
+    elif features.ndim != 2 or features.dtype.kind != "f" or not features.size:
+        problem = f"expected floats of shape (regions, img_dim), found {features.dtype} {features.shape}"
     elif features.shape[1] != (img_dim or features.shape[1]):
         problem = f"features of {features.shape[1]} numbers, but the images before have {img_dim}"
     elif dtype == np.float16 and features.dtype != np.float16:
@@ -164,8 +163,10 @@ def read_boxes(split: Split) -> np.ndarray | None:
     try:
         boxes = np.load(path, allow_pickle=False)
         repeats = features.repeats if boxes.size == regions * features.repeats * BOX else 1
-        if boxes.size != regions * repeats * BOX or boxes.shape[-1] != BOX or not np.isfinite(boxes).all():
-            raise ValueError(f"expected {BOX} numbers for each of {regions} regions, found {boxes.shape} or NaN")
+        if boxes.size != regions * repeats * BOX or boxes.shape[-1] != BOX:
+            raise ValueError(f"{BOX} numbers for each of {regions} regions expected, shape {boxes.shape} found")
+        if not np.isfinite(boxes).all():
+            raise ValueError("NaN or infinite")
         boxes = boxes.reshape(len(features) if repeats > 1 else 1, repeats, -1, BOX)
         if (boxes != boxes[:, :1]).any():
             raise ValueError("the five rows of an image differ")

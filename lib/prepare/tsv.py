@@ -6,12 +6,12 @@ that was interrupted begins again."""
 import argparse
 import base64
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from lib.cli import InputError, reason, with_bar
+from lib.cli import InputError, progress_bar, reason
 from lib.data.features import FeatureFile
 from lib.files import check_space, new_folder
 from lib.prepare.io import BOX, FEATURES, Image, add_data_flags, span, target_folder, write_split
@@ -29,18 +29,21 @@ def run(args: argparse.Namespace) -> None:
         if not file.is_file():
             raise InputError(f"{file}: no such file")
     with new_folder(folder, "--data_name") as temporary:
-        check_space(folder, sum(file.stat().st_size for file in args.files) * 3 // 4, "the store")  # base64: 3 in 4
-        images = with_bar((image for file in args.files for image in read_tsv(file)), "images")
-        counts = write_split(temporary, args.split, _new(images, seen))
+        size = sum(file.stat().st_size for file in args.files)
+        check_space(folder, size * 3 // 4, "the store")  # base64 takes 4 bytes for 3
+        with progress_bar("read", size, unit="B") as bar:
+            images = (image for file in args.files for image in read_tsv(file, bar.update))
+            counts = write_split(temporary, args.split, _new(images, seen))
     features = FeatureFile(folder / f"{args.split}{FEATURES}")
     print(f"{features.path}: {len(counts):,} images, {span(counts)} regions, img_dim {features.img_dim}")
     print(f"repeated image ids left out: {seen.total() - len(seen):,}")
 
 
-def read_tsv(path: Path) -> Iterator[Image]:
-    """The images of a TSV file. Raises InputError, with file and line, where one cannot be used."""
+def read_tsv(path: Path, read: Callable[[int], object] = int) -> Iterator[Image]:
+    """The images of a TSV file; `read` is told the bytes of each line. Raises InputError with file and line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            read(len(line))
             if line.strip():
                 yield _read_row(line, f"{path}: line {number}")
 

@@ -78,12 +78,12 @@ def run(args: argparse.Namespace) -> None:
 def _check_split(folder: Path, name: str, found: Findings) -> Contents:
     """Raises InputError where the split cannot be read at all."""
     split = io.open_features(folder, name)
+    if not split.captions and name in io.KNOWN_SPLITS:
+        raise InputError(f"{folder / name}_caps.txt is missing")
     digests = _check_features(split, found)
     ids = found.read(read_ids, split)
     found.read(io.read_boxes, split)
-    if not split.captions and name in io.KNOWN_SPLITS:
-        found.faults.append(f"{folder / name}_caps.txt is missing")
-    elif not split.captions:
+    if not split.captions:
         found.notes.append(f"{name}: no captions; features to make splits from")
     if repeated := len(split.captions) - len(set(split.captions)):
         found.notes.append(f"{name}_caps.txt: repeated captions: {repeated:,}")
@@ -137,7 +137,7 @@ def _check_apart(one: str, other: str, contents: dict[str, Contents], found: Fin
 
 
 def _describe(split: Split) -> list[str]:
-    """A split's row of the io.table."""
+    """A split's row of the table."""
     features, captions = split.features, np.bincount(split.image_of_caption, minlength=len(split.features))
     try:
         fingerprint = split.fingerprint()

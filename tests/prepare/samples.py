@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from lib.cli import InputError
 from lib.data.dataset import open_split
 from lib.prepare.__main__ import main
 
@@ -82,6 +84,15 @@ def prepare(capsys, *argv: object) -> tuple[int, str, str]:
     captured = capsys.readouterr()
     assert (code, len(captured.err.splitlines())) in ((0, 0), (2, 1)), captured.err
     return code, captured.out, captured.err
+
+
+def refusal(function, *args: object) -> str:
+    """The message with which a call is refused, which is one line."""
+    with pytest.raises(InputError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    return message
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -2,24 +2,23 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import test
+import train
 from lib.data.dataset import open_split
 from lib.prepare.own import draw_splits, read_captions
-from tests.damage import refusal
 from tests.prepare.samples import (
     check_split,
     make_images,
     prepare,
+    refusal,
     write_captions,
     write_image_files,
     write_store,
@@ -206,24 +205,21 @@ def test_any_captions_come_back_as_they_were_written(tmp_path_factory, rows, suf
 # The page
 
 
-def test_the_page_says_what_happens(tmp_path, monkeypatch):
+def test_the_page_says_what_happens(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
     kinds, blocks = zip(*re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL), strict=True)
     assert kinds == ("python", "csv", "sh", "text", "sh")
     features, captions, preparation, printed, training = blocks
-    for name in ("lib", "tests", "train.py", "test.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    exec(features, {"np": np})
+    exec(features, {})
     Path("captions.csv").write_text(captions)
-    assert shell(preparation) == printed
+    _, *argv = shlex.split(preparation)
+    assert argv[:2] == ["-m", "lib.prepare"]
+    assert prepare(capsys, *argv[2:])[1] == printed
     assert [len(open_split("data", "photos", split, 16).features) for split in SPLITS] == [4, 2, 2]
-    assert "rsum" in shell(training.replace("\n", " --device cpu\n")).lower()
-
-
-def shell(script):
-    """What a script prints, run with this Python."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["sh", "-e", "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    for line, program in zip(training.splitlines(), (train, test), strict=True):
+        _, name, *flags = shlex.split(line)
+        assert name == f"{program.__name__}.py"
+        assert program.main([*flags, "--device", "cpu"]) == 0
+    assert "rsum" in capsys.readouterr().out.lower()

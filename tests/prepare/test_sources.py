@@ -5,8 +5,7 @@ import pytest
 
 from lib.prepare.io import write_split
 from lib.prepare.sources import Features
-from tests.damage import refusal
-from tests.prepare.samples import IMG_DIM, make_images, prepare, write_image_files, write_store, write_tsv
+from tests.prepare.samples import IMG_DIM, make_images, prepare, refusal, write_image_files, write_store, write_tsv
 
 
 def check(features, images, boxes=True):

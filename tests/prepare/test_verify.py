@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 from lib.data.dataset import open_split
-from lib.prepare import verify
-from lib.prepare.__main__ import main
-from tests.damage import memory_below, write_bytes
+from tests.prepare.samples import prepare, write_lines
 
 IMAGES = {"train": 12, "dev": 4, "testall": 6}
 REGIONS, IMG_DIM = 3, 4
 FIRST_ID = {"train": 100, "dev": 200, "testall": 300}
-
-
-def write_lines(path, lines):
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def write_split(folder, split, features, ids, repeats=1):
@@ -43,14 +37,7 @@ def folder(tmp_path):
 @pytest.fixture
 def run(folder, capsys):
     """Runs the command: what it printed, and its error."""
-
-    def run():
-        code = main(["verify", "--data_path", str(folder.parent), "--data_name", folder.name])
-        out, err = capsys.readouterr()
-        assert (code, bool(err)) in ((0, False), (2, True))
-        return out, err
-
-    return run
+    return lambda: prepare(capsys, "verify", "--data_path", folder.parent, "--data_name", folder.name)[1:]
 
 
 def findings(out, kind):
@@ -59,9 +46,7 @@ def findings(out, kind):
 
 def change(path, act):
     """Store what `act` makes of an array."""
-    array = act(np.load(path))
-    path.unlink()
-    np.save(path, array)
+    np.save(path, act(np.load(path)))
 
 
 # Sound data
@@ -143,7 +128,7 @@ def test_a_picture_or_two_in_very_many_is_no_fault(folder, run):
     out, err = run()
     assert err == ""
     (note,) = findings(out, "note")
-    assert note == "train_ims.npy: 1 image with the very features of one before, in rows 1999"
+    assert note == "train_ims.npy: 1 image with the features of an image before, in rows 1999"
 
 
 # Faults
@@ -173,17 +158,12 @@ def lines(name, change):
 
 
 def raw(name, content):
-    return lambda folder: write_bytes(folder / name, content)
-
-
-def several(*acts):
-    return lambda folder: [act(folder) for act in acts]
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 FAULTS = {
     "NaN": (ims("train", poke((7, 1, 2), np.nan)), "train_ims.npy: NaN or infinite features in 1 row: 7"),
     "infinity": (ims("train", poke([3, 5, 11], np.inf)), "infinite features in 3 rows: 3, 5, 11"),
-    "many NaN": (ims("train", poke(slice(2, 12), np.nan)), "in 10 rows: 2, 3, 4, 5, 6, ..."),
     "NaN in a repeated row": (ims("testall", poke((8, 0, 0), np.nan)), "infinite features in 1 row: 8"),
     "repeated rows that differ": (
         ims("testall", poke((11, 0, 0), 1)),
@@ -191,18 +171,11 @@ FAULTS = {
     ),
     "images alike": (
         ims("train", lambda rows: poke(slice(4, 6), rows[0])(rows)),
-        "train_ims.npy: 2 images with the very features of one before, in rows 4, 5",
-    ),
-    "every image twice": (
-        ims("train", lambda rows: rows[:6].repeat(2, axis=0)),
-        "6 images with the very features of one before, in rows 1, 3, 5, 7, 9, ...",
+        "train_ims.npy: 2 images with the features of an image before, in rows 4, 5",
     ),
     "too few ids": (lines("train_ids.txt", lambda ids: ids[:11]), "train_ids.txt: 11 ids do not fit 12 images"),
-    "too many ids": (lines("train_ids.txt", lambda ids: ids * 9), "train_ids.txt: 108 ids do not fit 12 images"),
     "an id twice": (lines("train_ids.txt", lambda ids: [*ids[:11], ids[3]]), "train_ids.txt: 1 id more than once: 103"),
     "an empty id": (lines("train_ids.txt", lambda ids: [*ids[:11], ""]), "train_ids.txt: line 12 is not"),
-    "an id that writes to the terminal": (raw("train_ids.txt", b"\x1b[2J\n"), "train_ids.txt: line 1 is not"),
-    "an id without an end": (raw("train_ids.txt", b"1\n" + b"1" * 10**6), "train_ids.txt: line 2 is longer"),
     "ids not in fives": (
         lines("dev_ids.txt", lambda ids: [*np.repeat(ids, 5)[:19], "9"]),
         "dev_ids.txt: line 20 differs",
@@ -215,21 +188,16 @@ FAULTS = {
         lines("testall_ids.txt", lambda ids: [str(one) for one in range(105, 111)]),
         "train and testall share 6 images, by id: 105, 106, 107, 108, 109, ...",
     ),
-    "dev in testall": (lines("testall_ids.txt", lambda ids: [*ids[:5], "200"]), "dev and testall share 1 image"),
     "train in dev under other ids": (
         lambda folder: np.save(folder / "dev_ims.npy", np.load(folder / "train_ims.npy")[[2, 3, 9, 4]]),
         "train and dev share 4 images, by features: images 2, 3, 4, 9 of train",
     ),
     "boxes of another shape": (boxes(lambda boxes: boxes[:, :2]), "dev_boxes.npy: no boxes of these features"),
-    "boxes of too many images": (boxes(lambda boxes: boxes.repeat(900, axis=0)), "dev_boxes.npy: no boxes of these"),
     "boxes that are NaN": (boxes(poke((0, 0, 0), np.nan)), "dev_boxes.npy: no boxes of these features (NaN"),
-    "boxes that are none": (raw("dev_boxes.npy", b"boxes"), "dev_boxes.npy: no boxes of these features"),
     "repeated boxes that differ": (
         boxes(lambda boxes: boxes.repeat(5, axis=0) * (np.arange(20) != 17)[:, None, None]),
-        "dev_boxes.npy: rows 15 to 19 differ",
+        "dev_boxes.npy: no boxes of these features (the five rows of an image differ)",
     ),
-    "sizes of too few images": (raw("dev_sizes.txt", b"640 480\n"), "dev_sizes.txt: expected a line of two numbers"),
-    "sizes that are none": (raw("dev_sizes.txt", b"640 0\n" * 4), "dev_sizes.txt: expected a line of two numbers"),
     "another feature size": (
         ims("dev", lambda rows: rows[..., :2]),
         "features of different size, no model takes both: train 4, dev 2, test 4, testall 4",
@@ -252,18 +220,15 @@ def test_a_fault_is_found_named_and_the_only_one(folder, run, fault):
     out, err = run()
     (said,) = findings(out, "fault")
     assert words in said
-    assert "\x1b" not in out
     assert err == f"error: {folder}: 1 fault\n"
 
 
 def test_a_broken_split_does_not_hide_the_faults_of_the_others(folder, run):
     for fault in ("NaN", "repeated rows that differ", "captions not UTF-8", "an id twice"):
         FAULTS[fault][0](folder)
-    (folder / "\x1b[2J_ims.npy").write_bytes(b"")
     out, err = run()
-    assert err == f"error: {folder}: 5 faults\n"
-    assert len(findings(out, "fault")) == 5
-    assert "\x1b" not in out
+    assert err == f"error: {folder}: 4 faults\n"
+    assert len(findings(out, "fault")) == 4
     assert [line.split()[0] for line in out.split("\n\n")[0].splitlines()] == ["split", "train", "test", "testall"]
 
 
@@ -273,30 +238,3 @@ def test_a_folder_without_features_is_refused_as_in_training(folder, run):
     assert f"{folder / 'train_ims.npy'} is missing" in run()[1]
     shutil.rmtree(folder)
     assert "no data set at" in run()[1]
-
-
-def test_a_trap_in_the_boxes_does_not_spring(folder, run, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return open, (str(tmp_path / "sprung"), "w")
-
-    np.save(folder / "dev_boxes.npy", np.array([Trap()] * 48, dtype=object).reshape(4, 3, 4), allow_pickle=True)
-    assert "1 fault" in run()[1]
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_features_are_read_in_blocks(folder, run, monkeypatch):
-    for path in folder.iterdir():
-        path.unlink()
-    write_split(folder, "train", np.random.default_rng(1).random((500, 36, 64), np.float32), range(1000, 1500))
-    monkeypatch.setattr(verify, "BLOCK_BYTES", 2**18)
-    with memory_below(3 * 2**20):  # of 4.6 MB
-        assert run()[1] == ""
-
-
-@pytest.mark.parametrize("block", [1, 100, 2**20])
-def test_the_size_of_the_blocks_does_not_matter(folder, run, monkeypatch, block):
-    monkeypatch.setattr(verify, "BLOCK_BYTES", block)
-    for fault in ("NaN", "repeated rows that differ"):
-        FAULTS[fault][0](folder)
-    assert [said.split(":")[-1] for said in findings(run()[0], "fault")] == [" 7", " 10 to 14"]
