@@ -140,7 +140,11 @@ class TextEncoder(nn.Module):
         # transformers looks, too, but only into masks of two dimensions.
         unmasked = ids.device.type == "cpu" and attended.all()
         mask = None if unmasked else attended[:, None, None]
-        return self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self.states(input_ids=ids, attention_mask=mask)
+
+    def states(self, **inputs: Tensor | None) -> Tensor:
+        """The states (C, N, hidden) that words are made from: the language model's last ones."""
+        return self.backbone(**inputs).last_hidden_state
 
 
 def groups_of_like_length(lengths: Tensor, size: int) -> list[Tensor] | list[slice]:

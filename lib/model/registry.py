@@ -69,9 +69,11 @@ def build(kind: str, part: Mapping[str, Any], embed_size: int, **given: Any) -> 
 
 def check_options(kind: str, part: Mapping[str, Any], make: Callable) -> None:
     """Raises ValueError naming an option that a part does not take."""
-    takes = list(inspect.signature(make).parameters)
+    parameters = inspect.signature(make).parameters
+    takes = list(parameters)
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in part["options"]:
-        if option not in takes:
+        if option not in takes and not any_name:
             raise ValueError(f"--{kind} {part['name']}: has no option {option!r}; it takes {', '.join(takes[1:])}")
 
 
