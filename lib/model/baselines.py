@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lib.model.engine import PlainScorer
+from lib.model.engine.plain import PlainScorer
 from lib.model.layers import l2_normalize, pad_rows
 from lib.model.xdim import AdaptiveGate, XDimSimilarity
 

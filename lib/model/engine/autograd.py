@@ -12,7 +12,6 @@ that depends on most pairs is differentiated while it is computed.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lib.model.engine.norms import ContextNorm, DiagonalNorm, Norm, differentiable_norm, scoring_norm
+from lib.model.engine.plain import PairLoss, PlainEngine
 from lib.model.engine.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
 from lib.model.layers import EPSILON
 from lib.model.shard import Shard
@@ -28,17 +28,12 @@ from lib.model.shard import Shard
 FEW_PAIRS = 0.4
 ONE_IN = 8  # every eighth image is scored coarsely to estimate that share
 
-PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-class TiledEngine:
+class TiledEngine(PlainEngine):
     """Scores by attention of words over regions; products in bfloat16 under autocast, the rest in float32.
 
     similarity: has dependency() (D or None), diagonal, log_temperature; see XDimSimilarity.
     """
-
-    def __init__(self, similarity: Any):
-        self.similarity = similarity
 
     def __call__(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
         """Scores (I, C) of all pairs, differentiable. Arguments as XDimSimilarity.forward takes them."""
@@ -57,17 +52,10 @@ class TiledEngine:
         real: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
-        """Sum of a loss over all wrong pairs, where image k belongs to caption k.
-
-        loss: of scores (G, c), the true scores of their images (G, 1) and of their captions (c,); a number for each
-        pair (G, c), differentiable. shard: the images are this process's pairs, the captions are all. Returns a scalar,
-        differentiable, the same on all processes.
-        """
+        """As PlainEngine's; differentiated while it is computed where most pairs count."""
         shard = shard or Shard(len(lengths))
         if self._share_of_violations(loss, regions, words, lengths, real, shard) <= FEW_PAIRS:
-            scores = shard.gather_outputs(self(regions, words, lengths, real), shard.sizes)
-            true, wrong = scores.diagonal(), ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-            return loss(scores, true[:, None], true).where(wrong, 0).sum()
+            return super().sum_over_negatives(loss, regions, words, lengths, real, shard)
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
             _, *parameters = self._parameters(regions)

@@ -1,0 +1,79 @@
+"""Scores by a similarity's own formula, differentiated by ordinary autograd: `--engine plain`, and any cheap
+similarity.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.model.shard import Shard
+
+PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class PlainEngine:
+    """Scores by a similarity's own forward(), differentiated by ordinary autograd."""
+
+    def __init__(self, similarity: Any):
+        self.similarity = similarity
+
+    def __call__(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C)."""
+        return self.similarity(regions, words, lengths, real)
+
+    def sum_over_negatives(
+        self,
+        loss: PairLoss,
+        regions: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        real: Tensor | None = None,
+        shard: Shard | None = None,
+    ) -> Tensor:
+        """Sum of a loss over all wrong pairs, where image k belongs to caption k.
+
+        loss: of scores (G, c), the true scores of their images (G, 1) and of their captions (c,); a number for each
+        pair (G, c), differentiable. shard: the images are this process's pairs, the captions are all. Returns a scalar,
+        differentiable, the same on all processes.
+        """
+        shard = shard or Shard(len(lengths))
+        scores = shard.gather_outputs(self(regions, words, lengths, real), shard.sizes)
+        true = scores.diagonal()
+        wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        return loss(scores, true[:, None], true).where(wrong, 0).sum()
+
+    def scorer(self, coarse: bool = False) -> "PlainScorer":
+        """Scores without gradients; there are no coarser ones."""
+        own = getattr(self.similarity, "scorer", None)
+        return own() if own else PlainScorer(self.similarity)
+
+
+class PlainScorer:
+    """Scores without gradients, in the precision that autocast had when it was made."""
+
+    def __init__(self, similarity: Any):
+        self.similarity = similarity
+        kinds = {parameter.device.type for parameter in similarity.parameters()} or {"cpu"}
+        self.autocast = {kind: (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds}
+
+    @torch.no_grad()
+    def all_pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C)."""
+        kind = regions.device.type
+        dtype, enabled = self.autocast.get(kind, (torch.bfloat16, False))
+        with torch.autocast(kind, dtype, enabled):
+            return self.similarity(regions, words, lengths, real)
+
+    def pairs(
+        self,
+        regions: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        images: Tensor,
+        captions: Tensor,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """Scores (P,) of image k and caption k, for indices (P,) of both."""
+        return self.all_pairs(regions, words, lengths, real)[images.to(regions.device), captions.to(regions.device)]
