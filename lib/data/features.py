@@ -76,12 +76,13 @@ class FeatureFile:
         `out` is float16.
         """
         out = np.empty((len(rows), self.img_dim), self.dtype) if out is None else out
-        step = max(1, BLOCK_BYTES // self._row_bytes)
+        step, converts = max(1, BLOCK_BYTES // self._row_bytes), out.dtype != self.dtype
+        buffer = np.empty((min(step, len(rows)), self.img_dim), self.dtype) if converts else None
         for first in range(0, len(rows), step):
             some, features = rows[first : first + step], out[first : first + step]
-            stored = features if features.dtype == self.dtype else np.empty(features.shape, self.dtype)
+            stored = features if buffer is None else buffer[: len(some)]
             self._fill(stored, self._stored(some))
-            if stored is not features:
+            if converts:
                 torch.from_numpy(features).copy_(torch.from_numpy(stored))  # faster than NumPy's conversion
             if not _is_finite(features):
                 self._refuse(some, stored)
