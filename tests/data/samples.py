@@ -24,8 +24,7 @@ def write(folder, features, captions=None, counts=None, offsets=None):
     """A data set of the split dev. counts: captions of each image. offsets: of packed features."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "dev_ims.npy", features)
-    lines = make_captions() if captions is None else captions
-    (folder / "dev_caps.txt").write_bytes("".join(f"{line}\n" for line in lines).encode())
+    (folder / "dev_caps.txt").write_text("".join(f"{line}\n" for line in captions or make_captions()))
     if counts is not None:
         (folder / "dev_caps_counts.txt").write_text("".join(f"{count}\n" for count in counts))
     if offsets is not None:
