@@ -167,4 +167,4 @@ def make_vocabulary() -> list[str]:
     trainer = trainers.WordPieceTrainer(vocab_size=450, special_tokens=given, show_progress=False)
     tokenizer.train_from_iterator(sorted(caption for _, captions in made for caption in captions), trainer)
     ids = tokenizer.get_vocab()
-    return sorted(ids, key=ids.get)
+    return sorted(ids, key=lambda piece: ids[piece])

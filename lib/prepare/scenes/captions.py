@@ -15,48 +15,29 @@ from lib.prepare.scenes.world import Scene, Thing, place, relations
 CAPTIONS_PER_PICTURE = 5
 SHORTEST, LONGEST = 6, 20  # words of a caption
 BACKGROUND_CHANCE, CAPITAL_CHANCE, PERIOD_CHANCE = 0.35, 0.6, 0.5
-MENTION_CHANCES = {  # attribute: chance that a description says it; two values have a chance of their own
-    **{"size": 0.45, "texture": 0.55, "colour": 0.85, "shape": 0.93},
-    **{"medium": 0.1, "plain": 0.08},
-}
+MENTION_CHANCES = {"size": 0.45, "texture": 0.55, "colour": 0.85, "shape": 0.93}  # that a description says it
+MENTION_CHANCES |= {"medium": 0.1, "plain": 0.08}  # values that are rarely worth a word
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 WORDS = {  # what can be said in several ways, or only in words of its own
-    "small": "small|tiny|little",
-    "medium": "medium-sized",
-    "large": "large|big",
-    "plain": "plain|solid",
-    "dotted": "dotted|spotted",
-    "checkered": "checkered|checked",
-    "purple": "purple|violet",
-    "circle": "circle|disc",
-    "ring": "ring|hoop",
-    "cross": "cross|plus sign",
-    "diamond": "diamond|rhombus",
-    "crescent": "crescent|moon",
-    "left of": "to the left of|left of",
-    "right of": "to the right of|right of",
-    "above": "above|over",
-    "below": "below|under|beneath",
-    "nearby": "next to|beside|close to",
-    "in front": "in front of|partly covering",
-    "behind": "behind|partly hidden by",
+    "small": "small|tiny|little", "medium": "medium-sized", "large": "large|big",
+    "plain": "plain|solid", "dotted": "dotted|spotted", "checkered": "checkered|checked", "purple": "purple|violet",
+    "circle": "circle|disc", "ring": "ring|hoop", "cross": "cross|plus sign",
+    "diamond": "diamond|rhombus", "crescent": "crescent|moon",
+    "left of": "to the left of|left of", "right of": "to the right of|right of",
+    "above": "above|over", "below": "below|under|beneath", "nearby": "next to|beside|close to",
+    "in front": "in front of|partly covering", "behind": "behind|partly hidden by",
     "top left": "in the top left corner|in the upper left",
     "top right": "in the top right corner|in the upper right",
     "bottom left": "in the bottom left corner|in the lower left",
     "bottom right": "in the bottom right corner|in the lower right",
-    "top": "at the top|near the top",
-    "bottom": "at the bottom|near the bottom",
-    "left": "on the left|on the left side",
-    "right": "on the right|on the right side",
+    "top": "at the top|near the top", "bottom": "at the bottom|near the bottom",
+    "left": "on the left|on the left side", "right": "on the right|on the right side",
     "middle": "in the middle|in the centre",
-    "grey": "on a plain grey background|on plain grey",
-    "gradient": "on a fading background|on a smooth gradient",
-    "noise": "on a noisy background|on a grainy grey background",
-    "bricks": "on a brick wall|against a wall of bricks",
-    "stripes": "on a striped background|against wide stripes",
-    "grid": "on a grid|on squared paper",
+    "grey": "on a plain grey background|on plain grey", "gradient": "on a fading background|on a smooth gradient",
+    "noise": "on a noisy background|on a grainy grey background", "bricks": "on a brick wall|against a wall of bricks",
+    "stripes": "on a striped background|against wide stripes", "grid": "on a grid|on squared paper",
     "night": "in the night sky|against a dark night sky",
-}
+}  # fmt: skip
 Option = TypeVar("Option")
 
 
@@ -80,8 +61,9 @@ class _Writer:
         self.scene, self.overlaps, self.rng = scene, overlaps(scene), rng
 
     def sentence(self) -> str:
-        patterns = (self.related, self.related, self.with_it, self.listed, self.placed, self.counted, self.counted_all)
-        return self.choose(patterns)(*(self.scene.things[i] for i in self.rng.permutation(len(self.scene.things))))
+        pattern = self.choose(("related", "related", "with_it", "listed", "placed", "counted", "counted_all"))
+        things = [self.scene.things[i] for i in self.rng.permutation(len(self.scene.things))]
+        return getattr(self, pattern)(*things)
 
     def related(self, a: Thing, b: Thing, c: Thing, *_: Thing) -> str:
         """A big red star is above a ring and there is a blue cross at the top."""
@@ -160,7 +142,6 @@ class _Writer:
         return self.say(self.choose(true)) if true else ""
 
     def where(self, thing: Thing) -> str:
-        """Words for a thing's place in the picture; empty where nobody would say."""
         return self.say(place(thing))
 
     def with_background(self, text: str) -> str:
@@ -171,7 +152,7 @@ class _Writer:
         return self.choose(WORDS.get(alternatives, alternatives).split("|"))
 
     def choose(self, options: Sequence[Option]) -> Option:
-        return options[self.rng.integers(len(options))]
+        return options[int(self.rng.integers(len(options)))]
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability

@@ -26,44 +26,35 @@ def _rays(lengths: list[float]) -> np.ndarray:
     return np.stack([lengths * np.sin(angles), -np.array(lengths) * np.cos(angles)], axis=1)
 
 
-def _heart() -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 28, endpoint=False)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 15.5
-
-
-_A = 0.34  # half the width of the cross's arms
-_CROSS = [(_A, -1), (_A, -_A), (1, -_A), (1, _A), (_A, _A), (_A, 1)]
+T = np.linspace(0, 2 * np.pi, 28, endpoint=False)
+HEART_HEIGHT = 13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T)
+CROSS = [(0.34, -1), (0.34, -0.34), (1, -0.34), (1, 0.34), (0.34, 0.34), (0.34, 1)]  # its right half
 POLYGONS = {  # corners in units of the thing's radius
     "square": 0.86 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
     "triangle": np.array([(0, -0.95), (1.02, 0.82), (-1.02, 0.82)]),
     "star": _rays([1.1, 0.46] * 5),
-    "cross": np.array([*_CROSS, *((-x, -y) for x, y in _CROSS)]),
+    "cross": np.array([*CROSS, *((-x, -y) for x, y in CROSS)]),
     "diamond": np.array([(0, -1.1), (0.74, 0), (0, 1.1), (-0.74, 0)]),
     "hexagon": _rays([1.0] * 6),
-    "heart": _heart(),
+    "heart": np.stack([16 * np.sin(T) ** 3, -HEART_HEIGHT - 2.5], axis=1) / 15.5,
 }
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance of points to a shape of radius 1 around the origin."""
-    if shape in POLYGONS:
-        return _polygon_distance(x, y, POLYGONS[shape])
-    r = np.hypot(x, y)
+    """Signed distance of points to a shape of radius 1 around the origin.
+
+    To a polygon as by Quilez, "2D distance functions": the nearest edge, the sign by the even-odd rule.
+    """
+    if shape == "circle":
+        return np.hypot(x, y) - 1
     if shape == "ring":
-        return np.abs(r - 0.74) - 0.26
+        return np.abs(np.hypot(x, y) - 0.74) - 0.26
     if shape == "crescent":
-        return np.maximum(r - 1, 0.82 - np.hypot(x - 0.5, y + 0.1))
-    return r - 1  # a circle
-
-
-def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Signed distance of points to a polygon (Quilez, "2D distance functions"): nearest edge, even-odd rule."""
-    squared = np.full_like(x, np.inf)
-    inside = np.zeros(x.shape, bool)
-    for (ax, ay), (bx, by) in zip(corners.tolist(), np.roll(corners, -1, axis=0).tolist(), strict=True):
-        ex, ey = bx - ax, by - ay
-        px, py = x - ax, y - ay
+        return np.maximum(np.hypot(x, y) - 1, 0.82 - np.hypot(x - 0.5, y + 0.1))
+    squared, inside = np.full_like(x, np.inf), np.zeros(x.shape, bool)
+    corners = POLYGONS[shape].tolist()
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+        ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
         along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
         squared = np.minimum(squared, (px - along * ex) ** 2 + (py - along * ey) ** 2)
         if ey:
@@ -112,8 +103,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def _paint(thing: Thing, rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Colour of a thing's surface at the given points, its texture in a second tone: (3, h, w)."""
-    base = np.array(COLOURS[thing.colour]) * rng.uniform(*GAIN_RANGE) + rng.normal(0, SHADE_JITTER, 3)
-    base = base.astype(np.float32)[:, None, None]
+    colour = np.array(COLOURS[thing.colour]) * rng.uniform(*GAIN_RANGE) + rng.normal(0, SHADE_JITTER, 3)
+    base = colour.astype(np.float32)[:, None, None]
     second = 0.42 * base if base.mean() > 0.45 else base + 0.55 * (1 - base)
     angle, phase, other_phase = (rng.uniform(0, turn) for turn in (np.pi, 2 * np.pi, 2 * np.pi))
     frequency = 2 * np.pi / rng.uniform(*PATTERN_PERIOD)
@@ -132,35 +123,32 @@ def _soft_step(wave: np.ndarray) -> np.ndarray:
 
 def _background(name: str, rng: np.random.Generator) -> np.ndarray:
     """An empty picture, its two colours mixed by a pattern: float32 (3, H, W), 0 to 1."""
-    share = _background_pattern(name, rng)
-    low, high = np.array(BACKGROUNDS[name][:2], np.float32)[..., None, None]
-    tint = rng.normal(0, 0.025, (3, 1, 1)).astype(np.float32)
-    return np.broadcast_to(low + tint + (high - low) * share, (3, PICTURE_SIZE, PICTURE_SIZE)).copy()
-
-
-def _background_pattern(name: str, rng: np.random.Generator) -> np.ndarray | float:
-    """The share of a background's second colour, 0 to 1: (H, W), or one number for all pixels."""
+    share: float | np.ndarray  # of the second colour, 0 to 1
     if name == "grey":
-        return rng.uniform(0, 1)
-    if name == "gradient":
+        share = rng.uniform(0, 1)
+    elif name == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         ramp = math.cos(angle) * (X - PICTURE_SIZE / 2) + math.sin(angle) * (Y - PICTURE_SIZE / 2)
-        return np.clip(0.5 + ramp / PICTURE_SIZE, 0, 1)
-    if name == "noise":
-        return rng.random((PICTURE_SIZE // 2, PICTURE_SIZE // 2), np.float32).repeat(2, axis=0).repeat(2, axis=1)
-    if name == "bricks":
+        share = np.clip(0.5 + ramp / PICTURE_SIZE, 0, 1)
+    elif name == "noise":
+        share = rng.random((PICTURE_SIZE // 2, PICTURE_SIZE // 2), np.float32).repeat(2, axis=0).repeat(2, axis=1)
+    elif name == "bricks":
         width, height = rng.uniform(17, 22), rng.uniform(8, 11)
         y = Y + rng.uniform(0, height)
         row = np.floor(y / height)
         x = X + rng.uniform(0, width) + row % 2 * width / 2
         tone = np.sin(7.1 * row + 3.7 * np.floor(x / width))
-        return ((x % width > 1.8) & (y % height > 1.8)) * (0.9 + 0.15 * tone)
-    if name == "stripes":
+        share = ((x % width > 1.8) & (y % height > 1.8)) * (0.9 + 0.15 * tone)
+    elif name == "stripes":
         angle, period = rng.uniform(0, np.pi), rng.uniform(15, 22)
-        return _soft_step(2 * np.sin(2 * np.pi / period * (math.cos(angle) * X + math.sin(angle) * Y)))
-    if name == "grid":
+        share = _soft_step(2 * np.sin(2 * np.pi / period * (math.cos(angle) * X + math.sin(angle) * Y)))
+    elif name == "grid":
         pitch = rng.uniform(11, 15)
         x, y = X + rng.uniform(0, pitch), Y + rng.uniform(0, pitch)
-        return ((x % pitch < 1.4) | (y % pitch < 1.4)).astype(np.float32)
-    stars = rng.random((PICTURE_SIZE, PICTURE_SIZE), np.float32) < 0.006  # in the night
-    return rng.uniform(0.4, 1) * stars + 0.12 * (1 - Y / PICTURE_SIZE)
+        share = ((x % pitch < 1.4) | (y % pitch < 1.4)).astype(np.float32)
+    else:  # night
+        stars = rng.random((PICTURE_SIZE, PICTURE_SIZE), np.float32) < 0.006
+        share = rng.uniform(0.4, 1) * stars + 0.12 * (1 - Y / PICTURE_SIZE)
+    low, high = np.array(BACKGROUNDS[name][:2], np.float32)[..., None, None]
+    tint = rng.normal(0, 0.025, (3, 1, 1)).astype(np.float32)
+    return np.broadcast_to(low + tint + (high - low) * share, (3, PICTURE_SIZE, PICTURE_SIZE)).copy()

@@ -9,7 +9,8 @@ Legend: B pictures, C channels, H x W pixels, N windows, R regions. RGB values a
 """
 
 import math
-from functools import cache
+from functools import cache, reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -49,9 +50,13 @@ def describe(pictures: Tensor) -> tuple[Tensor, Tensor]:
 def propose(rgb: Tensor) -> Tensor:
     """REGIONS boxes of each picture (B, 3, H, W): the whole picture, then windows by falling objectness."""
     size = rgb.shape[-1]
-    windows = _windows(size)
-    whole = torch.tensor([[0, 0, size, size]])
-    return torch.stack([torch.cat([whole, _thin(windows, row)]) for row in _objectness(rgb, windows)]).float()
+    windows, boxes = _windows(size), []
+    for scores, order in zip(*_objectness(rgb, windows).sort(descending=True, stable=True), strict=True):
+        shortlist = windows[order[:SHORTLIST]]
+        kept = nms(shortlist.float(), scores[:SHORTLIST], MAX_OVERLAP)
+        spare = torch.ones(len(shortlist), dtype=torch.bool).index_fill(0, kept, False)  # where too few are kept
+        boxes.append(torch.cat([torch.tensor([[0, 0, size, size]]), shortlist[kept], shortlist[spare]])[:REGIONS])
+    return torch.stack(boxes).float()
 
 
 @cache
@@ -66,16 +71,17 @@ def _windows(size: int) -> Tensor:
 
 
 def _objectness(rgb: Tensor, windows: Tensor) -> Tensor:
-    """How much the inside of each window differs from the ring around it: (B, N)."""
-    size = rgb.shape[-1]
-    *_, squared = _gradients(rgb)
-    maps = torch.cat([rgb, squared.sqrt()], dim=1)
+    """How much the inside of each window differs from the ring around it, in colour and edges: (B, N)."""
+    maps = torch.cat([rgb, _gradients(rgb)[2].sqrt()], dim=1)
     integral = pad(maps.cumsum(2).cumsum(3), (1, 0, 1, 0)).permute(2, 3, 0, 1).contiguous()  # (H + 1, W + 1, B, 4)
-    margin = (RING_WIDTH * (windows[:, 2:] - windows[:, :2])).round().long()
-    around = torch.cat([windows[:, :2] - margin, windows[:, 2:] + margin], dim=1).clamp(0, size)
+    around = _widen(windows, (RING_WIDTH * (windows[:, 2:] - windows[:, :2])).round().long()).clamp(0, rgb.shape[-1])
     (inner, inner_area), (outer, outer_area) = _box_sums(integral, windows), _box_sums(integral, around)
     contrast = inner / inner_area - (outer - inner) / (outer_area - inner_area)  # (N, B, 4)
     return (contrast[..., :3].norm(dim=-1) + contrast[..., 3]).T
+
+
+def _widen(boxes: Tensor, margin: Tensor) -> Tensor:
+    return torch.cat([boxes[..., :2] - margin, boxes[..., 2:] + margin], dim=-1)
 
 
 def _box_sums(integral: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,16 +89,6 @@ def _box_sums(integral: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     x1, y1, x2, y2 = boxes.unbind(1)
     area = (x2 - x1) * (y2 - y1)
     return integral[y2, x2] - integral[y1, x2] - integral[y2, x1] + integral[y1, x1], area[:, None, None]
-
-
-def _thin(windows: Tensor, scores: Tensor) -> Tensor:
-    """The best REGIONS - 1 windows that overlap little; the best of the others where too few are left."""
-    scores, order = scores.sort(descending=True, stable=True)
-    shortlist = windows[order[:SHORTLIST]]
-    kept = nms(shortlist.float(), scores[:SHORTLIST], MAX_OVERLAP)
-    spare = torch.ones(len(shortlist), dtype=torch.bool)
-    spare[kept] = False
-    return torch.cat([shortlist[kept], shortlist[spare]])[: REGIONS - 1]
 
 
 def _pool(maps: Tensor, boxes: Tensor, grid: int, scale: float = 1) -> Tensor:
@@ -133,8 +129,8 @@ def _blur(maps: Tensor, side: int) -> Tensor:
     """Mean over a square window of odd side, along one axis and then the other."""
     height, width = maps.shape[-2:]
     padded = pad(maps, (side // 2,) * 4, mode="replicate")
-    rows = sum(padded[:, :, i : i + height] for i in range(side))
-    return sum(rows[..., i : i + width] for i in range(side)) / side**2
+    rows = reduce(add, (padded[:, :, i : i + height] for i in range(side)))
+    return reduce(add, (rows[..., i : i + width] for i in range(side))) / side**2
 
 
 def _texture(rgb: Tensor, boxes: Tensor) -> Tensor:
@@ -150,15 +146,14 @@ def _texture(rgb: Tensor, boxes: Tensor) -> Tensor:
     skew = (cube - 3 * mean * square + 2 * mean**3) / (deviation**3 + 1e-4)
     coherence = (difference**2 + product**2).sqrt() / (energy + 1e-4)
     busyness = (energy / (variance + 1e-3)).sqrt()
-    maps = [energy.sqrt(), deviation, coherence, skew, skew.abs(), busyness, spots / (deviation + 0.03)]
-    return _pool(torch.cat(maps, dim=1), boxes, TEXTURE_GRID, scale=1 / 2)
+    measures = [energy.sqrt(), deviation, coherence, skew, skew.abs(), busyness, spots / (deviation + 0.03)]
+    return _pool(torch.cat(measures, dim=1), boxes, TEXTURE_GRID, scale=1 / 2)
 
 
 def _silhouette(rgb: Tensor, boxes: Tensor) -> Tensor:
     """Distance in colour of each cell of a grid from the mean of the cells around the box, the largest being 1."""
-    margin = (boxes[..., 2:] - boxes[..., :2]) / SILHOUETTE_GRID
-    around = torch.cat([boxes[..., :2] - margin, boxes[..., 2:] + margin], dim=-1)
     side = SILHOUETTE_GRID + 2
+    around = _widen(boxes, (boxes[..., 2:] - boxes[..., :2]) / SILHOUETTE_GRID)
     cells = _pool(rgb, around, side).unflatten(1, (3, side, side))  # (B * R, 3, side, side)
     inside = cells[:, :, 1:-1, 1:-1]
     outside = (cells.sum((2, 3)) - inside.sum((2, 3))) / (side**2 - SILHOUETTE_GRID**2)

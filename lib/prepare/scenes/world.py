@@ -15,17 +15,10 @@ SIZE_CHANCES = (0.35, 0.4, 0.25)
 TEXTURES, TEXTURE_CHANCES = ("plain", "striped", "dotted", "checkered"), (0.4, 0.2, 0.2, 0.2)
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "hexagon", "heart", "crescent")
 COLOURS = {  # red, green, blue, each 0 to 1
-    "red": (0.84, 0.12, 0.12),
-    "orange": (0.96, 0.53, 0.08),
-    "yellow": (0.95, 0.88, 0.15),
-    "green": (0.13, 0.60, 0.20),
-    "blue": (0.13, 0.30, 0.85),
-    "purple": (0.48, 0.16, 0.62),
-    "pink": (0.97, 0.55, 0.74),
-    "brown": (0.45, 0.27, 0.11),
-    "black": (0.07, 0.07, 0.08),
-    "white": (0.96, 0.96, 0.96),
-}
+    "red": (0.84, 0.12, 0.12), "orange": (0.96, 0.53, 0.08), "yellow": (0.95, 0.88, 0.15), "green": (0.13, 0.60, 0.20),
+    "blue": (0.13, 0.30, 0.85), "purple": (0.48, 0.16, 0.62), "pink": (0.97, 0.55, 0.74), "brown": (0.45, 0.27, 0.11),
+    "black": (0.07, 0.07, 0.08), "white": (0.96, 0.96, 0.96),
+}  # fmt: skip
 BACKGROUNDS = {  # name: the two colours that its pattern mixes, the colour of things that could not be seen on it
     "grey": ((0.52, 0.52, 0.52), (0.70, 0.70, 0.70), None),
     "gradient": ((0.38, 0.45, 0.52), (0.80, 0.83, 0.86), "white"),
@@ -72,23 +65,25 @@ def make_scene(rng: np.random.Generator) -> Scene:
     colours = [colour for colour in COLOURS if colour != BACKGROUNDS[background][2]]
     things: list[Thing] = []
     for _ in range(rng.choice(THING_COUNTS, p=THING_COUNT_CHANCES)):
-        things.append(_make_thing(rng, colours, things))
+        colour, shape = str(rng.choice(colours)), str(rng.choice(SHAPES))
+        if things and rng.random() < REPEAT_CHANCE:
+            shape = things[rng.integers(len(things))].shape
+        elif things and rng.random() < REPEAT_CHANCE:
+            colour = things[rng.integers(len(things))].colour
+        texture = str(rng.choice(TEXTURES, p=TEXTURE_CHANCES))
+        size, x, y, radius = _find_room(rng, things)
+        things.append(Thing(size, texture, colour, shape, x, y, radius, rng.uniform(-MAX_ROTATION, MAX_ROTATION)))
     return Scene(background, tuple(things))
 
 
-def _make_thing(rng: np.random.Generator, colours: list[str], others: list[Thing]) -> Thing:
-    colour, shape = str(rng.choice(colours)), str(rng.choice(SHAPES))
-    if others and rng.random() < REPEAT_CHANCE:
-        shape = others[rng.integers(len(others))].shape
-    elif others and rng.random() < REPEAT_CHANCE:
-        colour = others[rng.integers(len(others))].colour
-    texture = str(rng.choice(TEXTURES, p=TEXTURE_CHANCES))
-    while True:  # until there is room; six small things always fit
+def _find_room(rng: np.random.Generator, things: list[Thing]) -> tuple[str, float, float, float]:
+    """Size, x, y and radius of one more thing. Six small ones always fit, so the search ends."""
+    while True:
         size = str(rng.choice(list(SIZES), p=SIZE_CHANCES))
         radius = rng.uniform(*SIZES[size])
         x, y = (rng.uniform(radius + 2, PICTURE_SIZE - radius - 2) for _ in range(2))
-        if all(hypot(x - other.x, y - other.y) >= CROWDING * (radius + other.radius) for other in others):
-            return Thing(size, texture, colour, shape, x, y, radius, rng.uniform(-MAX_ROTATION, MAX_ROTATION))
+        if all(hypot(x - thing.x, y - thing.y) >= CROWDING * (radius + thing.radius) for thing in things):
+            return size, x, y, radius
 
 
 def relations(a: Thing, b: Thing) -> list[str]:
