@@ -153,7 +153,7 @@ def read_json(path: Path) -> Any:
 def read_boxes(split: Split) -> np.ndarray | None:
     """Boxes (regions of all images, 4) from {split}_boxes.npy; None where there is no such file.
 
-    Where images stand five times in the file of features, their boxes may, too. Raises InputError where they are not
+    Where each image stands five times in the file of features, its boxes may, too. Raises InputError where they are not
     one box for each region, or hold NaN.
     """
     path, features = split.folder / f"{split.name}_boxes.npy", split.features
@@ -162,17 +162,15 @@ def read_boxes(split: Split) -> np.ndarray | None:
     regions = int(features.starts[-1])
     try:
         boxes = np.load(path, allow_pickle=False)
-        repeats = features.repeats if boxes.size == regions * features.repeats * BOX else 1
-        if boxes.size != regions * repeats * BOX or boxes.shape[-1] != BOX:
+        if boxes.shape[-1] != BOX or boxes.size not in (regions * BOX, regions * BOX * features.repeats):
             raise ValueError(f"{BOX} numbers for each of {regions} regions expected, shape {boxes.shape} found")
         if not np.isfinite(boxes).all():
             raise ValueError("NaN or infinite")
-        boxes = boxes.reshape(len(features) if repeats > 1 else 1, repeats, -1, BOX)
-        if (boxes != boxes[:, :1]).any():
-            raise ValueError("the five rows of an image differ")
     except (OSError, EOFError, ValueError) as error:
         raise InputError(f"{path}: no boxes of these features ({reason(error)}); delete it, or make it again") from None
-    return boxes[:, 0].reshape(-1, BOX).astype(np.float32)
+    if boxes.size > regions * BOX:
+        boxes = boxes.reshape(len(features), features.repeats, -1, BOX)[:, 0]
+    return boxes.reshape(-1, BOX)
 
 
 # Printing

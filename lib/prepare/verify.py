@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from lib.cli import InputError, with_bar
 from lib.data.dataset import Split, read_ids
+from lib.data.features import FeatureFile
 from lib.prepare import io
 
 # A collection of photographs may hold a few of them twice; where more images than this are alike, something is wrong.
@@ -97,11 +98,9 @@ def _check_split(folder: Path, name: str, found: Findings) -> Contents:
 
 def _check_features(split: Split, found: Findings) -> dict[bytes, int]:
     """Read all features once. Returns the digest of each image's, with the first image that has it."""
-    features, file = split.features, split.features.path.name
+    features, name = split.features, split.features.path.name
     not_finite, unequal, alike, digests = [], [], [], {}
-    stored = np.load(features.path, mmap_mode="r").reshape(-1, features.img_dim)  # read as a whole: NaN is not refused
-    for image, start in enumerate(with_bar(features.starts[:-1] * features.repeats, split.name, len(features))):
-        rows = np.array(stored[start : start + features.counts[image] * features.repeats]).reshape(features.repeats, -1)
+    for image, rows in enumerate(with_bar(_stored_images(features), split.name, len(features))):
         first = features.row_of(features.starts[image])
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
@@ -112,16 +111,23 @@ def _check_features(split: Split, found: Findings) -> dict[bytes, int]:
         if digests.setdefault(hashlib.blake2b(rows[0], digest_size=16).digest(), image) != image:
             alike.append(first)
     if not_finite:
-        rows = f"{_count(len(not_finite), 'row')}: {io.name_some(not_finite)}"
-        found.faults.append(f"{file}: NaN or infinite features in {rows}")
+        bad = f"{_count(len(not_finite), 'row')}: {io.name_some(not_finite)}"
+        found.faults.append(f"{name}: NaN or infinite features in {bad}")
     if unequal:
-        found.faults.append(f"{file}: holds each image five times, but these rows differ: {io.name_some(unequal)}")
+        found.faults.append(f"{name}: holds each image five times, but these rows differ: {io.name_some(unequal)}")
     if alike:
-        text = (
-            f"{file}: {_count(len(alike), 'image')} with the features of an image before, in rows {io.name_some(alike)}"
-        )
-        found.alike(text, len(alike), len(features))
+        same = f"{_count(len(alike), 'image')} with the features of an image before, in rows {io.name_some(alike)}"
+        found.alike(f"{name}: {same}", len(alike), len(features))
     return digests
+
+
+def _stored_images(features: FeatureFile) -> Iterator[np.ndarray]:
+    """Each image as it stands in the file, which may hold it several times: (repeats, numbers), NaN or not."""
+    sizes = features.counts * features.repeats * features.img_dim
+    with open(features.path, "rb") as file:
+        file.seek(-int(sizes.sum()) * features.dtype.itemsize, os.SEEK_END)
+        for size in sizes:
+            yield np.fromfile(file, features.dtype, size).reshape(features.repeats, -1)
 
 
 def _check_apart(one: str, other: str, contents: dict[str, Contents], found: Findings) -> None:

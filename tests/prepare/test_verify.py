@@ -194,10 +194,6 @@ FAULTS = {
     ),
     "boxes of another shape": (boxes(lambda boxes: boxes[:, :2]), "dev_boxes.npy: no boxes of these features"),
     "boxes that are NaN": (boxes(poke((0, 0, 0), np.nan)), "dev_boxes.npy: no boxes of these features (NaN"),
-    "repeated boxes that differ": (
-        boxes(lambda boxes: boxes.repeat(5, axis=0) * (np.arange(20) != 17)[:, None, None]),
-        "dev_boxes.npy: no boxes of these features (the five rows of an image differ)",
-    ),
     "another feature size": (
         ims("dev", lambda rows: rows[..., :2]),
         "features of different size, no model takes both: train 4, dev 2, test 4, testall 4",
