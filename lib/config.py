@@ -1,131 +1,143 @@
 """Every setting of the programs: one dataclass field each, from which the command line's flags are made.
 
 A field's name is its flag (`--batch_size`), its default the published program's. Wrong values and contradictions are
-refused here, in the flags' own names.
+refused here, in the flags' own names; what a part (`--gate NAME:option=value`) takes is checked when it is built.
 """
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lib.cli import InputError, Parser
-from lib.model.registry import GATES, PAPERS_GATE, SIMILARITIES
+from lib.model.registry import GATES, PAPERS_GATE, PARTS, SIMILARITIES, parse_part
 
-Settings = TypeVar("Settings")
 PRECISIONS = ("fp32", "tf32", "bf16")
-HARDNESS = ("epochs", "recall")
-SAVED_SCORES = ".npy"  # ending of a file of scores that is given where a checkpoint could be
+ENGINES = ("tiled", "plain")
+SAVED_SCORES = ".npy"  # ending of a file of scores, which can be given instead of a checkpoint
+LARGEST = 2**63  # a checkpoint holds no larger integer
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """A dataclass field that is also a command-line flag; options go to argparse."""
+    """A dataclass field that is also a command-line flag.
+
+    options: `least` or `above` limit a number, `part` is a kind of the registry; the others are argparse's.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
+def part(kind: str, default: str, help: str) -> Any:
+    """A flag that names a part of the registry, with its options: NAME or NAME:option=value,option=value."""
+    return flag(default, f"{help}: {', '.join(PARTS[kind])}", part=kind)
+
+
 @dataclass
-class DataSettings:
-    """data"""
+class Settings:
+    """Numbers within their limits, and parts by names that exist."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, options = getattr(self, field.name), field.metadata
+            given = f"--{field.name} {value}: "
+            if isinstance(value, int | float):
+                _refuse(not math.isfinite(value) or abs(value) >= LARGEST, f"{given}must be finite and below 2**63")
+                least, above = options.get("least", value), options.get("above", -math.inf)
+                _refuse(value < least, f"{given}must be at least {least}")
+                _refuse(value <= above, f"{given}must be above {above}")
+            if "part" in options:
+                try:
+                    parse_part(options["part"], value)
+                except ValueError as error:
+                    raise InputError(str(error)) from None
+
+
+@dataclass
+class DataSettings(Settings):
+    """data and order"""
 
     data_path: str = flag("data", "folder of the data sets")
-    data_name: str = flag(
-        "f30k_precomp", "data set: DATA_PATH/DATA_NAME/, or DATA_PATH/precomp/ where only that exists"
-    )
-    workers: int = flag(10, "processes that read features; never more than there are cores")
-    device_features: bool = flag(
-        False, "keep train's features on the device, in float16 (Flickr30K: 4.3 GB, COCO: 16.7 GB)"
-    )
+    data_name: str = flag("f30k_precomp", "data set: DATA_PATH/DATA_NAME/, or DATA_PATH/precomp/ if only that exists")
+    workers: int = flag(10, "processes that read features; at most one for each core", least=0)
+    seed: int = flag(0, "seed of weights, order, augmentation and dropout", least=0)
 
 
 @dataclass
-class ModelSettings:
-    """model"""
+class ModelSettings(Settings):
+    """architecture; a part can have options: NAME:option=value,option=value"""
 
-    bert: str = flag(
-        "bert-base-uncased", "BERT by name (fetched once), or a folder; one without weights starts at random"
-    )
-    img_dim: int = flag(2048, "numbers of a region feature")
-    embed_size: int = flag(1024, "dimensions that images and captions share")
+    similarity: str = part("similarity", "xdim", "how images and captions are compared")
+    gate: str = part("gate", PAPERS_GATE, "what computes X-Dim's dependency matrix")
+    image_encoder: str = part("image_encoder", "regions", "what embeds images")
+    text_encoder: str = part("text_encoder", "transformer", "what embeds captions")
+    bert: str = flag("bert-base-uncased", "text model: a name (fetched once) or a folder; without weights: random ones")
+    img_dim: int = flag(2048, "size of a region feature", least=1)
+    embed_size: int = flag(1024, "dimensions that images and captions share", least=2)
     no_imgnorm: bool = flag(False, "do not normalise region embeddings")
     no_txtnorm: bool = flag(False, "do not normalise word embeddings")
-    similarity: str = flag("xdim", f"how images and captions are compared: {', '.join(SIMILARITIES)}")
-    gate: str = flag(PAPERS_GATE, f"what makes X-Dim's dependencies: {', '.join(GATES)}")
     mask_padding: bool = flag(False, "keep padding regions out of attention and BatchNorm (published: they take part)")
 
 
 @dataclass
-class RecipeSettings:
+class RecipeSettings(Settings):
     """recipe"""
 
-    batch_size: int = flag(128, "image-caption pairs of a step")
-    num_epochs: int = flag(30, "epochs to train")
-    learning_rate: float = flag(0.0005, "learning rate; BERT's is a tenth of it")
-    lr_update: int = flag(15, "epoch, counted from 0, from which on the learning rate is a tenth")
-    margin: float = flag(0.2, "margin of the hinge loss")
-    hardness: str = flag(
-        "epochs",
-        "what lets the hardest negatives take over: epochs (published), or recall: the better batches are retrieved "
-        "already, the more they count",
-        choices=HARDNESS,
-    )
-    max_violation: bool = flag(False, "hardest negatives from the first step on")
-    vse_mean_warmup_epochs: int = flag(
-        1, "epochs with all negatives before the hardest ones take over (--hardness epochs)"
-    )
-    grad_clip: float = flag(2.0, "largest global gradient norm; 0 = no clipping")
-    seed: int = flag(0, "seed of weights, order, augmentation and dropout")
+    batch_size: int = flag(128, "image-caption pairs of a step", least=2)
+    num_epochs: int = flag(30, "epochs to train", least=1)
+    learning_rate: float = flag(0.0005, "learning rate; the text model's is a tenth of it", above=0)
+    lr_update: int = flag(15, "epoch, counted from 0, from which on the learning rate is a tenth", least=0)
+    loss: str = part("loss", "hinge", "loss function")
+    margin: float = flag(0.2, "margin of the loss", above=0)
+    vse_mean_warmup_epochs: int = flag(1, "first epochs with --loss hinge over all negatives, not the hardest", least=0)
+    max_violation: bool = flag(False, "hardest negatives from the first step on: no warm-up")
+    grad_clip: float = flag(2.0, "largest global gradient norm; 0 = no clipping", least=0)
 
 
 @dataclass
-class RunSettings:
+class RunSettings(Settings):
     """run"""
 
     model_name: str = flag("", "run folder for checkpoints, run.json and run.log (default: runs/DATA_NAME)")
     logger_name: str = flag("", "folder for TensorBoard files (default: the run folder)")
-    log_step: int = flag(100, "steps between two lines of the log")
-    save_steps: int = flag(1000, "steps between two checkpoints within an epoch; 0 = only after each epoch")
-    keep: int = flag(2, "newest checkpoints to keep; model_best.pt stays beside them")
-    micro_batch: int = flag(
-        0, "captions that BERT takes at a time in training, for less memory; the loss stays the whole batch's; 0 = all"
-    )
+    log_step: int = flag(100, "steps between two lines of the log", least=1)
+    save_steps: int = flag(1000, "steps between two checkpoints in an epoch; 0 = only after each epoch", least=0)
+    keep: int = flag(2, "newest checkpoints to keep, besides the best", least=1)
     resume: str = flag(
-        "", "run folder or checkpoint to go on from, its settings are the defaults then; auto: newest of MODEL_NAME"
+        "", "run folder or checkpoint to go on from, whose settings become the defaults; auto: newest of MODEL_NAME"
     )
-    init_from: str = flag("", "checkpoint whose weights alone a new run starts from")
+    init_from: str = flag("", "checkpoint from which a new run takes only the weights")
     allow_changes: bool = flag(False, "resume although settings or data differ from the checkpoint's")
 
 
 @dataclass
-class ComputeSettings:
+class ComputeSettings(Settings):
     """device"""
 
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=PRECISIONS)
+    engine: str = flag(
+        "tiled", "tiled: fast; plain: the formula of lib/model/xdim.py as it stands there", choices=ENGINES
+    )
 
 
 @dataclass
 class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings, DataSettings):
-    """Settings of train.py."""
+    """memory"""
+
+    device_features: bool = flag(
+        False, "keep train's features on the device, in float16 (Flickr30K: 4.3 GB, COCO: 16.7 GB)"
+    )
+    micro_batch: int = flag(
+        0, "captions that the text model takes at a time in training, for less memory; same loss; 0 = all", least=0
+    )
 
     def __post_init__(self):
-        for name in ("img_dim", "batch_size", "num_epochs", "log_step", "keep", "learning_rate", "margin"):
-            _refuse(not getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")  # NaN is not
-        others = ("workers", "lr_update", "vse_mean_warmup_epochs", "grad_clip", "save_steps", "micro_batch", "seed")
-        for name in others:
-            _refuse(not getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
-        _refuse(self.seed >= 2**63, f"--seed {self.seed}: must be below 2**63")
-        _refuse(self.batch_size < 2, "--batch_size 1: a batch needs a second pair to take negatives from")
-        _refuse(self.embed_size < 2, f"--embed_size {self.embed_size}: the gate needs at least 2 dimensions")
-        for name, known in (("similarity", SIMILARITIES), ("gate", GATES)):
-            _refuse(getattr(self, name) not in known, f"--{name} {getattr(self, name)}: expected {', '.join(known)}")
+        super().__post_init__()
         _refuse(
-            self.gate != PAPERS_GATE and self.similarity != "xdim",
-            f"--gate {self.gate}: --similarity {self.similarity} has no gate",
-        )
-        _refuse(
-            self.max_violation and self.hardness == "recall", "--max_violation: says what --hardness recall decides on"
+            self.max_violation and self.loss.partition(":")[0] == "ramped",
+            "--max_violation: --loss ramped has no warm-up to leave out",
         )
         _refuse(
             self.resume and self.init_from, "--init_from: starts a new run, --resume goes on with one; give one of them"
@@ -136,22 +148,18 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
 
 @dataclass
 class ScoringSettings(ComputeSettings):
-    """data; what is left out is taken from the checkpoint"""
+    """data; default: the checkpoint's"""
 
     data_path: str = flag("", "folder of the data sets")
     data_name: str = flag("", "data set below DATA_PATH")
-    bert: str = flag("", "BERT's name or folder; a checkpoint of this project carries its own")
-    batch_size: int = flag(128, "images or captions encoded at a time")
-    workers: int = flag(10, "processes that read features; never more than there are cores")
+    bert: str = flag("", "text model's name or folder, for published checkpoints; others carry their own")
+    batch_size: int = flag(128, "images or captions encoded at a time", least=1)
+    workers: int = flag(10, "processes that read features; at most one for each core", least=0)
     json: str = flag("", "write the results to this file")
-
-    def __post_init__(self):
-        _refuse(self.batch_size <= 0, f"--batch_size {self.batch_size}: must be above 0")
-        _refuse(self.workers < 0, f"--workers {self.workers}: must not be negative")
 
 
 @dataclass
-class SplitSettings:
+class SplitSettings(Settings):
     """split"""
 
     split: str = flag("test", "split to evaluate: dev, test, testall, train")
@@ -164,8 +172,8 @@ class CheckpointSettings(ScoringSettings):
 
     checkpoint: tuple[str, ...] = flag(
         (),
-        "checkpoint, run folder (its best), published file, exchange folder, or saved scores (.npy); given several "
-        "times: each alone, and the ensemble, the mean of their scores (default: newest best below runs/)",
+        "checkpoint, run folder (its best), published file, or saved scores (.npy); given several times: each alone, "
+        "and the ensemble, the mean of their scores (default: newest best below runs/)",
         action="append",
     )
     rerank: str = flag(
@@ -180,9 +188,9 @@ class CheckpointSettings(ScoringSettings):
     def __post_init__(self):
         super().__post_init__()
         self.checkpoint = tuple(self.checkpoint or [""])
+        is_number = self.rerank.isascii() and self.rerank.isdigit() and int(self.rerank) > 0
         _refuse(
-            self.rerank not in ("", "auto")
-            and not (self.rerank.isascii() and self.rerank.isdigit() and int(self.rerank)),
+            self.rerank not in ("", "auto") and not is_number,
             f"--rerank {self.rerank}: expected a number above 0, or auto",
         )
         for name in ("eccv", "ranks", "save_sims"):
@@ -207,14 +215,14 @@ class CompareSettings(SplitSettings, ScoringSettings):
 
 
 @dataclass
-class AblationSettings:
+class AblationSettings(Settings):
     """variants and seeds; flags for train.py follow after --"""
 
     folder: str = flag("runs/ablation", "folder of the run folders, the table and the curves")
     variants: tuple[str, ...] = flag(
         ("xdim", "independent"),
-        "SIMILARITY or SIMILARITY:GATE, with further flags for train.py in quotes: 'xdim --mask_padding'; the first is "
-        "what others are compared with",
+        "SIMILARITY or SIMILARITY:GATE, with further flags for train.py in quotes: 'xdim --mask_padding'; the others "
+        "are compared with the first",
         nargs="+",
     )
     seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of each variant", nargs="+", type=int)
@@ -225,10 +233,8 @@ class AblationSettings:
         for variant in self.variants:
             similarity, _, gate = next(iter(variant.split()), "").partition(":")
             _refuse(
-                similarity not in SIMILARITIES
-                or (gate or PAPERS_GATE) not in GATES
-                or bool(gate and similarity != "xdim"),
-                f"--variants {variant}: expected {', '.join(SIMILARITIES)}, or {'xdim'} with one of "
+                similarity not in SIMILARITIES or (bool(gate) and (similarity != "xdim" or gate not in GATES)),
+                f"--variants {variant}: expected {', '.join(SIMILARITIES)}, or xdim with one of "
                 f"{', '.join(f':{name}' for name in GATES)}",
             )
         for name in ("variants", "seeds"):
@@ -236,30 +242,35 @@ class AblationSettings:
             _refuse(len(set(values)) < len(values), f"--{name} {' '.join(map(str, values))}: one is there twice")
 
 
+Chosen = TypeVar("Chosen", bound=Settings)
+
+
 def parse(
-    settings: type[Settings],
+    settings: type[Chosen],
     description: str,
     argv: Sequence[str] | None,
-    defaults: dict | None = None,
+    defaults: dict[str, Any] | None = None,
     command: str | None = None,
-) -> Settings:
-    """Read the flags of a settings class; `defaults` replace the class's own. command: the program's name for this."""
-    parser = Parser(description=description, prog=command)
+) -> Chosen:
+    """Read the flags of a settings class. defaults: instead of the class's own. command: the program's name.
+
+    Raises InputError for values that are refused; ends the program, as argparse does, if flags cannot be read.
+    """
+    parser, fields = Parser(description=description, prog=command), settings.__dataclass_fields__
     for group in reversed(settings.__mro__[:-1]):
-        names = [name for name in group.__annotations__ if name in settings.__dataclass_fields__]
-        arguments = parser.add_argument_group(group.__doc__.strip().rstrip("."))
-        for name in names:
-            _add_flag(arguments, settings.__dataclass_fields__[name])
-    if "resume" in settings.__dataclass_fields__:
+        arguments = parser.add_argument_group((group.__doc__ or "").rstrip("."))
+        for name in group.__annotations__:
+            _add_flag(arguments, fields[name])
+    if issubclass(settings, TrainSettings):  # other programs of this family have it, and no other value is in use
         parser.add_argument("--precomp_enc_type", choices=["basic"], default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(**(defaults or {}))
     values = vars(parser.parse_args(argv))
-    values.pop("precomp_enc_type", None)  # scripts of this family pass it; basic is what there is
+    values.pop("precomp_enc_type", None)
     return settings(**values)
 
 
-def _add_flag(arguments, field: dataclasses.Field) -> None:
-    options = dict(field.metadata)
+def _add_flag(arguments: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    options = {name: value for name, value in field.metadata.items() if name not in ("least", "above", "part")}
     if options.pop("positional", False):
         arguments.add_argument(field.name, metavar=field.name.upper(), **options)
         return
@@ -268,10 +279,10 @@ def _add_flag(arguments, field: dataclasses.Field) -> None:
     else:
         options.setdefault("type", str if "action" in options or "nargs" in options else field.type)
         options.setdefault("metavar", field.name.upper())
-    default = None if "append" in options.values() else field.default
+    default = None if options.get("action") == "append" else field.default
     arguments.add_argument(f"--{field.name}", default=default, **options)
 
 
-def _refuse(wrong: bool, message: str) -> None:
+def _refuse(wrong: Any, message: str) -> None:
     if wrong:
         raise InputError(message)

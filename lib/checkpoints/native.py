@@ -237,9 +237,12 @@ def add_text(content: dict, bert: str) -> dict:
 
 def new_model(bert, settings: dict) -> XDim:
     """An X-Dim of random weights around a BERT."""
-    architecture = describe(settings)
-    architecture["text_encoder"]["options"]["config"] = {}
-    return XDim.build(architecture, bert)
+    try:
+        architecture = describe(settings)
+        architecture["text_encoder"]["options"]["config"] = {}
+        return XDim.build(architecture, bert)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def describe_architecture(model: XDim, settings: dict, tokenizer: Tokenizer) -> dict:

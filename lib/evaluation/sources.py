@@ -27,6 +27,7 @@ class CheckpointSource:
 
     def __init__(self, checkpoint: str, settings: ScoringSettings):
         self.matcher = load_matcher(checkpoint, settings.bert, settings.device, settings.precision)
+        self.matcher.model.use_engine(settings.engine)
         self.checkpoint = self.matcher.checkpoint
         self.name = _name_model(**self.checkpoint["architecture"])
         self.scorer = partial(make_scorer, self.matcher.model.engine, self.matcher.compute)

@@ -12,16 +12,15 @@ ADVICE = (
     "margin is {margin:g}): they have collapsed to one value, more steps will not mend it. Start again with {remedy}"
 )
 REMEDIES = {
-    "epochs": "--hardness recall, more --vse_mean_warmup_epochs, or a lower --learning_rate",
-    "recall": "a lower --learning_rate",
+    "hinge": "--loss ramped, more --vse_mean_warmup_epochs, or a lower --learning_rate",
 }
 
 
 class CollapseWatch:
     """Says when batches' scores have long been nearly equal: once, until they differ again."""
 
-    def __init__(self, margin: float, hardness: str):
-        self.margin, self.hardness = margin, hardness
+    def __init__(self, margin: float, loss: str):
+        self.margin, self.loss = margin, loss
         self.steps = 0  # in a row
 
     def warning(self, spread: float) -> str | None:
@@ -33,4 +32,5 @@ class CollapseWatch:
         self.steps = self.steps + 1 if spread < most else 0
         if self.steps != WATCHED_STEPS:
             return None
-        return ADVICE.format(steps=WATCHED_STEPS, most=most, margin=self.margin, remedy=REMEDIES[self.hardness])
+        remedy = REMEDIES.get(self.loss, "a lower --learning_rate")
+        return ADVICE.format(steps=WATCHED_STEPS, most=most, margin=self.margin, remedy=remedy)

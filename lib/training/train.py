@@ -31,6 +31,7 @@ from lib.evaluation.evaluate import measure, rank_exactly
 from lib.evaluation.matcher import Matcher
 from lib.evaluation.parts import whole
 from lib.losses import Loss, loss_of_epoch
+from lib.model.registry import parse_part
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
 from lib.training.collapse import CollapseWatch
@@ -94,6 +95,7 @@ def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> R
         raise InputError(
             f"--batch_size {settings.batch_size}: fewer pairs than the {distributed.world_size()} processes"
         )
+    loss_of(0, settings)  # refuses wrong options
     if origin is None:
         refuse_used_folder(Path(settings.model_name))
     train_split = open_split(settings.data_path, settings.data_name, "train", settings.img_dim)
@@ -111,6 +113,7 @@ def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> R
         model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
         captions = [tokenize_split(tokenizer, split) for split in (train_split, dev_split)]
     seed_process(settings.seed, origin.progress.step if origin else 0)
+    model.use_engine(settings.engine)
     model.image_encoder.mask_padding |= train_split.features.varies
     model.text_encoder.micro_batch = settings.micro_batch
     model.to(compute.device)
@@ -205,7 +208,7 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
     rate = learning_rate_of(epoch, settings.learning_rate, settings.lr_update)
     set_learning_rate(run.optimizer, rate)
     loss_function = loss_of(epoch, settings)
-    watch = CollapseWatch(settings.margin, settings.hardness)
+    watch = CollapseWatch(settings.margin, settings.loss)
     data = (run.train, run.train_captions, run.tokenizer)
     form = {"half": run.compute.half_features, "indexed": run.resident is not None}
     part = divide(settings.batch_size, distributed.world_size())[distributed.rank()]
@@ -239,8 +242,11 @@ def train_epoch(run: Run, epoch: int, folder: RunFolder | None, log: RunLog) -> 
 
 def loss_of(epoch: int, settings: TrainSettings) -> Loss:
     """An epoch's loss."""
-    part = {"name": "ramped" if settings.hardness == "recall" else "hinge", "options": {}}
-    return loss_of_epoch(part, epoch, 0 if settings.max_violation else settings.vse_mean_warmup_epochs)
+    warmup = 0 if settings.max_violation else settings.vse_mean_warmup_epochs
+    try:
+        return loss_of_epoch(parse_part("loss", settings.loss), epoch, warmup)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:

@@ -91,9 +91,9 @@ def test_the_rate_is_a_function_of_the_epoch(epoch, rate):
     assert learning_rate_of(epoch, 1.0, 15) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize(("hardness", "remedy"), [("epochs", "--hardness recall"), ("recall", "--learning_rate")])
-def test_scores_that_stay_equal_are_said_once_with_what_to_do(hardness, remedy):
-    watch = CollapseWatch(margin=0.2, hardness=hardness)
+@pytest.mark.parametrize(("loss", "remedy"), [("hinge", "--loss ramped"), ("ramped", "--learning_rate")])
+def test_scores_that_stay_equal_are_said_once_with_what_to_do(loss, remedy):
+    watch = CollapseWatch(margin=0.2, loss=loss)
     said = [watch.warning(0.0199) for _ in range(WATCHED_STEPS + 20)]
     assert [i for i, text in enumerate(said) if text] == [WATCHED_STEPS - 1]
     assert remedy in said[WATCHED_STEPS - 1]
@@ -101,6 +101,6 @@ def test_scores_that_stay_equal_are_said_once_with_what_to_do(hardness, remedy):
 
 @pytest.mark.parametrize("now_and_then", [0.021, math.nan])
 def test_scores_that_differ_or_were_not_all_computed_are_no_collapse(now_and_then):
-    watch = CollapseWatch(margin=0.2, hardness="epochs")
+    watch = CollapseWatch(margin=0.2, loss="hinge")
     spreads = [now_and_then, *[0.001] * (WATCHED_STEPS - 1)] * 9
     assert not any(watch.warning(spread) for spread in spreads)

@@ -73,7 +73,7 @@ def assert_close(tensors, others):
 RECIPES = {
     "all negatives": [],
     "hardest negatives": ["--max_violation"],
-    "ramped": ["--hardness", "recall", "--batch_size", "11"],
+    "ramped": ["--loss", "ramped", "--batch_size", "11"],
     "padding masked": ["--mask_padding", "--max_violation"],
     "captions in micro batches": ["--micro_batch", "2"],
     "uneven batches": ["--batch_size", "11", "--max_violation"],

@@ -78,7 +78,7 @@ def test_hardest_negatives_start_after_the_warmup_or_at_once(tiny_flags, tmp_pat
     monkeypatch.setattr(training, "train_step", spy)
     run(tiny_flags, tmp_path / "warm", "--num_epochs", "2")
     run(tiny_flags, tmp_path / "hard", "--max_violation")
-    run(tiny_flags, tmp_path / "ramped", "--hardness", "recall", "--num_epochs", "2")
+    run(tiny_flags, tmp_path / "ramped", "--loss", "ramped", "--num_epochs", "2")
     assert seen == ["hinge_all"] * 15 + ["hinge"] * 30 + ["ramped"] * 30
 
 
@@ -165,7 +165,7 @@ def test_a_step_is_enqueued_before_the_figures_of_the_one_before_are_looked_at(t
     assert [what for what in happened if "look" in what] == [f"look {step}" for step in range(1, 16)]
 
 
-@pytest.mark.parametrize("flag", [["--max_violation"], ["--hardness", "recall"]])
+@pytest.mark.parametrize("flag", [["--max_violation"], ["--loss", "ramped"]])
 def test_a_collapsed_run_is_warned_of(tiny_flags, tmp_path, monkeypatch, flag):
     def scores(similarity, regions, words, lengths, real):
         return regions.mean() * 1e-3 * torch.arange(len(regions)) + words.new_zeros(len(lengths))[:, None]
