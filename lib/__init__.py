@@ -5,7 +5,7 @@ model = load("runs/demo")                       # a run folder, a checkpoint of 
 scores = model.score(regions, ["a red ball"])   # (images, captions)
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def load(checkpoint, **settings):
