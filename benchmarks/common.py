@@ -19,6 +19,7 @@ from lib.model import registry
 from lib.model.xdim import XDimSimilarity
 
 REGIONS = 36
+TOY_BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -27,7 +28,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--embed_size", type=int, default=1024, help="shared dimensions")
     made.add_argument("--rounds", type=int, default=3, help="times that everything is measured, one after the other")
     made.add_argument("--json", default="", help="write the figures to this file too")
+    made.add_argument("--toy", action="store_true", help="tiny BERT and data: measures nothing, tests the benchmark")
     return made
+
+
+def bert_sizes(settings: argparse.Namespace) -> dict[str, int]:
+    """What differs from BERT-base's configuration."""
+    return TOY_BERT if settings.toy else {}
 
 
 def random_embeddings(images: int, captions: int, dims: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

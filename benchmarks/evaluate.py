@@ -40,7 +40,7 @@ def main() -> None:
     settings = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder), {"train": 8, "dev": 8, "test": settings.images}, IMG_DIM)
-        bert = write_bert(Path(folder))
+        bert = write_bert(Path(folder), **common.bert_sizes(settings))
         train(settings, data, bert)
         results = {
             name + (f", {count} processes" if count > 1 else ""): evaluate(settings, data, WAYS[name], count)

@@ -90,7 +90,7 @@ def report(settings: Namespace, rounds: list[dict[int, dict]]) -> None:
         name = f"{size}" if size else "0 (whole)"
         pairs = [(one[WHOLE], one[size]) for one in rounds]
         took, held = (common.median(of[key] for _, of in pairs) for key in ("milliseconds", "bytes"))
-        less = common.median(whole["bytes"] / of["bytes"] for whole, of in pairs)
+        less = common.median(whole["bytes"] / max(of["bytes"], 1) for whole, of in pairs)
         slower = common.median(of["milliseconds"] / whole["milliseconds"] for whole, of in pairs)
         difference = max(
             abs(ours / expected - 1)

@@ -133,7 +133,7 @@ def report(settings, seconds: list[dict], floors: list[dict], memory: dict, diff
         reference = f"loop, {'hardest' if hardest else 'all'} negatives"
         took = common.median(one[name] for one in seconds)
         faster = common.median(one[reference] / one[name] for one in seconds)
-        less = memory[reference] / memory[name]
+        less = memory[reference] / max(memory[name], 1)
         share = common.median(least[name] / one[name] for one, least in zip(seconds, floors, strict=True))
         difference = "" if loop else f"{differences[name]:.1e}"
         cells = [f"{took:.2f}", f"{faster:.2f}", "" if loop else f"{100 * share:.0f} %"]

@@ -77,7 +77,7 @@ def start(settings, precision: str) -> tuple[SimpleNamespace, list[Batch]]:
     compute = choose_compute(settings.device, precision)
     torch.manual_seed(0)
     architecture = registry.describe({"img_dim": IMG_DIM, "embed_size": settings.embed_size})
-    architecture["text_encoder"]["options"]["config"] = BertConfig().to_dict()
+    architecture["text_encoder"]["options"]["config"] = BertConfig(**common.bert_sizes(settings)).to_dict()
     model = XDim.build(architecture)
     model = model.to(compute.device).train()
     parts = {"model": model, "loss": BatchLoss(model, MARGIN), "optimizer": build_optimizer(model, 5e-4)}

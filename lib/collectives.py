@@ -64,21 +64,6 @@ def gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
-def gather_parts(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`Shard.gather_inputs`."""
-    return rows if world_size() == 1 else _GatherInputs.apply(rows, sizes)
-
-
-def gather_results(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`Shard.gather_outputs`."""
-    return rows if world_size() == 1 else _GatherOutputs.apply(rows, sizes)
-
-
-def add_up_parts(tensor: Tensor) -> Tensor:
-    """`Shard.sum_inputs`."""
-    return tensor if world_size() == 1 else _SumInputs.apply(tensor)
-
-
 def add_up(tensor: Tensor) -> Tensor:
     """All-reduce (sum), without gradient, in place."""
     if world_size() > 1:
