@@ -61,10 +61,8 @@ def write_dataset(folder: Path, splits: Mapping[str, Sequence[Captioned]], featu
                 notes.append(f"{what}: {len(ids):,} images, {name_some(ids)}; all are in {folder / file}")
 
         for split, images in splits.items():
-            there, missing = (
-                [image for image in images if image.found],
-                [image.id for image in images if not image.found],
-            )
+            there = [image for image in images if image.found]
+            missing = [image.id for image in images if not image.found]
             regions = write_split(temporary, split, _read(split, there, features), dtype) if there else []
             leave_out(f"{split}_missing.txt", f"no features for {split}", missing)
             each = [len(image.captions) for image in there]

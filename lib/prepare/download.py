@@ -77,9 +77,7 @@ def _find(data_set: str, root: Path) -> dict[str, Path]:
         if FILE.fullmatch(path.name) and named and (named[-1] == "coco") == (data_set == "coco"):
             if path.name in found:
                 places = f"{found[path.name].relative_to(root)} and {path.relative_to(root)}"
-                raise InputError(
-                    f"{root}: {path.name} is there more than once ({places}); link the right files yourself"
-                )
+                raise InputError(f"{root}: {path.name} is there twice ({places}); link the right files yourself")
             found[path.name] = path
     if missing := [name for name in _needed(data_set) if name not in found]:
         raise InputError(

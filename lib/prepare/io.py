@@ -56,9 +56,9 @@ def target_folder(args: argparse.Namespace, flag: str = "--data_name") -> Path:
 def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeLike = np.float32) -> np.ndarray:
     """Write a split image by image, features in float32 or float16. Returns each image's number of regions (images,).
 
-    Boxes and captions are written where the images have them. Images that differ in their number of
-    regions are written one after the other, with {split}_offsets.npy. Raises InputError, with the image's origin, where
-    its features cannot be used, and where there are no images.
+    Boxes and captions are written where the images have them. Where images differ in their number of regions, these
+    stand one after the other, with {split}_offsets.npy. Raises InputError, with the image's origin, where its features
+    cannot be used, and where there are no images.
     """
     written: list[Image] = []  # all but features and boxes, which are in the files
     counts, img_dim, all_boxes, boxes_path = [], 0, True, folder / f"{split}_boxes.npy"
@@ -107,7 +107,7 @@ def _check(image: Image, img_dim: int, dtype: np.dtype) -> None:
         problem = f"features of {features.shape[1]} numbers, but the images before have {img_dim}"
     elif dtype == np.float16 and features.dtype != np.float16:
         problem = f"{features.dtype} features, but other images have float16; make them one type"
-    elif not np.isfinite(features).all():
+    elif not np.isfinite(np.asarray(features, dtype)).all():
         problem = "NaN or infinite features"
     elif boxes is not None and (boxes.shape != (len(features), BOX) or not np.isfinite(boxes).all()):
         problem = f"expected boxes ({len(features)}, {BOX}) without NaN, found {boxes.shape}"

@@ -75,9 +75,7 @@ def draw_splits(image_ids: Iterable[str], dev: float, test: float, seed: int) ->
     ids = sorted(image_ids)
     for flag, value, sound in (("dev", dev, 0 < dev < 1), ("test", test, 0 < test < 1), ("seed", seed, seed >= 0)):
         if not sound:
-            raise InputError(
-                f"--{flag} {value}: expected {'0 or more' if flag == 'seed' else 'a part between 0 and 1'}"
-            )
+            raise InputError(f"--{flag} {value}: expected {'0 or more' if flag == 'seed' else 'a part, 0 to 1'}")
     names = ["dev"] * max(1, round(dev * len(ids))) + ["test"] * max(1, round(test * len(ids)))
     if len(names) >= len(ids):
         raise InputError(f"{len(ids)} images are too few: --dev {dev} and --test {test} leave none for train")
@@ -97,9 +95,7 @@ def _read_table(path: Path, delimiter: str) -> Rows:
             raise InputError(f"{path}: the first line must name the columns, image_id and caption among them")
         for fields in reader:
             if None in fields or None in fields.values():
-                raise InputError(
-                    f"{path}: line {reader.reader.line_num}: not as many columns as the header; quote captions"
-                )
+                raise csv.Error("not as many columns as the header; put captions into quotes")
             yield f"line {reader.reader.line_num}", fields
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.reader.line_num}: {reason(error)}") from None

@@ -25,6 +25,8 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     folder, seen = target_folder(args), Counter()
+    if not args.split or Path(args.split).name != args.split:
+        raise InputError(f"--split {args.split!r}: must be a name without '/'")
     for file in args.files:
         if not file.is_file():
             raise InputError(f"{file}: no such file")

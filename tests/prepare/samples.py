@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lib.cli import InputError
-from lib.data.dataset import open_split
 from lib.prepare.__main__ import main
+from lib.prepare.io import open_features
 
 IMG_DIM = 5
 Images = dict[str, tuple[np.ndarray, np.ndarray]]  # id: features (r, IMG_DIM), boxes (r, 4)
@@ -101,7 +101,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def check_split(folder: Path, split: str, expected: Images, captions: dict[str, list[str]] | None = None) -> None:
     """A split holds these images, to the bit and in this order."""
-    opened = open_split(str(folder.parent), folder.name, split, IMG_DIM)
+    opened = open_features(folder, split)
     features = [features for features, _ in expected.values()]
     assert (folder / f"{split}_ids.txt").read_text().splitlines() == list(expected)
     assert opened.features.counts.tolist() == list(map(len, features))

@@ -99,7 +99,7 @@ def test_only_the_wanted_data_set_is_linked_and_ids_and_cocos_test_split_may_be_
     ("without", "second", "words"),
     [
         (("dev_ims.npy",), "", "no dev_ims.npy in a folder that names f30k"),
-        ((), "old/f30k_precomp", "more than once (f30k_precomp/dev_caps.txt and old/f30k_precomp/dev_caps.txt)"),
+        ((), "old/f30k_precomp", "twice (f30k_precomp/dev_caps.txt and old/f30k_precomp/dev_caps.txt)"),
     ],
 )
 def test_what_is_missing_or_there_twice_is_named_and_nothing_linked(

@@ -141,9 +141,11 @@ def test_a_second_process_is_refused(tmp_path, capsys, command):
     assert names(tmp_path / "data" / "new") == {"mine"}
 
 
-def test_features_of_nan_are_named_and_leave_nothing(tmp_path, capsys):
-    images = make_images(range(4))
-    images["2"][0][1, 1] = np.nan
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_features_that_float32_cannot_hold_are_named_and_leave_nothing(tmp_path, capsys, value):
+    images = make_images(range(4), dtype=np.float64)
+    images["2"][0][1, 1] = value
     folder = write_image_files(tmp_path / "files", images)
     captions = write_captions(tmp_path / "c.jsonl", [{"image_id": n, "caption": "a dog"} for n in range(4)])
     flags = ["--features", folder, "--data_path", tmp_path / "data", "--data_name", "new"]

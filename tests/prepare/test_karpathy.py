@@ -44,13 +44,13 @@ def table(out):
     return {name: figures for name, *figures in rows}
 
 
-@pytest.mark.parametrize("counts", [(36,), (3, 10, 1, 6)])
-def test_from_tsv_to_a_split_all_numbers_stay_the_same_to_the_bit(tmp_path, capsys, run, entries, counts):
+@pytest.mark.parametrize(("counts", "place"), [((36,), "store"), ((3, 10, 1, 6), "store/all")])
+def test_from_tsv_to_a_split_all_numbers_stay_the_same_to_the_bit(tmp_path, capsys, run, entries, counts, place):
     images = make_images(range(12), counts)
     path = write_tsv(tmp_path / "a.tsv", dict(reversed(images.items())))
     prepare(capsys, "tsv", path, "--data_path", tmp_path, "--data_name", "store")
     write_karpathy(tmp_path / "dataset.json", entries)
-    _, out, _ = run(tmp_path / "store")
+    _, out, _ = run(tmp_path / place)
     captions = {image_id: [f"caption {k} of {image_id}" for k in range(5)] for image_id in images}
     folder = tmp_path / "data" / "new"
     for split, his in {"train": ("train", "restval"), "dev": ("val",), "test": ("test",)}.items():

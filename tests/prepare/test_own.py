@@ -110,8 +110,8 @@ def test_a_few_images_still_give_one_to_dev_and_one_to_test():
 @pytest.mark.parametrize(
     ("dev", "test", "seed", "words"),
     [
-        (0, 0.1, 0, "--dev 0: expected a part between 0 and 1"),
-        (0.1, 1, 0, "--test 1: expected a part between 0 and 1"),
+        (0, 0.1, 0, "--dev 0: expected a part, 0 to 1"),
+        (0.1, 1, 0, "--test 1: expected a part, 0 to 1"),
         (float("nan"), 0.1, 0, "--dev nan: expected a part"),
         (0.5, 0.5, 0, "8 images are too few: --dev 0.5 and --test 0.5 leave none for train"),
         (0.1, 0.1, -1, "--seed -1: expected 0 or more"),
@@ -156,7 +156,7 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
     [
         (".csv", CSV + b"b,caf\xe9,dev\n", "line 3 is not UTF-8"),
         (".csv", CSV + b"b,A cat\n", "line 3: not as many columns as the header"),
-        (".csv", CSV + b"b,A cat, a dog,dev\n", "line 3: not as many columns as the header; quote captions"),
+        (".csv", CSV + b"b,A cat, a dog,dev\n", "line 3: not as many columns as the header; put captions into quotes"),
         (".csv", CSV + b'b,"A cat,dev\nc,A dog,dev\n', "line 4: unexpected end of data"),
         (".csv", CSV + b" ,A cat,dev\n", "line 3: image_id must be"),
         (".csv", CSV + b"b, ,dev\n", "line 3: caption must be text"),

@@ -5,7 +5,7 @@ import pytest
 
 from lib.prepare.io import write_split
 from lib.prepare.sources import Features
-from tests.prepare.samples import IMG_DIM, make_images, prepare, refusal, write_image_files, write_store, write_tsv
+from tests.prepare.samples import IMG_DIM, make_images, refusal, write_image_files, write_store
 
 
 def check(features, images, boxes=True):
@@ -14,16 +14,6 @@ def check(features, images, boxes=True):
         assert image.features.dtype == expected.dtype
         assert np.array_equal(image.features, expected)
         assert np.array_equal(image.boxes, expected_boxes) if boxes else image.boxes is None
-
-
-@pytest.mark.parametrize("counts", [(4,), (2, 7, 3)])
-def test_what_tsv_wrote_is_found(tmp_path, capsys, counts):
-    images = make_images("abc", counts)
-    path = write_tsv(tmp_path / "a.tsv", images)
-    prepare(capsys, "tsv", path, "--data_path", tmp_path, "--data_name", "store")
-    for place in (tmp_path / "store", tmp_path / "store" / "all"):
-        check(Features([place]), images)
-        assert Features([place]).find("d") == ""
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

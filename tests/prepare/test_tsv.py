@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from lib.data.features import FeatureFile
-from tests.prepare.samples import IMG_DIM, Images, make_images, prepare, tsv_line, write_tsv
+from tests.prepare.samples import IMG_DIM, check_split, make_images, prepare, tsv_line, write_tsv
 
 VARYING = (3, 10, 1, 6)
 
@@ -15,22 +14,13 @@ def run(tmp_path, capsys):
     return lambda *files: prepare(capsys, "tsv", *files, "--data_path", tmp_path / "data", "--data_name", "store")
 
 
-def check_store(folder, images: Images):
-    features = FeatureFile(folder / "all_ims.npy")
-    assert (folder / "all_ids.txt").read_text().split() == list(images)
-    assert features.dtype == np.float32
-    assert features.counts.tolist() == [len(features) for features, _ in images.values()]
-    assert np.array_equal(features.read(np.arange(len(images))), np.concatenate([f for f, _ in images.values()]))
-    boxes = np.load(folder / "all_boxes.npy").reshape(-1, 4)
-    assert np.array_equal(boxes, np.concatenate([boxes for _, boxes in images.values()]))
-
-
 @pytest.mark.parametrize(("counts", "said"), [((36,), "36 regions"), (VARYING, "1 to 10 regions")])
 def test_features_and_boxes_come_back_to_the_bit(tmp_path, run, counts, said):
     images = make_images(range(100, 109), counts)
     _, out, _ = run(write_tsv(tmp_path / "a.tsv", images))
     assert f"9 images, {said}, img_dim {IMG_DIM}" in out
-    check_store(tmp_path / "data" / "store", images)
+    assert (tmp_path / "data" / "store" / "all_boxes.npy").exists()
+    check_split(tmp_path / "data" / "store", "all", images)
 
 
 def test_all_parts_are_read_and_repeated_ids_left_out_and_counted(tmp_path, run):
@@ -38,7 +28,7 @@ def test_all_parts_are_read_and_repeated_ids_left_out_and_counted(tmp_path, run)
     parts = [dict(list(images.items())[:4]), dict(list(images.items())[2:])]
     files = [write_tsv(tmp_path / f"{number}.tsv", part) for number, part in enumerate(parts)]
     assert "repeated image ids left out: 2\n" in run(*files)[1]
-    check_store(tmp_path / "data" / "store", images)
+    check_split(tmp_path / "data" / "store", "all", images)
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\r\n\n"])
@@ -47,7 +37,7 @@ def test_any_line_end_will_do_and_the_last_may_be_missing(tmp_path, run, end):
     lines = [tsv_line(image_id, *image, end=b"") for image_id, image in images.items()]
     (tmp_path / "a.tsv").write_bytes(end.join(lines))
     assert run(tmp_path / "a.tsv")[0] == 0
-    check_store(tmp_path / "data" / "store", images)
+    check_split(tmp_path / "data" / "store", "all", images)
 
 
 ONES, BOXES = np.ones((2, IMG_DIM)), np.zeros((2, 4))
@@ -79,6 +69,10 @@ def test_a_damaged_line_is_named_with_its_file_and_nothing_stays(tmp_path, run, 
     assert words in error
     assert "\x1b" not in error
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_split_that_is_a_path_is_refused(tmp_path, run):
+    assert "--split '../all'" in run(write_tsv(tmp_path / "a.tsv", make_images("ab")), "--split", "../all")[2]
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"\n\r\n", "no images"), (None, "no such file")])

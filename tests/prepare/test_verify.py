@@ -1,5 +1,6 @@
 """`prepare verify`: silent on sound data, and each fault of a data set is found, named and does not hide the others."""
 
+import os
 import shutil
 
 import numpy as np
@@ -68,14 +69,6 @@ def test_sound_data_is_a_table_and_nothing_else(folder, run):
     assert out.endswith(f"\n\n{folder}: no faults\n")
 
 
-def test_layouts_of_scan_and_of_gpo_stand_side_by_side(folder, run, capsys):
-    shutil.copytree(folder, folder.with_name("precomp"))
-    (folder.with_name("precomp") / "train_caps.txt").write_text("one\n")
-    assert run()[1] == ""
-    shutil.rmtree(folder)
-    assert "precomp: 1 fault" in run()[1]
-
-
 def test_varying_numbers_are_said_as_ranges(folder, run):
     counts = np.array([2, 1, 4, 3])
     np.save(folder / "dev_ims.npy", np.random.default_rng(1).normal(size=(10, IMG_DIM)).astype(np.float16))
@@ -142,12 +135,8 @@ def poke(place, value):
     return act
 
 
-def ims(split, act):
-    return lambda folder: change(folder / f"{split}_ims.npy", act)
-
-
-def boxes(act):
-    return lambda folder: change(folder / "dev_boxes.npy", act)
+def array(name, act):
+    return lambda folder: change(folder / f"{name}.npy", act)
 
 
 def lines(name, change):
@@ -162,20 +151,18 @@ def raw(name, content):
 
 
 FAULTS = {
-    "NaN": (ims("train", poke((7, 1, 2), np.nan)), "train_ims.npy: NaN or infinite features in 1 row: 7"),
-    "infinity": (ims("train", poke([3, 5, 11], np.inf)), "infinite features in 3 rows: 3, 5, 11"),
-    "NaN in a repeated row": (ims("testall", poke((8, 0, 0), np.nan)), "infinite features in 1 row: 8"),
+    "NaN": (array("train_ims", poke([3, 5], np.nan)), "train_ims.npy: NaN or infinite features in 2 rows: 3, 5"),
+    "NaN in a repeated row": (array("testall_ims", poke((8, 0, 0), np.nan)), "infinite features in 1 row: 8"),
     "repeated rows that differ": (
-        ims("testall", poke((11, 0, 0), 1)),
+        array("testall_ims", poke((11, 0, 0), 1)),
         "testall_ims.npy: holds each image five times, but these rows differ: 10 to 14",
     ),
     "images alike": (
-        ims("train", lambda rows: poke(slice(4, 6), rows[0])(rows)),
+        array("train_ims", lambda rows: poke(slice(4, 6), rows[0])(rows)),
         "train_ims.npy: 2 images with the features of an image before, in rows 4, 5",
     ),
     "too few ids": (lines("train_ids.txt", lambda ids: ids[:11]), "train_ids.txt: 11 ids do not fit 12 images"),
     "an id twice": (lines("train_ids.txt", lambda ids: [*ids[:11], ids[3]]), "train_ids.txt: 1 id more than once: 103"),
-    "an empty id": (lines("train_ids.txt", lambda ids: [*ids[:11], ""]), "train_ids.txt: line 12 is not"),
     "ids not in fives": (
         lines("dev_ids.txt", lambda ids: [*np.repeat(ids, 5)[:19], "9"]),
         "dev_ids.txt: line 20 differs",
@@ -184,27 +171,25 @@ FAULTS = {
         lines("dev_ids.txt", lambda ids: [*ids[:3], "105"]),
         "train and dev share 1 image, by id: 105",
     ),
-    "train in testall": (
-        lines("testall_ids.txt", lambda ids: [str(one) for one in range(105, 111)]),
-        "train and testall share 6 images, by id: 105, 106, 107, 108, 109, ...",
-    ),
     "train in dev under other ids": (
         lambda folder: np.save(folder / "dev_ims.npy", np.load(folder / "train_ims.npy")[[2, 3, 9, 4]]),
         "train and dev share 4 images, by features: images 2, 3, 4, 9 of train",
     ),
-    "boxes of another shape": (boxes(lambda boxes: boxes[:, :2]), "dev_boxes.npy: no boxes of these features"),
-    "boxes that are NaN": (boxes(poke((0, 0, 0), np.nan)), "dev_boxes.npy: no boxes of these features (NaN"),
+    "boxes that are NaN": (
+        array("dev_boxes", poke((0, 0, 0), np.nan)),
+        "dev_boxes.npy: no boxes of these features (NaN",
+    ),
+    "boxes of half the images": (
+        array("dev_boxes", lambda boxes: boxes[:2]),
+        "dev_boxes.npy: no boxes of these features",
+    ),
     "another feature size": (
-        ims("dev", lambda rows: rows[..., :2]),
+        array("dev_ims", lambda rows: rows[..., :2]),
         "features of different size, no model takes both: train 4, dev 2, test 4, testall 4",
     ),
     "captions not UTF-8": (raw("dev_caps.txt", b"caf\xe9\n" * 20), "dev_caps.txt: line 1 is not UTF-8"),
     "too few captions": (lines("dev_caps.txt", lambda lines: lines[1:]), "dev_caps.txt: 19 captions do not fit"),
-    "a truncated file": (
-        lambda folder: raw("dev_ims.npy", (folder / "dev_ims.npy").read_bytes()[:-1])(folder),
-        "trunc",
-    ),
-    "no features": (raw("dev_ims.npy", b"features"), "dev_ims.npy: truncated or not a .npy file"),
+    "a truncated file": (lambda folder: os.truncate(folder / "dev_ims.npy", 200), "dev_ims.npy: truncated"),
     "no captions": (lambda folder: (folder / "dev_caps.txt").unlink(), "dev_caps.txt is missing"),
 }
 
@@ -226,11 +211,3 @@ def test_a_broken_split_does_not_hide_the_faults_of_the_others(folder, run):
     assert err == f"error: {folder}: 4 faults\n"
     assert len(findings(out, "fault")) == 4
     assert [line.split()[0] for line in out.split("\n\n")[0].splitlines()] == ["split", "train", "test", "testall"]
-
-
-def test_a_folder_without_features_is_refused_as_in_training(folder, run):
-    for path in folder.glob("*_ims.npy"):
-        path.unlink()
-    assert f"{folder / 'train_ims.npy'} is missing" in run()[1]
-    shutil.rmtree(folder)
-    assert "no data set at" in run()[1]
