@@ -5,7 +5,7 @@ background. "A" claims that there is at least one; a number claims that there ar
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from lib.prepare.scenes.world import Scene, Thing, place, relations
 
 CAPTIONS_PER_PICTURE = 5
 SHORTEST, LONGEST = 6, 20  # words of a caption
-BACKGROUND_CHANCE, CAPITAL_CHANCE, PERIOD_CHANCE = 0.35, 0.6, 0.5
 MENTION_CHANCES = {"size": 0.45, "texture": 0.55, "colour": 0.85, "shape": 0.93}  # that a description says it
 MENTION_CHANCES |= {"medium": 0.1, "plain": 0.08}  # values that are rarely worth a word
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -38,7 +37,6 @@ WORDS = {  # what can be said in several ways, or only in words of its own
     "stripes": "on a striped background|against wide stripes", "grid": "on a grid|on squared paper",
     "night": "in the night sky|against a dark night sky",
 }  # fmt: skip
-Option = TypeVar("Option")
 
 
 def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
@@ -48,8 +46,8 @@ def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
     while len(captions) < CAPTIONS_PER_PICTURE:
         text = writer.sentence()
         if SHORTEST <= len(text.split()) <= LONGEST:
-            text = text[0].upper() + text[1:] if writer.chance(CAPITAL_CHANCE) else text
-            text = text + "." if writer.chance(PERIOD_CHANCE) else text
+            text = text[0].upper() + text[1:] if writer.chance(0.6) else text
+            text = text + "." if writer.chance(0.5) else text
             captions += [text] if text not in captions else []
     return captions
 
@@ -145,13 +143,13 @@ class _Writer:
         return self.say(place(thing))
 
     def with_background(self, text: str) -> str:
-        return f"{text} {self.say(self.scene.background)}" if self.chance(BACKGROUND_CHANCE) else text
+        return f"{text} {self.say(self.scene.background)}" if self.chance(0.35) else text
 
     def say(self, alternatives: str) -> str:
         """One of several words or phrases, separated by "|", or of those that WORDS has for what is given."""
         return self.choose(WORDS.get(alternatives, alternatives).split("|"))
 
-    def choose(self, options: Sequence[Option]) -> Option:
+    def choose(self, options: Sequence[Any]) -> Any:
         return options[int(self.rng.integers(len(options)))]
 
     def chance(self, probability: float) -> bool:

@@ -11,11 +11,6 @@ import numpy as np
 
 from lib.prepare.scenes.world import BACKGROUNDS, COLOURS, PICTURE_SIZE, Scene, Thing
 
-SHADE_JITTER = 0.05  # standard deviation of a thing's colour, per channel
-GAIN_RANGE = (0.85, 1.08)  # brightness of a thing
-LIGHT_RANGE = (0.88, 1.06)  # brightness of the whole picture
-NOISE_RANGE = (0.015, 0.045)  # standard deviation of the sensor's noise
-PATTERN_PERIOD = (5.0, 6.5)  # pixels from one stripe, dot or square to the next
 MIN_OVERLAP = 12.0  # pixels of a thing that another must hide before it is "in front of" it
 Y, X = np.mgrid[0:PICTURE_SIZE, 0:PICTURE_SIZE].astype(np.float32) + np.float32(0.5)  # centres of the pixels
 
@@ -96,18 +91,18 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         window = _window(thing)
         part = canvas[:, *window]
         part += mask[window] * (_paint(thing, rng, X[window], Y[window]) - part)
-    canvas *= rng.uniform(*LIGHT_RANGE)
-    canvas += rng.uniform(*NOISE_RANGE) * rng.standard_normal(canvas.shape, np.float32)
+    canvas *= rng.uniform(0.88, 1.06)  # the light
+    canvas += rng.uniform(0.015, 0.045) * rng.standard_normal(canvas.shape, np.float32)
     return (canvas.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _paint(thing: Thing, rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Colour of a thing's surface at the given points, its texture in a second tone: (3, h, w)."""
-    colour = np.array(COLOURS[thing.colour]) * rng.uniform(*GAIN_RANGE) + rng.normal(0, SHADE_JITTER, 3)
+    colour = np.array(COLOURS[thing.colour]) * rng.uniform(0.85, 1.08) + rng.normal(0, 0.05, 3)
     base = colour.astype(np.float32)[:, None, None]
     second = 0.42 * base if base.mean() > 0.45 else base + 0.55 * (1 - base)
     angle, phase, other_phase = (rng.uniform(0, turn) for turn in (np.pi, 2 * np.pi, 2 * np.pi))
-    frequency = 2 * np.pi / rng.uniform(*PATTERN_PERIOD)
+    frequency = 2 * np.pi / rng.uniform(5.0, 6.5)  # by the pixels from one stripe, dot or square to the next
     cos, sin = frequency * math.cos(angle), frequency * math.sin(angle)
     across, along = np.sin(cos * x + sin * y + phase), np.sin(cos * y - sin * x + other_phase)
     waves = {"striped": across, "dotted": across + along - 0.6, "checkered": 3 * across * along}

@@ -28,7 +28,6 @@ BACKGROUNDS = {  # name: the two colours that its pattern mixes, the colour of t
     "grid": ((0.90, 0.90, 0.88), (0.58, 0.68, 0.80), "white"),
     "night": ((0.05, 0.06, 0.17), (0.75, 0.75, 0.80), "black"),
 }
-MAX_ROTATION = 0.2
 REPEAT_CHANCE = 0.25  # a thing takes the shape, or the colour, of an earlier one, so that there is something to count
 CROWDING = 0.8  # two centres are at least this share of the summed radii apart: things overlap at most a little
 CLEAR_STEP = 18.0  # how much further left (right, up, down) a thing lies before one would say so
@@ -72,7 +71,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
             colour = things[rng.integers(len(things))].colour
         texture = str(rng.choice(TEXTURES, p=TEXTURE_CHANCES))
         size, x, y, radius = _find_room(rng, things)
-        things.append(Thing(size, texture, colour, shape, x, y, radius, rng.uniform(-MAX_ROTATION, MAX_ROTATION)))
+        things.append(Thing(size, texture, colour, shape, x, y, radius, rng.uniform(-0.2, 0.2)))
     return Scene(background, tuple(things))
 
 
