@@ -108,16 +108,11 @@ class EpochBatches(Dataset):
         part: slice = slice(None),
         half: bool = False,
         indexed: bool = False,
-        read_ahead: int = READ_AHEAD,
     ):
-        """part: the pairs of each batch that belong to this process. half: read features as float16.
-
-        indexed: read no features and give IndexedBatch.
-        """
+        """part: this process's pairs of each batch. half: features in float16. indexed: none; give IndexedBatch."""
         self.features, self.image_of_caption = split.features, split.image_of_caption
-        self.captions, self.tokenizer = captions, tokenizer
-        self.seed, self.epoch = seed, epoch
-        self.part, self.half, self.indexed, self.read_ahead = part, half, indexed, read_ahead
+        self.captions, self.tokenizer, self.seed, self.epoch = captions, tokenizer, seed, epoch
+        self.part, self.half, self.indexed, self.read_ahead = part, half, indexed, READ_AHEAD
         order = self._rng(0).permutation(len(captions))
         self.pairs = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
 
@@ -176,7 +171,7 @@ def _allocate(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
             f"--workers: no room in shared memory for a batch ({reason(error)}); use --workers 0, or start the "
             "container with more of it (docker run --shm-size=8g)"
         ) from None
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:

@@ -122,27 +122,23 @@ def read_captions(path: Path) -> list[str]:
 
 
 def read_ids(split: Split) -> list[str] | None:
-    """The id of each image, from {split}_ids.txt; None where there is no such file.
+    """The id of each image, from {split}_ids.txt with one line, or five equal lines, an image; None: no such file.
 
-    The file has one line for each image, or five equal ones. Raises InputError where it has another number of them,
-    where one is empty or not printable, or where five lines differ.
+    Raises InputError where there is another number of lines, one holds no printable id, or five lines differ.
     """
     path, images = split.folder / f"{split.name}_ids.txt", len(split.features)
     if not path.is_file():
         return None
-    ids = []
-    for number, line in read_lines(path):
-        ids.append(line.strip())
-        if not (ids[-1] and ids[-1].isprintable()):
-            raise InputError(f"{path}: line {number} is not an image id")
-    if len(ids) == images:
-        return ids
-    if len(ids) != CAPTIONS_PER_IMAGE * images:
+    ids = [line.strip() for _, line in read_lines(path)]
+    if len(ids) not in (images, CAPTIONS_PER_IMAGE * images):
         raise InputError(f"{path}: {len(ids)} ids do not fit {images} images; expected one for each image")
-    for line, one in enumerate(ids):
-        if one != ids[line - line % CAPTIONS_PER_IMAGE]:
-            raise InputError(f"{path}: line {line + 1} differs, though five lines in a row belong to one image")
-    return ids[::CAPTIONS_PER_IMAGE]
+    repeats = len(ids) // images
+    for number, one in enumerate(ids):
+        if not (one and one.isprintable()):
+            raise InputError(f"{path}: line {number + 1} is not an image id")
+        if one != ids[number - number % repeats]:
+            raise InputError(f"{path}: line {number + 1} differs, though five lines in a row belong to one image")
+    return ids[::repeats]
 
 
 def _read_counts(path: Path, images: int) -> np.ndarray:

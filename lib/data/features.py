@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,14 @@ class FeatureFile:
             )
         self.img_dim, self._row_bytes = shape[-1], shape[-1] * self.dtype.itemsize
         self._is_packed = len(shape) == 2
-        self.starts = (
-            _read_offsets(path, shape[0]) if self._is_packed else np.arange(shape[0] // repeats + 1) * shape[1]
-        )
+        if self._is_packed:
+            self.starts = _read_offsets(path, shape[0])
+        else:
+            self.starts = np.arange(shape[0] // repeats + 1) * shape[1]
         self.counts = np.diff(self.starts)
         self.regions = int(self.counts.max())
         self.varies = bool((self.counts != self.regions).any())
-        self._file = None
+        self._file: FileIO | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -94,11 +96,11 @@ class FeatureFile:
             return
         begins = self._stored(self.starts[images]) * self._row_bytes + self._data_at
         ends = begins + self.counts[images] * self._row_bytes
-        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-            for first in range(begin, end, READ_AHEAD_BYTES):
-                with suppress(OSError):
-                    length = min(READ_AHEAD_BYTES, end - first)
-                    os.posix_fadvise(self._descriptor(), first, length, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):
+            for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+                for at in range(begin, end, READ_AHEAD_BYTES):
+                    size = min(READ_AHEAD_BYTES, end - at)
+                    os.posix_fadvise(self._descriptor(), at, size, os.POSIX_FADV_WILLNEED)
 
     def row_of(self, row: int) -> int:
         """The index into the file's array for error messages: of the row if it is packed, else of its (first) image."""
@@ -110,43 +112,34 @@ class FeatureFile:
 
     def _fill(self, features: np.ndarray, stored: np.ndarray) -> None:
         """Read rows of the file, consecutive ones in one call."""
-        size, target = self._row_bytes, memoryview(features).cast("B")
+        size, target = self._row_bytes, features.data.cast("B")
         cuts = (np.flatnonzero(np.diff(stored) != 1) + 1).tolist()
         begins, ends = [0, *cuts], [*cuts, len(stored)]
-        for begin, end, row in zip(begins, ends, stored[begins].tolist(), strict=True):
-            self._read_at(self._data_at + row * size, target[begin * size : end * size])
+        try:
+            for begin, end, row in zip(begins, ends, stored[begins].tolist(), strict=True):
+                self._read_at(self._data_at + row * size, target[begin * size : end * size])
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({reason(error)})") from None
 
     def _read_at(self, place: int, target: memoryview) -> None:
         while target:
-            try:
-                count = os.preadv(self._descriptor(), [target], place)
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be read ({reason(error)})") from None
+            count = os.preadv(self._descriptor(), [target], place)
             if not count:
                 raise InputError(f"{self.path}: has become shorter while it was open; copy or download it again")
             place, target = place + count, target[count:]
 
     def _descriptor(self) -> int:
         if self._file is None:
-            try:
-                self._file = open(self.path, "rb", buffering=0)
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be read ({reason(error)})") from None
+            self._file = open(self.path, "rb", buffering=0)
         return self._file.fileno()
 
     def _refuse(self, rows: np.ndarray, features: np.ndarray) -> None:
         """Raise InputError naming the first image or row that cannot be used."""
-        finite = np.isfinite(features).all(axis=1)
-        if not finite.all():
-            row, problem = rows[~finite][0], "NaN or infinite features; extract or download the file again"
-        else:
-            most = np.finfo(np.float16).max
-            row = rows[(np.abs(features) > most).any(axis=1)][0]
-            problem = (
-                f"a feature beyond float16's largest number, {most:.0f}; use --precision fp32, without "
-                "--device_features"
-            )
-        raise InputError(f"{self.path}: row {self.row_of(row)} holds {problem}")
+        bad, problem = ~np.isfinite(features), "NaN or infinite features; extract or download the file again"
+        if not bad.any():
+            bad = np.abs(features) > np.finfo(np.float16).max
+            problem = "a feature beyond float16's limit, 65504; use --precision fp32, without --device_features"
+        raise InputError(f"{self.path}: row {self.row_of(rows[bad.any(axis=1)][0])} holds {problem}")
 
 
 def _is_finite(features: np.ndarray) -> bool:

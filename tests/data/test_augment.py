@@ -1,5 +1,7 @@
 """Size augmentation: which regions and words stay, at which rates, and that words are treated as wholes."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,14 +53,9 @@ def test_four_of_five_regions_stay_each_by_itself_of_few_and_of_many():
 
 
 def test_of_an_image_that_would_lose_all_any_region_may_stay():
-    class Unlucky:
-        """Draws that keep no region."""
-
-        random = staticmethod(np.ones)
-        integers = np.random.default_rng(0).integers
-
+    unlucky = Mock(random=np.ones, integers=np.random.default_rng(0).integers)  # draws that keep no region
     counts = np.tile([4, 9], 400)
-    rows, kept = choose_regions(np.zeros(800, int), counts, Unlucky())
+    rows, kept = choose_regions(np.zeros(800, int), counts, unlucky)
     assert (kept == 1).all()
     for count in (4, 9):
         assert np.bincount(rows[counts == count], minlength=count) == pytest.approx(400 / count, rel=0.5)

@@ -119,8 +119,8 @@ def test_features_on_the_device_give_to_the_bit_the_batches_of_features_in_float
     make_data(tmp_path / "precomp", images={"train": 24}, dtype=dtype, repeats=repeats)
     monkeypatch.setattr("lib.data.features.UPLOAD_BYTES", 5000)
     split = open_split(str(tmp_path), "precomp", "train")
-    assert ImageBatches(split.features, 3)[0].images.numpy().dtype == epoch_batches(of=split)[0].images.numpy().dtype
-    assert epoch_batches(of=split)[0].images.numpy().dtype == dtype
+    for batch in (epoch_batches(of=split)[0], ImageBatches(split.features, 3)[0]):
+        assert batch.images.numpy().dtype == dtype
     expected = list(on_device(epoch_batches(of=split, half=True), CPU))
     resident = DeviceFeatures(split.features, CPU)
     monkeypatch.delattr(FeatureFile, "read_rows")  # nothing is read from here on
