@@ -9,6 +9,7 @@ above what it was at the first batch. The second table is of a file that is not 
 telling the system which images come next, shuffled with telling it, and in the file's order.
 """
 
+import json
 import multiprocessing
 import os
 import sys
@@ -57,7 +58,8 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(WORDS))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    return load_tokenizer(str(folder), 512, len(words))
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": len(words)}))
+    return load_tokenizer(str(folder))
 
 
 def make(folder: Path, name: str, img_dim: int) -> Path:

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -27,23 +28,23 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lib.bert import BERT_BASE, build_bert, plain, read_config
 from lib.checkpoints import published
 from lib.cli import InputError, reason
 from lib.config import TrainSettings
-from lib.data.tokenizer import Tokenizer, load_tokenizer
+from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
-from lib.model.registry import PAPERS_GATE, describe
+from lib.model.backbone import build_backbone, has_weights, load_backbone, read_config
+from lib.model.registry import describe
 from lib.model.xdim import XDim
 
 FORMAT = "x-dim checkpoint 3"
 OLD_FORMAT = "x-dim checkpoint 2"
 BEST, LAST = "model_best.pt", "last.pt"  # BEST becomes model_best.safetensors once training writes weights there
 OLD_BEST = "model_best.pt"
-WEIGHTS = ".safetensors"
-ENTRIES = ("architecture", "bert_config", "tokenizer", "settings", "progress", "data", "versions")
+ENTRIES = ("architecture", "tokenizer", "settings", "progress", "data", "versions")
 STATE = ("model", *ENTRIES, "optimizer", "random_state")
-ADDED = {"similarity": "xdim", "gate": PAPERS_GATE}  # what the oldest checkpoints do not say
+BERT_BASE = "bert-base-uncased"
+OLD_SETTINGS = {"hardness": ("loss", {"epochs": "hinge", "recall": "ramped"})}  # old name: new name, values
 
 
 def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
@@ -90,7 +91,7 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict:
         else:
             content = _read_safetensors(path)
     content = published.convert(content, path) if published.is_published(content) else _checked(content, path)
-    content["path"], content["architecture"] = str(path), ADDED | content["architecture"]
+    content["path"] = str(path)
     content["settings"], content["notes"] = _known_settings(content["settings"])
     return content
 
@@ -129,18 +130,15 @@ def _refusing_damage(path: Path) -> Iterator[None]:
     """Turn what a library raises for damaged bytes, which can be almost any exception, into InputError."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
         # The first sentence: PyTorch goes on to advise loading without restriction.
-        why = reason(error).split(". ")[0]
-        raise InputError(f"{path}: damaged, or not a checkpoint ({why})") from None
+        raise InputError(f"{path}: damaged, or not a checkpoint ({reason(error).split('. ')[0]})") from None
 
 
 def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(4)
-    if start.startswith(b"\x80"):
+    if start == b"\x80\x02\x8a\n":
         raise ValueError("no checksums, as before PyTorch 1.6; torch.load it and torch.save it again")
     return start == b"PK\x03\x04"
 
@@ -191,12 +189,37 @@ def _checked(content: object, path: Path) -> dict:
         raise InputError(f"{path}: not a checkpoint of this project, nor one of the published form{newer}")
     if missing := [name for name in ("model", *ENTRIES) if name not in content]:
         raise InputError(f"{path}: an incomplete checkpoint, it lacks {', '.join(missing)}")
-    return content
+    return content if form == FORMAT else _upgraded(content)
+
+
+def _upgraded(content: dict) -> dict:
+    """A checkpoint of OLD_FORMAT, whose architecture were flags and whose text model was always a BERT, in today's."""
+    config = content.pop("bert_config")
+    architecture = _with_text(describe(content["architecture"]), config, 0)
+    weights = {
+        name.replace("text_encoder.bert.", "text_encoder.backbone.", 1): weight
+        for name, weight in content["model"].items()
+    }
+    tokenizer = complete(content["tokenizer"], config["max_position_embeddings"], "[PAD]", 0)
+    return {**content, "format": FORMAT, "architecture": architecture, "model": weights, "tokenizer": tokenizer}
+
+
+def _with_text(architecture: dict, config: dict, pad_id: int | None) -> dict:
+    """An architecture completed by the text model's configuration."""
+    text = architecture["text_encoder"]
+    return {
+        **architecture,
+        "text_encoder": {**text, "options": {**text["options"], "config": config, "pad_id": pad_id}},
+    }
 
 
 def _known_settings(settings: dict) -> tuple[dict, list[str]]:
     """The settings that this version knows, and a note on the others."""
     kinds = {field.name: field.type for field in dataclasses.fields(TrainSettings)}
+    for name, (new_name, values) in OLD_SETTINGS.items():
+        if name in settings and new_name in kinds:
+            settings = {**settings, new_name: values[settings[name]]}
+            del settings[name]
     known = {name: value for name, value in settings.items() if _is_a(value, kinds.get(name))}
     ignored = [f"{name}={value!r}" for name, value in settings.items() if name not in known]
     notes = [f"settings that this version does not know are ignored: {', '.join(ignored)}"] if ignored else []
@@ -207,51 +230,69 @@ def _is_a(value: object, kind: type | None) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-# From a checkpoint to a model
+# To a model
+
+
+def new_model(settings: dict) -> tuple[XDim, Tokenizer, str]:
+    """A model to train, around a pretrained language model, with its tokenizer.
+
+    settings: flags by name. Returns a sentence, too, on where the language model's weights come from. Raises
+    InputError where there is no such language model, or parts do not fit each other.
+    """
+    name = settings["bert"]
+    if os.path.isfile(name):
+        raise InputError(f"--bert {name}: is a file; give the folder that holds config.json and the vocabulary")
+    if not os.path.isdir(name):
+        print(f"{name}: taken from the cache, or fetched from the Hugging Face hub", flush=True)
+    with _refusing(f"--bert {name}: no language model of the transformers library"):
+        config = read_config(name)
+        pretrained = not os.path.isdir(name) or has_weights(name)
+        backbone = load_backbone(name) if pretrained else build_backbone(config)
+    tokenizer = load_tokenizer(name)
+    try:
+        model = XDim.build(_with_text(describe(settings), config, tokenizer.own_pad_id), backbone)
+    except ValueError as error:  # it names the flag
+        raise InputError(str(error)) from None
+    kind = config["model_type"]
+    note = f"starts from the weights of {name}" if pretrained else f"starts at random: {name} holds no weights"
+    return model, tokenizer, f"the language model ({kind}) {note}"
 
 
 def build_model(content: dict, bert: str = "") -> tuple[XDim, Tokenizer]:
     """The model and tokenizer of a checkpoint, weights loaded.
 
-    bert: name or folder of the configuration and vocabulary where the checkpoint carries none (a published one).
-    Raises InputError where weights are missing, surplus or misshapen, listing them.
+    bert: name or folder of the language model's configuration and vocabulary where the checkpoint carries none (a
+    published one). Raises InputError where weights are missing, surplus or misshapen, listing them.
     """
     content = add_text(content, bert)
-    model = new_model(build_bert(content["bert_config"]), content["architecture"])
+    model = XDim.build(content["architecture"])
     model.load_state_dict(content["model"])
-    return model, Tokenizer(content["tokenizer"], content["bert_config"]["max_position_embeddings"])
+    return model, Tokenizer(content["tokenizer"])
 
 
 def add_text(content: dict, bert: str) -> dict:
-    """A checkpoint with a configuration and tokenizer of its text model, those of `bert` where it carries none itself.
+    """A checkpoint with its language model's configuration and tokenizer: those of `bert` where it carries none.
 
     Raises InputError where they and the weights do not fit each other.
     """
-    if "bert_config" not in content:
-        config = plain(read_config(bert or BERT_BASE))
-        tokenizer = load_tokenizer(bert or BERT_BASE, config["max_position_embeddings"], config["vocab_size"])
-        content = {**content, "bert_config": config, "tokenizer": tokenizer.specification}
+    if "tokenizer" not in content:
+        name = bert or BERT_BASE
+        with _refusing(f"--bert {name}: no language model of the transformers library"):
+            config = read_config(name)
+        tokenizer = load_tokenizer(name)
+        architecture = _with_text(content["architecture"], config, tokenizer.own_pad_id)
+        content = {**content, "architecture": architecture, "tokenizer": tokenizer.specification}
     _check_weights(content)
     return content
 
 
-def new_model(bert, settings: dict) -> XDim:
-    """An X-Dim of random weights around a BERT."""
+@contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """Turn whatever a wrong name, a damaged file or sizes that do not fit each other lead to into InputError."""
     try:
-        architecture = describe(settings)
-        architecture["text_encoder"]["options"]["config"] = {}
-        return XDim.build(architecture, bert)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def describe_architecture(model: XDim, settings: dict, tokenizer: Tokenizer) -> dict:
-    """The parts of a checkpoint that say what to build before its weights can be loaded."""
-    return {
-        "architecture": {name: settings[name] for name in (*published.ARCHITECTURE, *ADDED)},
-        "bert_config": plain(model.text_encoder.backbone.config),
-        "tokenizer": tokenizer.specification,
-    }
+        yield
+    except Exception as error:
+        raise InputError(f"{message} ({reason(error)})") from None
 
 
 def _check_weights(content: dict) -> None:
@@ -259,11 +300,8 @@ def _check_weights(content: dict) -> None:
 
     That model is built on the meta device, without memory. Raises InputError listing the weights that do not fit.
     """
-    try:
-        with torch.device("meta"):
-            expected = new_model(build_bert(content["bert_config"]), content["architecture"]).state_dict()
-    except Exception as error:  # whatever sizes that do not fit each other lead to
-        raise InputError(f"{content['path']}: describes no model that can be built ({reason(error)})") from None
+    with _refusing(f"{content['path']}: describes no model that can be built"), torch.device("meta"):
+        expected = XDim.build(content["architecture"]).state_dict()
     name_of = published.published_name if "published" in content else lambda name: name
     found, wanted = (
         {name: str(tuple(weight.shape)) for name, weight in weights.items()} for weights in (content["model"], expected)

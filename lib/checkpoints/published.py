@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lib.cli import InputError
-from lib.model.registry import PUBLISHED_GATES
+from lib.model.registry import PUBLISHED_GATES, describe
 
 # Published name -> ours, for each of the three state dicts; those that end in a dot are starts of names.
 NAMES = (
@@ -47,7 +47,6 @@ SETTINGS = (
     *("data_name", "margin", "num_epochs", "batch_size", "learning_rate", "lr_update", "grad_clip", "max_violation"),
     *("vse_mean_warmup_epochs", "log_step", "img_dim", "embed_size", "no_imgnorm", "no_txtnorm", "mask_padding"),
 )
-ARCHITECTURE = {"img_dim": 2048, "embed_size": 1024, "no_imgnorm": False, "no_txtnorm": False, "mask_padding": False}
 
 
 def is_published(content: object) -> bool:
@@ -68,10 +67,12 @@ def convert(content: dict, path: Path) -> dict:
     """
     weights = _rename(content["model"], path)
     options = vars(content["opt"])
+    settings = {"similarity": "xdim", "gate": "adaptive"}
+    settings |= {name: options[name] for name in SETTINGS if name in options}
     return {
         "model": {name: _to_ours(name, weight) for name, weight in weights.items() if not name.startswith(KEPT)},
-        "architecture": {**ARCHITECTURE, **{name: options[name] for name in ARCHITECTURE if name in options}},
-        "settings": {name: options[name] for name in SETTINGS if name in options},
+        "architecture": describe(settings),
+        "settings": settings,
         "progress": {
             **{"epoch": content.get("epoch", 0), "batch": 0, "step": content.get("Eiters", 0)},
             **{"best_rsum": content.get("best_rsum", -1.0), "best_epoch": 0, "history": []},
@@ -92,9 +93,11 @@ def revert(content: dict) -> dict:
     One that was published becomes what it was, to the bit; another one gets an `opt` of its own settings, and none of
     the weights that are never used. Raises InputError for a model that the published code does not know.
     """
-    for name, known in (("similarity", ("xdim",)), ("gate", PUBLISHED_GATES)):
-        if (found := content["architecture"].get(name, known[0])) not in known:
-            raise InputError(f"{content['path']}: the published code does not know --{name} {found}")
+    similarity = content["architecture"]["similarity"]
+    gate = similarity["options"].get("gate", {"name": ""})
+    if similarity["name"] != "xdim" or gate["name"] not in PUBLISHED_GATES:
+        model = " ".join(part["name"] for part in (similarity, gate))
+        raise InputError(f"{content['path']}: the published code does not know the similarity {model}")
     origin = content.get("published") or _origin(content)
     weights = {**content["model"], **origin["never_used"]}
     parts = [
@@ -114,8 +117,7 @@ def _origin(content: dict) -> dict:
     keys = [[] for _ in NAMES]
     for name in content["model"]:
         keys[_part_of(name)].append(PREFIX + published_name(name))
-    options = {**content["settings"], **content["architecture"]}
-    return {"entries": list(ENTRIES), "opt": options, "keys": keys, "never_used": {}}
+    return {"entries": list(ENTRIES), "opt": content["settings"], "keys": keys, "never_used": {}}
 
 
 def _rename(parts: list[dict], path: Path) -> dict[str, Tensor]:

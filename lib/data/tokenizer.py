@@ -1,32 +1,33 @@
-"""Captions to token ids, word by word, as BERT's own tokenizer does."""
+"""Captions to token ids, word by word, as a language model's own tokenizer does."""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 
 import numpy as np
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said explicitly, it does not warn when loader workers start
 
 from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.cli import InputError, reason, with_bar
 from lib.data.features import ranges
-from lib.hub import is_folder, quiet
+from lib.model.backbone import quiet, read_config
 
-PAD_ID = 0
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PARTS = {"normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer", "model": "WordPiece"}
-OPTIONS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
-AT_ONCE = 1_000  # captions split at a time; the library's own result is many times larger than what is kept of it
+MASK_TOKENS = ("[MASK]", "<mask>")  # BERT's and RoBERTa's families
+SPACE = "\u2581"  # what SentencePiece writes in place of a space, at the start of a word
+COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their first token has position pad_id + 1
+LEAST_KNOWN = 0.9  # of a model's embedding table; a vocabulary that knows less of it was cut off
+AT_ONCE = 10_000  # captions split at a time; the library's own result is many times larger than what is kept of it
 
 
 @dataclass
 class TokenizedCaptions:
-    """Word pieces of many captions in flat arrays; [CLS] and [SEP] are not among them."""
+    """Word pieces of many captions in flat arrays, without special tokens."""
 
     ids: np.ndarray  # (pieces,) vocabulary entries of all captions, one after the other
     words: np.ndarray  # (pieces,) index of the word, within its caption, that a piece belongs to
@@ -43,112 +44,147 @@ class TokenizedCaptions:
 
 
 class Tokenizer:
-    """A WordPiece tokenizer with BERT's special tokens.
+    """A language model's tokenizer, which knows the words that pieces belong to.
 
-    `max_length`: most tokens of a caption that BERT can take, [CLS] and [SEP] included.
+    specification: JSON of the `tokenizers` library, with truncation and padding; a checkpoint carries it.
+    max_length: the most tokens of a caption, special tokens included. vocab_size: rows of the embedding table that its
+    ids point to. pad_id: what shorter captions are filled with. own_pad_id: the same, but None where that token has
+    another meaning too, as CLIP's end of text. mask_id: the mask token, None where there is none.
     """
 
-    def __init__(self, specification: str, max_length: int):
-        """specification: the JSON of a `tokenizers` tokenizer, which a checkpoint carries along.
-
-        Raises InputError where it is damaged, or not a BERT's.
-        """
+    def __init__(self, specification: str):
+        """Raises InputError where the specification is damaged, or its vocabulary missing."""
         self.specification = specification
-        self.max_length = max_length
-        with _refusing("the tokenizer is damaged, or not BERT's"):
-            self._backend = _build_backend(specification)
-        self.vocab_size = self._backend.get_vocab_size()
-        _, _, self.cls_id, self.sep_id, self.mask_id = map(self._backend.token_to_id, SPECIAL_TOKENS)
+        with _refusing("the tokenizer is damaged, or its vocabulary missing"):
+            content = json.loads(specification)
+            whole = Backend.from_str(specification)
+            entries = whole.get_vocab()
+            if not entries.keys() - _special(content):
+                raise ValueError("it knows special tokens only")
+            self._backend = Backend.from_str(json.dumps(_without_special_tokens(content)))
+            self.max_length, padding = content["truncation"]["max_length"], content["padding"]
+            self.prefix, self.suffix = _around(whole)
+            self.pad_id, as_text = padding["pad_id"], self._backend.encode(padding["pad_token"]).ids
+        self.vocab_size = max(entries.values()) + 1
+        self.mask_id = next((entries[token] for token in MASK_TOKENS if token in entries), None)
+        self.own_pad_id = None if self.pad_id in (*self.prefix, *self.suffix, *as_text) else self.pad_id
+        self._starts_word = _word_starts(content, entries)
 
     def tokenize(self, captions: list[str]) -> TokenizedCaptions:
-        """Split captions into words (lower case, accents and punctuation as BERT does) and words into pieces."""
+        """Split captions into words, and words into pieces; a special token's name in a caption is text."""
         starts = with_bar(range(0, len(captions) or 1, AT_ONCE), "tokens")
         blocks = [self._tokenize(captions[start : start + AT_ONCE]) for start in starts]
         ids, words, lengths = map(np.concatenate, zip(*blocks, strict=True))
-        return TokenizedCaptions(ids, words, np.concatenate([[0], np.cumsum(lengths)]))
+        tokenized = TokenizedCaptions(ids, words, np.concatenate([[0], np.cumsum(lengths)]))
+        if self._starts_word is not None:
+            tokenized.words = _count_words(tokenized, self._starts_word)
+        return tokenized
 
     def _tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids and words of all pieces, and the number of pieces of each caption."""
         encodings = self._backend.encode_batch(captions, add_special_tokens=False)
-        ids = [i for encoding in encodings for i in encoding.ids]
-        words = [w for encoding in encodings for w in encoding.word_ids]
-        return np.array(ids, np.int32), np.array(words, np.int16), np.array(list(map(len, encodings)), np.int64)
+        lengths = np.array(list(map(len, encodings)), np.int64)
+        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, lengths.sum())
+        words = np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int16, lengths.sum())
+        return ids, words, lengths
 
     def pad(self, captions: TokenizedCaptions) -> tuple[np.ndarray, np.ndarray]:
-        """[CLS] pieces [SEP] of each caption, cut to `max_length` with [SEP] kept.
+        """Each caption between the model's special tokens, cut to `max_length` with those kept.
 
-        Returns ids (captions, longest), padded with 0, and lengths (captions,).
+        Returns ids (captions, longest), padded with pad_id, and lengths (captions,).
         """
+        before, around = len(self.prefix), len(self.prefix) + len(self.suffix)
         lengths = np.diff(captions.starts)
-        kept = np.minimum(lengths, self.max_length - 2)
-        ids = np.full((len(captions), kept.max(initial=0) + 2), PAD_ID, dtype=np.int64)
+        kept = np.minimum(lengths, self.max_length - around)
+        ids = np.full((len(captions), kept.max(initial=0) + around), self.pad_id, dtype=np.int64)
         caption = np.repeat(np.arange(len(captions)), lengths)
         position = np.arange(len(captions.ids)) - captions.starts[caption]
         fits = position < kept[caption]
-        ids[:, 0] = self.cls_id
-        ids[caption[fits], position[fits] + 1] = captions.ids[fits]
-        ids[np.arange(len(captions)), kept + 1] = self.sep_id
-        return ids, kept + 2
+        ids[:, :before] = self.prefix
+        ids[caption[fits], position[fits] + before] = captions.ids[fits]
+        for place, token in enumerate(self.suffix, before):
+            ids[np.arange(len(captions)), kept + place] = token
+        return ids, kept + around
 
 
-def load_tokenizer(bert: str, max_length: int, entries: int) -> Tokenizer:
-    """The tokenizer of a BERT by name (fetched unless cached) or folder (vocab.txt or tokenizer.json).
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a language model, from a folder or by its name on the Hugging Face hub.
 
-    entries: size of the vocabulary that the model's configuration states. Raises InputError where there is no tokenizer
-    or the vocabulary is larger than that.
+    Raises InputError where there is none, or it does not fit the model's configuration.
     """
-    folder = is_folder(bert)
-    if folder and not any((Path(bert) / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
-        raise InputError(f"--bert {bert}: the folder holds no vocab.txt")
-    with _refusing(f"--bert {bert}: no tokenizer to be had; give a folder with config.json and vocab.txt"), quiet():
-        specification = _read_folder(Path(bert)) if folder else _fetch(bert)
-    try:
-        loaded = Tokenizer(specification, max_length)
-    except InputError as error:
-        raise InputError(f"--bert {bert}: {error}") from None
-    if loaded.vocab_size > entries:
-        raise InputError(f"--bert {bert}: a vocabulary of {loaded.vocab_size} entries, but config.json says {entries}")
-    return loaded
+    from_disk = {"local_files_only": os.path.isdir(name)}
+    with _refusing(f"--bert {name}: no tokenizer found"), quiet():
+        config = read_config(name)
+        loaded = AutoTokenizer.from_pretrained(name, **from_disk)
+        if not loaded.is_fast:
+            loaded = PreTrainedTokenizerFast.from_pretrained(name, **from_disk)
+        longest = min(positions(config), loaded.model_max_length)
+        specification = complete(loaded.backend_tokenizer.to_str(), longest, loaded.pad_token, loaded.pad_token_id)
+    with _refusing(f"--bert {name}"):
+        tokenizer = Tokenizer(specification)
+        if not LEAST_KNOWN * config["vocab_size"] < tokenizer.vocab_size <= config["vocab_size"]:
+            sizes = f"{tokenizer.vocab_size} entries, but config.json says {config['vocab_size']}"
+            raise ValueError(f"a vocabulary of {sizes}")
+    return tokenizer
 
 
-def _fetch(name: str) -> str:
-    """The JSON of a tokenizer by name; raises whatever transformers does."""
-    from transformers import BertTokenizer
+def positions(config: dict) -> int:
+    """The most tokens of a caption that a model of this configuration takes."""
+    reserved = config["pad_token_id"] + 1 if config["model_type"] in COUNT_FROM_PAD else 0
+    return config["max_position_embeddings"] - reserved
 
-    return BertTokenizer.from_pretrained(name).backend_tokenizer.to_str()
+
+def complete(specification: str, max_length: int, pad_token: str, pad_id: int) -> str:
+    """The specification of a Tokenizer from a JSON of the `tokenizers` library."""
+    backend = Backend.from_str(specification)
+    backend.enable_truncation(max_length)
+    backend.enable_padding(pad_id=pad_id, pad_token=pad_token)
+    return backend.to_str()
 
 
-def _read_folder(folder: Path) -> str:
-    """The JSON of a folder's tokenizer; raises whatever damage leads to.
+def _special(content: dict) -> set[str]:
+    return {token["content"] for token in content["added_tokens"] if token["special"]}
 
-    Nothing but OPTIONS is taken from tokenizer_config.json, which may else name files anywhere.
+
+def _without_special_tokens(content: dict) -> dict:
+    """The tokenizer that takes the names of special tokens for text and adds none."""
+    special, model = _special(content), dict(content["model"])
+    if model["type"] == "Unigram":  # which would find them among its pieces
+        model["vocab"] = [[f"\0{piece}" if piece in special else piece, score] for piece, score in model["vocab"]]
+    others = [token for token in content["added_tokens"] if not token["special"]]
+    plain = {"added_tokens": others, "truncation": None, "padding": None, "post_processor": None}
+    return {**content, **plain, "model": model}
+
+
+def _around(backend: Backend) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens that a model's captions begin and end with."""
+    backend.no_truncation()
+    backend.no_padding()
+    encoding = backend.encode("a")
+    text = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
+
+
+def _word_starts(content: dict, entries: dict[str, int]) -> np.ndarray | None:
+    """Which vocabulary entries start a word, where spaces are part of pieces (SentencePiece); else None.
+
+    Some such tokenizers take a whole caption for one word.
     """
-    from transformers import BertTokenizer
-
-    if (folder / "tokenizer.json").is_file():
-        return (folder / "tokenizer.json").read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    settings = json.loads(config.read_bytes()) if config.is_file() else {}
-    options = {name: settings[name] for name in OPTIONS if name in settings}
-    return BertTokenizer(str(folder / "vocab.txt"), **options).backend_tokenizer.to_str()
+    if SPACE not in json.dumps([content["normalizer"], content["pre_tokenizer"]], ensure_ascii=False):
+        return None
+    starts = np.zeros(max(entries.values()) + 1, bool)
+    starts[[number for entry, number in entries.items() if entry.startswith(SPACE)]] = True
+    return starts
 
 
-def _build_backend(specification: str) -> Backend:
-    """The tokenizer that a JSON describes, of BERT's own parts only; raises whatever damage leads to."""
-    content = json.loads(specification)
-    for name, kind in PARTS.items():
-        if content[name]["type"] != kind:
-            raise ValueError(f"its {name} is not {kind}")
-    vocabulary = content["model"]["vocab"]
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise ValueError("its vocabulary holds a word twice, or leaves out a number")
-    if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
-        raise ValueError(f"its vocabulary has no {', '.join(missing)}")
-    if vocabulary["[PAD]"] != PAD_ID or content["model"]["unk_token"] != "[UNK]":
-        raise ValueError("[PAD] is not its first entry, or [UNK] not its unknown word")
-    parts = {name: content[name] for name in PARTS}
-    parts["added_tokens"] = []  # so that a literal [MASK] in a caption is text
-    return Backend.from_str(json.dumps({"version": "1.0", **parts}))
+def _count_words(captions: TokenizedCaptions, starts_word: np.ndarray) -> np.ndarray:
+    """The word of each piece, counted within its caption."""
+    first, lengths = captions.starts[:-1], np.diff(captions.starts)
+    starts = starts_word[captions.ids]
+    starts[1:] |= captions.words[1:] != captions.words[:-1]
+    starts[first[lengths > 0]] = True
+    words = np.cumsum(starts)
+    return (words - np.repeat(words[first[lengths > 0]], lengths[lengths > 0])).astype(np.int16)
 
 
 @contextmanager
@@ -159,4 +195,4 @@ def _refusing(message: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(f"{message} ({reason(error)})") from None
+        raise InputError(f"{message}: {reason(error)}") from None

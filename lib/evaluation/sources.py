@@ -11,7 +11,6 @@ from lib import distributed
 from lib.cli import InputError
 from lib.config import SAVED_SCORES, ScoringSettings
 from lib.data.dataset import Split, open_split
-from lib.data.token_cache import tokenize_split
 from lib.evaluation.embed import Timing, embed_split
 from lib.evaluation.matcher import Embeddings, load_matcher, make_scorer
 from lib.evaluation.metrics import FOLDS
@@ -29,7 +28,7 @@ class CheckpointSource:
         self.matcher = load_matcher(checkpoint, settings.bert, settings.device, settings.precision)
         self.matcher.model.use_engine(settings.engine)
         self.checkpoint = self.matcher.checkpoint
-        self.name = _name_model(**self.checkpoint["architecture"])
+        self.name = _name_model(self.checkpoint["architecture"])
         self.scorer = partial(make_scorer, self.matcher.model.engine, self.matcher.compute)
         self.embeddings: Embeddings | None = None
 
@@ -43,7 +42,7 @@ class CheckpointSource:
 
     def embed(self, split: Split, settings: ScoringSettings, timing: Timing) -> None:
         with timing.clock("load_s"), distributed.local_main_first():
-            captions = tokenize_split(self.matcher.tokenizer, split)
+            captions = self.matcher.tokenizer.tokenize(split.captions)
         self.embeddings = embed_split(self.matcher, split, captions, settings.batch_size, settings.workers, timing)
         self.matcher = None
 
@@ -84,9 +83,11 @@ class SavedSource:
 Source = CheckpointSource | SavedSource
 
 
-def _name_model(similarity: str, gate: str, **_) -> str:
+def _name_model(architecture: dict) -> str:
     """What a table calls a model."""
-    name = "X-Dim" if similarity == "xdim" else similarity
+    similarity = architecture["similarity"]
+    name = "X-Dim" if similarity["name"] == "xdim" else similarity["name"]
+    gate = similarity["options"].get("gate", {"name": PAPERS_GATE})["name"]
     return name if gate == PAPERS_GATE else f"{name}, {gate} gate"
 
 
@@ -129,7 +130,7 @@ def _open_split(sources: Sequence[Source], settings: ScoringSettings) -> tuple[S
         what = f"{checkpoints[0]['path']}: a published checkpoint" if checkpoints else "saved scores alone"
         missing = "--data_path" if data_name else "--data_path and --data_name"
         raise InputError(f"{what}; say with {missing} where the data is")
-    dims = {checkpoint["architecture"]["img_dim"] for checkpoint in checkpoints}
+    dims = {checkpoint["architecture"]["image_encoder"]["options"]["img_dim"] for checkpoint in checkpoints}
     if len(dims) > 1:
         sizes = " and of ".join(map(str, sorted(dims)))
         raise InputError(f"the checkpoints take features of {sizes} numbers, which no data set has at once")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertModel
 
+from lib.model.backbone import build_backbone
 from lib.model.layers import BatchNorm, at_least_float32, l2_normalize, pad_rows
 from lib.model.shard import Shard
 
@@ -20,6 +20,7 @@ from lib.model.shard import Shard
 # groups of 64, 16 s of 32 or of 16. Elsewhere a batch is one group: more kernels should cost more than padding (not
 # measured).
 GROUP = {"cpu": 32}
+ALL_TO_ALL = ("bert", "roberta", "xlm-roberta")  # every token attends to every other: a mask (C, 1, 1, N) says it all
 
 
 class RegionEncoder(nn.Module):
@@ -84,17 +85,16 @@ class TextEncoder(nn.Module):
         normalize: bool = True,
         backbone: nn.Module | None = None,
     ):
-        """config: of the language model. pad_id: the token that is never attended to. backbone: a pretrained model."""
+        """config: of the language model. pad_id: a token that is never attended to, wherever it stands; None: there is
+        none, as where the end of text pads too. backbone: a pretrained language model instead of a random one.
+        """
         super().__init__()
         self.width, self.pad_id, self.normalize = embed_size, pad_id, normalize
         self.micro_batch = 0
         self.backbone = backbone or self.make_backbone(config)
         self.linear = nn.Linear(self.backbone.config.hidden_size, embed_size)
 
-    @staticmethod
-    def make_backbone(config: dict) -> nn.Module:
-        """A language model of random weights from its configuration as plain types."""
-        return BertModel(BertConfig(**config), add_pooling_layer=False)
+    make_backbone = staticmethod(build_backbone)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the language model."""
@@ -116,7 +116,7 @@ class TextEncoder(nn.Module):
         compute = self._recomputed if micro_batch else self._hidden
         hidden, starts, end = [], torch.empty_like(lengths), 0  # starts: where a caption starts in `hidden`
         for group in groups_of_like_length(lengths, micro_batch or GROUP.get(ids.device.type, len(lengths))):
-            padded = compute(ids[group, : int(lengths[group].max())])  # (captions, longest, hidden)
+            padded = compute(ids[group, : int(lengths[group].max())], lengths[group])  # (captions, longest, hidden)
             starts[group] = end + padded.shape[1] * torch.arange(len(padded))
             end += len(padded) * padded.shape[1]
             hidden.append(padded.flatten(0, 1))
@@ -124,22 +124,28 @@ class TextEncoder(nn.Module):
         places = torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
         return torch.cat(hidden).index_select(0, places.to(ids.device, non_blocking=True))
 
-    def _recomputed(self, ids: Tensor) -> Tensor:
+    def _recomputed(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """`_hidden`, computed again with the same dropout in the backward pass instead of keeping its activations."""
         device = ids.device.type
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # Without the cache each group rounds the weights for itself, and their gradients add up in float32. Groups that
         # share rounded weights add them up in bfloat16, to twice the error at 64 groups.
         with torch.autocast(device, dtype, enabled, cache_enabled=False):
-            return checkpoint(self._hidden, ids, use_reentrant=False)
+            return checkpoint(self._hidden, ids, lengths, use_reentrant=False)
 
-    def _hidden(self, ids: Tensor) -> Tensor:
-        """Last hidden state (C, N, hidden) of captions (C, N)."""
-        attended = ids != self.pad_id
+    def _hidden(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Last hidden state (C, N, hidden) of captions (C, N) that have `lengths` tokens (C,)."""
+        if self.pad_id is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            attended = positions < lengths.to(ids.device, non_blocking=True)[:, None]
+        else:  # beyond `lengths` too, all tokens are padding
+            attended = ids != self.pad_id
         # Attention is faster without a mask. On CUDA, to look whether one is needed would be to wait for the device;
         # transformers looks, too, but only into masks of two dimensions.
-        unmasked = ids.device.type == "cpu" and attended.all()
-        mask = None if unmasked else attended[:, None, None]
+        if ids.device.type == "cpu" and attended.all():
+            mask = None
+        else:
+            mask = attended[:, None, None] if self.backbone.config.model_type in ALL_TO_ALL else attended
         return self.states(input_ids=ids, attention_mask=mask)
 
     def states(self, **inputs: Tensor | None) -> Tensor:

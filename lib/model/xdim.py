@@ -130,6 +130,7 @@ class XDim(nn.Module):
     def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, similarity: nn.Module, engine: str = "tiled"):
         super().__init__()
         self.image_encoder, self.text_encoder, self.similarity = image_encoder, text_encoder, similarity
+        self.architecture: dict = {}  # what `build` was given, for checkpoints
         self.use_engine(engine)
 
     @classmethod
@@ -145,7 +146,9 @@ class XDim(nn.Module):
             backbone = registry.find("text_encoder", text["name"]).make_backbone(text["options"]["config"])
         image_encoder = registry.build("image_encoder", image, dims)
         text_encoder = registry.build("text_encoder", text, dims, backbone=backbone)
-        return cls(image_encoder, text_encoder, registry.build("similarity", similarity, dims), engine)
+        model = cls(image_encoder, text_encoder, registry.build("similarity", similarity, dims), engine)
+        model.architecture = architecture
+        return model
 
     def use_engine(self, name: str) -> None:
         """Choose how scores are computed: "tiled", fast, or "plain", by the similarity's own formula."""

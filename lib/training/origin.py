@@ -98,12 +98,12 @@ def _weights(path: Path) -> Origin:
     """Any checkpoint, of which a new run takes the weights."""
     content = read_checkpoint(path)
     notes = [f"weights, BERT's too, start from {path}"]
-    return Origin(path, content, {name: content["architecture"][name] for name in BUILT_IN}, notes=notes)
+    defaults = {name: value for name, value in content["settings"].items() if name in BUILT_IN}
+    return Origin(path, content, defaults, notes=notes)
 
 
 def _defaults(content: dict) -> dict:
-    settings = content["settings"] | content["architecture"]
-    return {name: value for name, value in settings.items() if name not in OF_ONE_START}
+    return {name: value for name, value in content["settings"].items() if name not in OF_ONE_START}
 
 
 def refuse_changes(settings: TrainSettings, origin: Origin) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from lib import distributed
-from lib.bert import start_bert
-from lib.checkpoints.native import BEST, LAST, build_model, describe_architecture, new_model
+from lib.checkpoints.native import BEST, LAST, build_model, new_model
 from lib.checkpoints.record import RECORD, write_record
 from lib.cli import InputError, Interrupted, TrainingStopped, reason, with_bar
 from lib.collectives import divide
@@ -23,8 +22,7 @@ from lib.config import TrainSettings
 from lib.data.batches import Batch, EpochBatches, loader, on_device
 from lib.data.dataset import Split, open_split
 from lib.data.features import DeviceFeatures, FeatureFile
-from lib.data.token_cache import tokenize_split
-from lib.data.tokenizer import TokenizedCaptions, Tokenizer, load_tokenizer
+from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import report
 from lib.evaluation.embed import Timing, embed_split
 from lib.evaluation.evaluate import measure, rank_exactly
@@ -111,7 +109,7 @@ def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> R
     seed_everything(settings.seed)
     with distributed.local_main_first():  # the others find what it has fetched and tokenised
         model, tokenizer = new_parts(settings) if origin is None else build_model(origin.content, settings.bert)
-        captions = [tokenize_split(tokenizer, split) for split in (train_split, dev_split)]
+        captions = [tokenizer.tokenize(split.captions) for split in (train_split, dev_split)]
     seed_process(settings.seed, origin.progress.step if origin else 0)
     model.use_engine(settings.engine)
     model.image_encoder.mask_padding |= train_split.features.varies
@@ -130,11 +128,10 @@ def start(settings: TrainSettings, compute: Compute, origin: Origin | None) -> R
 
 
 def new_parts(settings: TrainSettings) -> tuple[XDim, Tokenizer]:
-    """A model around a pretrained BERT, and BERT's tokenizer."""
-    bert, where_from = start_bert(settings.bert)
-    print(where_from)
-    tokenizer = load_tokenizer(settings.bert, bert.config.max_position_embeddings, bert.config.vocab_size)
-    return new_model(bert, dataclasses.asdict(settings)), tokenizer
+    """A model around a pretrained language model, and its tokenizer."""
+    model, tokenizer, note = new_model(dataclasses.asdict(settings))
+    print(note)
+    return model, tokenizer
 
 
 def continue_from(run: Run, origin: Origin) -> None:
@@ -323,7 +320,8 @@ def save(run: Run, folder: RunFolder | None, log: RunLog) -> None:
     settings, progress = dataclasses.asdict(run.settings), run.progress
     content = {
         "model": run.model.state_dict(),
-        **describe_architecture(run.model, settings, run.tokenizer),
+        "architecture": run.model.architecture,
+        "tokenizer": run.tokenizer.specification,
         "settings": settings,
         "progress": dataclasses.asdict(progress),
         "optimizer": run.optimizer.state_dict(),

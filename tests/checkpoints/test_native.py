@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 
 from lib.checkpoints.native import (
     BEST,
@@ -144,6 +145,31 @@ def test_a_setting_that_this_version_does_not_know_is_ignored_with_a_note(altere
     content = read_checkpoint(altered(lambda content: content["settings"].update(no_such="x", margin="wide")))
     assert content["notes"] == ["settings that this version does not know are ignored: margin='wide', no_such='x'"]
     assert "no_such" not in content["settings"]
+
+
+def test_a_checkpoint_of_the_version_before_is_read_as_todays(content, tmp_path):
+    """Its architecture were flags, its text model a BERT; its tokenizer knew neither lengths nor padding."""
+    text = content["architecture"]["text_encoder"]["options"]
+    tokenizer = Backend.from_str(content["tokenizer"])
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    old = {
+        **content,
+        "format": "x-dim checkpoint 2",
+        "architecture": {"img_dim": 16, "embed_size": 16, **dict.fromkeys(("no_imgnorm", "no_txtnorm"), False)},
+        "bert_config": text["config"],
+        "tokenizer": tokenizer.to_str(),
+        "model": {name.replace(".backbone.", ".bert."): weight for name, weight in content["model"].items()},
+    }
+    del old["path"], old["notes"]
+    torch.save(old, tmp_path / OLD_BEST)
+    again = read_checkpoint(find_checkpoint(str(tmp_path)))
+    assert {name: again[name] for name in ("architecture", "tokenizer")} == {
+        name: content[name] for name in ("architecture", "tokenizer")
+    }
+    assert same(again["model"], dict(content["model"]))
+    assert again["notes"] == []
+    build_model(again)
 
 
 WEIGHT = "image_encoder.linear.bias"

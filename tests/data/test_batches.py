@@ -29,7 +29,7 @@ def split(tiny_data):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(str(TINY_BERT), 64, 10**6)
+    return load_tokenizer(str(TINY_BERT))
 
 
 @pytest.fixture(scope="module")

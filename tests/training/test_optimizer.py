@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-from lib.bert import build_bert, plain, read_config
-from lib.model.xdim import XDim
+from lib.checkpoints.native import new_model
 from lib.training.collapse import WATCHED_STEPS, CollapseWatch
 from lib.training.optimizer import build_optimizer, learning_rate_of, restore_optimizer, set_learning_rate
 from tests.conftest import TINY_BERT
@@ -14,7 +13,7 @@ from tests.conftest import TINY_BERT
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return XDim(build_bert(plain(read_config(str(TINY_BERT)))), img_dim=8, embed_size=8)
+    return new_model({"bert": str(TINY_BERT), "img_dim": 8, "embed_size": 8})[0]
 
 
 def test_bert_has_a_tenth_of_the_rate_and_every_parameter_is_in_one_group(model):
@@ -23,7 +22,7 @@ def test_bert_has_a_tenth_of_the_rate_and_every_parameter_is_in_one_group(model)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rate) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
-        assert rate[id(parameter)] == pytest.approx(5e-5 if ".bert." in name else 5e-4)
+        assert rate[id(parameter)] == pytest.approx(5e-5 if ".backbone." in name else 5e-4)
 
 
 def test_weight_decay_shrinks_every_parameter_also_the_gate(model):
@@ -34,7 +33,7 @@ def test_weight_decay_shrinks_every_parameter_also_the_gate(model):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
-        rate = 5e-5 if ".bert." in name else 5e-4
+        rate = 5e-5 if ".backbone." in name else 5e-4
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - rate * 1e-4), rtol=1e-7, atol=0)
 
 

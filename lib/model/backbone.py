@@ -1,0 +1,110 @@
+"""Language models of the transformers library, by name or folder: configuration, random or pretrained weights.
+
+Of a two-tower model (CLIP, SigLIP) this is the text tower. Layers that only pooled outputs need are left out: nothing
+here uses them, and parameters without gradients stop a training on several processes.
+"""
+
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.utils import logging as hub_logging
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import logging
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their .index.json where they are in parts
+TOWERS = {  # AutoModel does not know all of these, or gives the two-tower model
+    "clip_text_model": "CLIPTextModel",
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+}
+
+
+def read_config(name: str) -> dict:
+    """The configuration of a text model, as plain types, from a folder or by its name on the Hugging Face hub.
+
+    Raises OSError or ValueError, as transformers does, where there is none.
+    """
+    with quiet():
+        config = AutoConfig.from_pretrained(name, local_files_only=os.path.isdir(name))
+    config = getattr(config, "text_config", config)
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def has_weights(folder: str) -> bool:
+    """Whether a folder holds weights beside its configuration."""
+    return any((Path(folder) / f"{name}{part}").is_file() for name in WEIGHT_FILES for part in ("", ".index.json"))
+
+
+def build_backbone(config: dict) -> nn.Module:
+    """A language model of random weights, in float32. Raises ValueError where its kind is unknown."""
+    settings = AutoConfig.for_model(**config)
+    with quiet():
+        make, options = _model_class(settings)
+        return _without_head(make._from_config(settings, dtype=torch.float32, **options))
+
+
+def load_backbone(name: str) -> nn.Module:
+    """A pretrained language model in float32, from a folder or by its name on the Hugging Face hub.
+
+    Raises OSError or ValueError, as transformers does, and ValueError where weights are missing in the file.
+    """
+    settings = AutoConfig.for_model(**read_config(name))
+    make, options = _model_class(settings)
+    with quiet():
+        model, loaded = make.from_pretrained(
+            name,
+            config=settings,
+            dtype=torch.float32,
+            local_files_only=os.path.isdir(name),
+            output_loading_info=True,
+            **options,
+        )
+    model = _without_head(model)
+    if missing := sorted(set(loaded["missing_keys"]) & set(model.state_dict())):  # transformers would leave them random
+        raise ValueError(f"its weights lack {', '.join(missing)}")
+    return model
+
+
+def _model_class(config: PretrainedConfig) -> tuple[type[transformers.PreTrainedModel], dict]:
+    """The class of a text model, and what to make it with so that it has no pooling layer."""
+    if config.model_type in TOWERS:
+        make = getattr(transformers, TOWERS[config.model_type])
+    elif type(config) in transformers.MODEL_MAPPING:
+        make = transformers.MODEL_MAPPING[type(config)]
+    else:
+        raise ValueError(f"{config.model_type} is not a text model that the transformers library can build")
+    pools = "add_pooling_layer" in inspect.signature(make).parameters
+    return make, {"add_pooling_layer": False} if pools else {}
+
+
+def _without_head(model: nn.Module) -> nn.Module:
+    if hasattr(model, "head"):  # SigLIP's projection of the pooled output
+        model.head = nn.Identity()
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers and the hub from writing to the terminal meanwhile; an exception says how it ended.
+
+    They would tell of six attempts without a network, of each file fetched, and of weights left out on purpose.
+    """
+    before = [(module, module.get_verbosity()) for module in (hub_logging, logging)]
+    progress = logging.is_progress_bar_enabled()
+    for module, _ in before:
+        module.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, verbosity in before:
+            module.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()

@@ -1,0 +1,137 @@
+"""Language models of every kind behind one text encoder: masks, weights, checkpoints."""
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import train
+from lib.checkpoints.native import BEST, build_model, find_checkpoint, new_model, read_checkpoint, write_weights
+from lib.cli import InputError
+from lib.data.tokenizer import load_tokenizer
+from lib.model.backbone import build_backbone, load_backbone, read_config
+from lib.model.encoders import TextEncoder
+from tests.conftest import TINY_BERT
+from tests.text_models import KINDS, TEXTS, make_text_model
+
+CAPTIONS = ["a dog", TEXTS[0], "two dogs on a black bench"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    """The folder of a tiny text model of each kind."""
+    return make_text_model(request.param, tmp_path_factory.mktemp("model") / request.param)
+
+
+def make_encoder(folder) -> TextEncoder:
+    torch.manual_seed(1)
+    return new_model({"bert": str(folder), "img_dim": 4, "embed_size": 8})[0].text_encoder.eval()
+
+
+def tokens(folder):
+    tokenizer = load_tokenizer(str(folder))
+    return map(torch.from_numpy, tokenizer.pad(tokenizer.tokenize(CAPTIONS)))
+
+
+def test_words_do_not_depend_on_the_captions_beside_them(folder):
+    encoder, (ids, lengths) = make_encoder(folder), tokens(folder)
+    with torch.no_grad():
+        together = encoder(ids, lengths).split(lengths.tolist())
+        for row, length, words in zip(ids, lengths, together, strict=True):
+            hidden = encoder.backbone(input_ids=row[None, :length]).last_hidden_state[0]
+            alone = encoder.linear(hidden)
+            torch.testing.assert_close(words, alone / (alone.norm(dim=1, keepdim=True) + 1e-8), rtol=0, atol=1e-5)
+
+
+def test_a_padding_token_within_a_caption_is_not_attended_to(tmp_path):
+    """As published: the augmentation may put one there."""
+    encoder, (ids, lengths) = make_encoder(TINY_BERT), tokens(TINY_BERT)
+    ids[1, 2] = 0
+    with torch.no_grad():
+        words = encoder(ids, lengths).split(lengths.tolist())[1]
+        hidden = encoder.backbone(input_ids=ids[1:2], attention_mask=(ids[1:2] != 0).long()).last_hidden_state
+        expected = encoder.linear(hidden[0, : lengths[1]])
+    torch.testing.assert_close(words, expected / expected.norm(dim=1, keepdim=True), rtol=0, atol=1e-5)
+
+
+def test_pretrained_weights_are_those_of_the_file_without_pooling_layers(folder):
+    own = transformers.AutoModel.from_pretrained(folder)
+    own = getattr(own, "text_model", own).state_dict()
+    found = load_backbone(str(folder)).state_dict()
+    assert all(torch.equal(weight, own[name]) for name, weight in found.items())
+    assert all(name.startswith(("pooler.", "head.")) for name in own.keys() - found.keys())
+    assert build_backbone(read_config(str(folder))).state_dict().keys() == found.keys()
+
+
+def test_every_parameter_gets_a_gradient(folder):
+    encoder, (ids, lengths) = make_encoder(folder), tokens(folder)
+    (encoder(ids, lengths) * torch.randn(8)).sum().backward()
+    assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+    assert {id(p) for p in encoder.backbone_parameters()} == {id(p) for p in encoder.backbone.parameters()}
+
+
+def test_a_checkpoint_brings_the_language_model_back(folder, tmp_path):
+    model, tokenizer, note = new_model({"bert": str(folder), "img_dim": 4, "embed_size": 8})
+    assert f"starts from the weights of {folder}" in note
+    entries = {"settings": {}, "progress": {}, "data": {}, "versions": {}}
+    about = {"architecture": model.architecture, "tokenizer": tokenizer.specification, **entries}
+    write_weights(tmp_path / BEST, {"model": model.state_dict(), **about})
+    again, tokenizer_again = build_model(read_checkpoint(tmp_path / BEST))
+    ids, lengths = map(torch.from_numpy, tokenizer_again.pad(tokenizer.tokenize(CAPTIONS)))
+    with torch.no_grad():
+        expected = model.eval().encode_captions(ids, lengths)
+        assert torch.equal(again.eval().encode_captions(ids, lengths), expected)
+
+
+def test_a_folder_without_weights_starts_at_random_and_says_so():
+    assert f"starts at random: {TINY_BERT} holds no weights" in new_model({"bert": str(TINY_BERT), "img_dim": 4})[2]
+
+
+def test_a_model_with_clips_text_tower_is_trained_and_evaluated(tiny_flags, tmp_path, capsys):
+    folder = make_text_model("clip", tmp_path / "clip")
+    assert train.main([*tiny_flags, "--bert", str(folder), "--model_name", str(tmp_path / "run")]) == 0
+    content = read_checkpoint(find_checkpoint(str(tmp_path / "run")))
+    assert content["architecture"]["text_encoder"]["options"]["config"]["model_type"] == "clip_text_model"
+    assert content["progress"]["epoch"] == 1
+    build_model(content)
+
+
+# What is refused
+
+
+def refused(**settings) -> str:
+    with pytest.raises(InputError) as caught:
+        new_model({"img_dim": 4, "embed_size": 8, **settings})
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_a_language_model_that_is_nowhere_or_a_file_is_refused_after_saying_that_it_is_fetched(tmp_path, capsys):
+    assert f"--bert {tmp_path / 'nothing'}: no language model" in refused(bert=str(tmp_path / "nothing"))
+    assert "fetched from the Hugging Face hub" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert "is a file; give the folder" in refused(bert=str(tmp_path / "file"))
+
+
+def spoil_weights(folder):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.bias"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no language model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "no language model"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), "vit is not a text model"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 100), "no language model"),
+        (spoil_weights, "its weights lack encoder.layer.1.output.dense.bias"),
+    ],
+)
+def test_a_folder_that_holds_no_whole_language_model_is_named(tmp_path, spoil, words):
+    folder = make_text_model("bert", tmp_path / "bert")
+    spoil(folder)
+    message = refused(bert=str(folder))
+    assert message.startswith(f"--bert {folder}: ")
+    assert words in message
