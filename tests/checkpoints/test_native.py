@@ -111,9 +111,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(files, tmp_path_factory, na
     path.write_bytes(flipped)
     try:
         assert same(read_checkpoint(path), expected)
-        verify(path)
     except InputError:
-        refused(verify, path)
         refused(read_checkpoint, path)
 
 
