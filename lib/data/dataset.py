@@ -121,6 +121,11 @@ def read_captions(path: Path) -> list[str]:
     return captions
 
 
+def count_lines(path: Path) -> int:
+    """How many lines a text file has (see `read_lines`)."""
+    return sum(1 for _ in read_lines(path))
+
+
 def read_ids(split: Split) -> list[str] | None:
     """The id of each image, from {split}_ids.txt with one line, or five equal lines, an image; None: no such file.
 
@@ -164,12 +169,3 @@ def _repeats_images(features: FeatureFile) -> bool:
         if (images != images[0]).any():
             return False
     return True
-
-
-def count_lines(path: Path) -> int:
-    """Lines of a file of any size, with lines of any length."""
-    count, end = 0, b"\n"
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            count, end = count + block.count(b"\n"), block[-1:]
-    return count + (end != b"\n")

@@ -205,13 +205,13 @@ class DeviceFeatures:
     def __init__(self, features: FeatureFile, device: torch.device):
         """Read the whole file once. Raises InputError where memory is short, on NaN, and on values beyond float16."""
         shape = int(features.starts[-1]), features.img_dim
-        needed, memory = 2 * math.prod(shape), _memory(device)
-        if needed > memory:
+        try:
+            self._rows = torch.empty(shape, dtype=torch.float16, device=device)
+        except RuntimeError:  # torch.OutOfMemoryError is one
             raise InputError(
-                f"--device_features: the features of {features.path} take {needed / 1e9:.1f} GB, but {device} has "
-                f"{memory / 1e9:.1f} GB of memory; train without it"
-            )
-        self._rows = torch.empty(shape, dtype=torch.float16, device=device)
+                f"--device_features: the features of {features.path} take {2 * math.prod(shape) / 1e9:.1f} GB, more "
+                f"than {device} has free; train without it"
+            ) from None
         step = max(1, UPLOAD_BYTES // (2 * features.img_dim))
         for start in with_bar(range(0, len(self._rows), step), "features"):
             rows = np.arange(start, min(start + step, len(self._rows)))
@@ -221,10 +221,3 @@ class DeviceFeatures:
     def gather(self, rows: Tensor) -> Tensor:
         """Features (n, img_dim) in float16 of rows (n,), given on the device, numbered as in FeatureFile."""
         return self._rows.index_select(0, rows)
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or that the machine has for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
