@@ -19,7 +19,7 @@ import numpy as np
 
 from lib.checkpoints.native import BEST
 from lib.checkpoints.record import read_record
-from lib.cli import TrainingStopped
+from lib.cli import InputError, TrainingStopped
 from lib.config import AblationSettings, EvaluationSettings, TrainSettings, parse
 from lib.data.dataset import open_split
 from lib.evaluation.bootstrap import bootstrap, interval, p_value
@@ -27,7 +27,7 @@ from lib.evaluation.evaluate import evaluate, write_json
 from lib.evaluation.metrics import retrieval_metrics
 from lib.evaluation.ranks import rank_matrix
 from lib.files import replacing
-from lib.model.registry import PAPERS_GATE
+from lib.model.registry import PAPERS_GATE, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = re.compile(r" (\d+) pairs/s$", re.MULTILINE)
@@ -68,8 +68,11 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
         for seed in settings.seeds
         for variant in settings.variants
     ]
-    for run in runs:
-        parse(TrainSettings, "", [*flags, *run.flags()], command="train.py")  # all, before hours of training
+    for run in runs:  # all, before hours of training
+        try:
+            describe(vars(parse(TrainSettings, "", [*flags, *run.flags()], command="train.py")))
+        except ValueError as error:
+            raise InputError(f"--variants {run.variant}: {error}") from None
     outcomes = {run: _evaluate(run.folder, settings.split) for run in runs if _train(run, flags)}
     stopped = [f"{run.variant} seed {run.seed}" for run in runs if run not in outcomes]
     if not any(run.variant == settings.variants[0] for run in outcomes):

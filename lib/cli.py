@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from importlib import import_module, metadata
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -18,7 +18,12 @@ QUOTED = 200  # characters of a foreign text that an error message quotes
 LINE_INTERVAL = 30.0  # seconds between two lines of progress where stderr is no terminal
 
 Item = TypeVar("Item")
-Main = Callable[[Sequence[str] | None], None]
+
+
+class Program(Protocol):
+    """A program's main function: reads the given flags, or those of the command line, and returns the exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 class InputError(Exception):
@@ -136,7 +141,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if distributed.is_first() else None)
 
 
-def program(main: Main) -> Callable[[Sequence[str] | None], int]:
+def program(main: Callable[[Sequence[str] | None], None]) -> Program:
     """Turn `main(argv)` into a program: returns its exit code and prints a known error as one line on stderr.
 
     0 done, 1 a run that had to stop, 2 wrong input, 130 or 143 interrupted by Ctrl-C or SIGTERM. Any other exception is

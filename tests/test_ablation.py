@@ -143,9 +143,9 @@ def test_what_train_refuses_ends_the_ablation_with_its_one_line(tmp_path, capfd)
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--variants", "cosine"], "--variants cosine: expected xdim, independent, gpo, or xdim with one of :adaptive"),
-        (["--variants", "gpo:dense"], "--variants gpo:dense"),
-        (["--variants", ""], "--variants : expected xdim"),
+        (["--variants", "cosine"], "--similarity cosine: expected xdim, independent, gpo"),
+        (["--variants", "gpo:dense"], "--variants gpo:dense: --gate dense: "),
+        (["--variants", ""], "--variants: one is empty"),
         (["--variants", "xdim", "xdim"], "--variants xdim xdim: one is there twice"),
         (["--seeds", "1", "1"], "--seeds 1 1: one is there twice"),
         (["--batch_size", "3"], "unrecognized arguments"),
