@@ -16,8 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from lib.evaluation.parts import BLOCK, whole
-from lib.evaluation.rerank import Reranker
+from lib.evaluation.metrics import parts_of_split
+from lib.evaluation.score import BLOCK, Reranker
 from lib.model.engine import make_engine
 
 
@@ -62,7 +62,7 @@ def measure(settings) -> dict:
     return {
         "seconds": seconds,
         "rates": rates,
-        "exact_share": len(reranker.known) / reranker.coarse.numel(),
+        "exact_share": reranker.exact_pairs / reranker.coarse.numel(),
         "differences": {
             name: (scores[name][:, : settings.loop] - scores["loop"][: settings.some]).abs().max().item()
             for name in ("float32", "bfloat16")
@@ -79,8 +79,8 @@ def coarse_to_fine(settings, similarity, regions, words, lengths) -> Reranker:
         return exact.pairs(regions, words, lengths, images, captions)
 
     coarse = engine.scorer(coarse=True).all_pairs(regions, words, lengths)
-    parts = [whole(settings.images, settings.captions)]
-    reranker = Reranker(coarse, score_pairs, image_of_caption.numpy(), parts)
+    image_of_caption = image_of_caption.numpy()
+    reranker = Reranker(coarse.cpu(), score_pairs, image_of_caption, parts_of_split(image_of_caption))
     reranker.ranks(settings.rerank)
     return reranker
 

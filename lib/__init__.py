@@ -9,7 +9,7 @@ __version__ = "0.3.0"
 
 
 def load(checkpoint, **settings):
-    """Load a trained model; see `lib.evaluation.matcher.load_matcher` for arguments, result and errors."""
-    from lib.evaluation.matcher import load_matcher  # importing torch takes seconds: only when asked for
+    """Load a trained model; see `lib.evaluation.score.load` for arguments, result and errors."""
+    from lib.evaluation import score  # importing torch takes seconds: only when asked for
 
-    return load_matcher(checkpoint, **settings)
+    return score.load(checkpoint, **settings)

@@ -22,10 +22,8 @@ from lib.checkpoints.record import read_record
 from lib.cli import InputError, TrainingStopped
 from lib.config import AblationSettings, EvaluationSettings, TrainSettings, parse
 from lib.data.dataset import open_split
-from lib.evaluation.bootstrap import bootstrap, interval, p_value
 from lib.evaluation.evaluate import evaluate, write_json
-from lib.evaluation.metrics import retrieval_metrics
-from lib.evaluation.ranks import rank_matrix
+from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics
 from lib.files import replacing
 from lib.model.registry import PAPERS_GATE, describe
 
@@ -110,7 +108,7 @@ def _evaluate(folder: Path, split_name: str) -> Outcome:
         same = {name: trained[name] for name in ("batch_size", "workers", "device", "precision")}
         evaluate(EvaluationSettings(checkpoint=(str(folder),), split=split_name, save_sims=str(scores), **same))
     split = open_split(trained["data_path"], trained["data_name"], split_name)
-    (ranks,) = rank_matrix(np.load(scores), split.image_of_caption)
+    ranks = rank_matrix(np.load(scores), split.image_of_caption)
     speeds = [int(speed) for speed in SPEED.findall((folder / "run.log").read_text(encoding="utf-8"))]
     step = 1000 * trained["batch_size"] / statistics.median(speeds) if speeds else math.nan
     return Outcome(retrieval_metrics(ranks)["rsum"], bootstrap(ranks, split.image_of_caption)["rsum"], step)

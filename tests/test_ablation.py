@@ -11,9 +11,7 @@ import pytest
 import ablate
 import eval as eval_program
 from lib import ablation
-from lib.evaluation.bootstrap import bootstrap, interval, p_value
-from lib.evaluation.metrics import retrieval_metrics
-from lib.evaluation.ranks import rank_matrix
+from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics
 
 FOLDERS = {"xdim:diagonal": "xdim-diagonal", "independent --margin 0.3": "independent-margin-0.3"}
 VARIANTS, SEEDS = tuple(FOLDERS), (0, 1)
@@ -42,7 +40,7 @@ def alone(ablated, tmp_path_factory):
             run = ablated / f"{FOLDERS[variant]}-seed{seed}"
             flags = ["--split", "dev", "--save_sims", str(scores), "--device", "cpu", "--workers", "0"]
             assert eval_program.main(["--checkpoint", str(run), *flags]) == 0
-            ranks[variant] += rank_matrix(np.load(scores), IMAGE_OF_CAPTION)
+            ranks[variant].append(rank_matrix(np.load(scores), IMAGE_OF_CAPTION))
     return ranks
 
 

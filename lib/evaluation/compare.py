@@ -1,6 +1,4 @@
-"""Two models on the same queries: the difference of every figure with its interval, and where they differ most."""
-
-from typing import NamedTuple
+"""Two models on the same queries: the difference of every metric with its interval, and where they differ most."""
 
 import numpy as np
 
@@ -8,134 +6,113 @@ from lib import distributed
 from lib.cli import one_line
 from lib.config import CompareSettings
 from lib.data.dataset import Split
-from lib.evaluation import report
-from lib.evaluation.bootstrap import interval, p_value
-from lib.evaluation.embed import Timing
-from lib.evaluation.evaluate import describe, draw_metrics, measure, rank_scores, scores_of, write_json
-from lib.evaluation.metrics import WAYS, map_figures, mean_metrics
-from lib.evaluation.ranks import Ranks
-from lib.evaluation.sources import opened
+from lib.evaluation import metrics, report
+from lib.evaluation.evaluate import describe, describe_split, opened, write_json
+from lib.evaluation.metrics import WAYS, Ranks, map_metrics
 from lib.files import check_writable
 
-SURE = 0.05  # largest p-value of the difference in rSum that makes a winner
+SIGNIFICANT = 0.05  # a difference in rSum with a p-value below this has a winner
 CHANGED = 5  # queries of each direction that are shown
 
 
-class Change(NamedTuple):
-    """A query that the two rank differently."""
-
-    way: str
-    query: int
-    ranks: tuple[int, int]  # A's and B's, from 1
-    captions: list[str]  # the query itself, or the captions of the image that it is
-
-
 def compare(settings: CompareSettings) -> dict:
-    """Score a split with A and with B, print what differs, write --json. Returns the results. Raises InputError."""
-    timing = Timing()
+    """Score a split with A and with B, print how they differ, write --json. Returns what it holds.
+
+    All processes of a job must call this. Raises InputError.
+    """
     check_writable(settings.json if distributed.is_first() else "")
-    with opened([settings.a, settings.b], settings, timing) as (sources, split, parts, compute, caveats):
-        print(describe(sources, split, compute, ("A", "B")))
-        for source in sources:
-            source.embed(split, settings, timing)
-        ranks, _ = rank_scores(scores_of(sources, split, compute, timing), split, parts, timing)
-        with timing.clock("protocols_s"):
-            drawn = [draw_metrics(one, parts, split.image_of_caption) for one in ranks]
-        figures = [measure(one) for one in ranks]
-        results = {
-            **{"data": str(split.folder), "split": split.name},
-            **{"images": len(split.features), "captions": len(split.captions)},
-            **{"a": figures[0], "b": figures[1], "difference": _differences(figures, drawn)},
-            "wins": {way: count_wins(*(getattr(one[0], way) for one in ranks)) for way in WAYS},
-            "changed": [change._asdict() for change in find_changes(ranks[0][0], ranks[1][0], split)],
-            "timing": vars(timing),
-        }
-        print(f"{'seconds':<12}{timing}\n")
-        for name, of_one in zip("AB", caveats, strict=True):
+    with opened([settings.a, settings.b], settings) as job:
+        print(describe(job, ("A", "B")))
+        ranks, split, clock = [], job.split, job.clock
+        for source in job.sources:
+            scores = source.scores(job)
+            with clock("rank"):
+                ranks.append(metrics.rank_parts(scores, split.image_of_caption, job.parts))
+        with clock("protocols"):
+            draws = [metrics.bootstrap_parts(one, job.parts, split.image_of_caption) for one in ranks]
+            a, b = map(metrics.metrics_of_parts, ranks)
+            results = {
+                **describe_split(split),
+                **{"a": a, "b": b, "difference": _differences(a, b, *draws)},
+                "wins": {way: count_wins(*(getattr(one[0], way) for one in ranks)) for way in WAYS},
+                "changed": find_changes(ranks[0][0], ranks[1][0], split),
+            }
+        results["timing"] = clock.results()
+        print(f"{'seconds':<12}{clock}\n")
+        for name, of_one in zip("AB", job.caveats, strict=True):
             print("".join(f"{name}, {caveat.label}: {caveat.text}\n" for caveat in of_one), end="")
-        print(_report(results))
+        lines = [_table(results), "", report.INTERVALS, "", *_wins(results), "", *_changes(results["changed"])]
+        print("\n".join(lines))
         if settings.json and distributed.is_first():
             write_json(settings.json, results)
     return results
 
 
 def count_wins(a: np.ndarray, b: np.ndarray) -> dict[str, int]:
-    """How many queries each ranks better, by the ranks (queries,) of the best true item."""
+    """How many queries each ranks better, from both ranks (queries,)."""
     return {"a": int((a < b).sum()), "b": int((b < a).sum()), "alike": int((a == b).sum())}
 
 
-def find_changes(a: Ranks, b: Ranks, split: Split) -> list[Change]:
-    """The CHANGED queries of each direction whose ranks differ by the largest factor, the largest first."""
+def find_changes(a: Ranks, b: Ranks, split: Split) -> list[dict]:
+    """The CHANGED queries of each direction whose ranks differ by the largest factor, the largest first.
+
+    Each with both ranks, from 1, and its captions: the query itself, or all captions of the image.
+    """
     changes = []
     for way in WAYS:
         pairs = np.stack([getattr(a, way), getattr(b, way)]) + 1
         factors = np.abs(np.log(pairs[0] / pairs[1]))
         for query in np.argsort(-factors, kind="stable")[:CHANGED].tolist():
             if factors[query] > 0:
-                changes.append(Change(way, query, tuple(pairs[:, query].tolist()), _captions(way, query, split)))
+                captions = np.flatnonzero(split.image_of_caption == query) if way == "i2t" else [query]
+                about = {"ranks": pairs[:, query].tolist(), "captions": [split.captions[c] for c in captions]}
+                changes.append({"way": way, "query": query, **about})
     return changes
 
 
-def _captions(way: str, query: int, split: Split) -> list[str]:
-    if way == "t2i":
-        return [split.captions[query]]
-    first, end = np.searchsorted(split.image_of_caption, [query, query + 1])
-    return split.captions[first:end]
-
-
-def _differences(figures: list[dict], drawn: list[list[dict]]) -> dict:
-    """B's figures less A's: of all, or of the folds' mean and, as `full`, of all; each with interval and p-value."""
-    (a, b), (drawn_a, drawn_b) = figures, drawn
-    every = (drawn_a[0], drawn_b[0])
+def _differences(a: dict, b: dict, draws_a: list[dict], draws_b: list[dict]) -> dict:
+    """B's metrics less A's, with intervals and p-values; of the folds' means, if any, and then "full" of all images."""
     if not a["folds"]:
-        return _difference(a, b, *every)
-    of_mean = _difference(a, b, *(mean_metrics(one[1:]) for one in drawn))
-    return {**of_mean, "full": _difference(a["full"], b["full"], *every)}
+        return _difference(a, b, draws_a[0], draws_b[0])
+    of_mean = _difference(a, b, *(metrics.mean_metrics(draws[1:]) for draws in (draws_a, draws_b)))
+    return {**of_mean, "full": _difference(a["full"], b["full"], draws_a[0], draws_b[0])}
 
 
-def _difference(a: dict, b: dict, drawn_a: dict, drawn_b: dict) -> dict:
-    draws = map_figures(np.subtract, drawn_b, drawn_a)
+def _difference(a: dict, b: dict, draws_a: dict, draws_b: dict) -> dict:
+    draws = map_metrics(np.subtract, draws_b, draws_a)
     return {
-        **map_figures(lambda of_a, of_b: float(of_b - of_a), a, b),
-        "interval": map_figures(interval, draws),
-        "p": map_figures(p_value, draws),
+        **map_metrics(lambda of_a, of_b: float(of_b - of_a), a, b),
+        "interval": map_metrics(metrics.interval, draws),
+        "p": map_metrics(metrics.p_value, draws),
     }
 
 
 # What is printed
 
 
-def _report(results: dict) -> str:
-    return "\n".join([_table(results), "", report.INTERVALS, "", *_wins(results), "", *_changes(results["changed"])])
-
-
 def _table(results: dict) -> str:
     images, number = results["images"], len(results["a"]["folds"])
-    of = {"": results}
+    blocks = {"": results}
     if number:
-        of = {
-            f", mean of {number} folds of {images // number}": results,
-            f", all {images} images": {name: results[name]["full"] for name in ("a", "b", "difference")},
-        }
+        full = {name: results[name]["full"] for name in ("a", "b", "difference")}
+        blocks = {f", mean of {number} folds of {images // number}": results, f", all {images} images": full}
     rows = []
-    for which, one in of.items():
-        rows += [report.Row(f"A{which}", one["a"]), report.Row(f"B{which}", one["b"])]
-        rows += report.with_interval(f"B - A{which}", one["difference"], "+.1f")
+    for suffix, one in blocks.items():
+        rows += [report.Row(f"A{suffix}", one["a"]), report.Row(f"B{suffix}", one["b"])]
+        rows += report.with_interval(f"B - A{suffix}", one["difference"], "+.1f")
         rows.append(report.Row("  p", one["difference"]["p"], ".3f"))
     return report.table(rows)
 
 
 def _wins(results: dict) -> list[str]:
     """How many queries each wins, and who is better on the whole."""
-    difference = results["difference"]
-    rsum, p, (low, high) = (part["rsum"] for part in (difference, difference["p"], difference["interval"]))
-    winner = "no winner" if p >= SURE else f"{'B' if rsum > 0 else 'A'} is better"
+    rsum, ends, p = (one["rsum"] for one in (results["difference"], *map(results["difference"].get, ("interval", "p"))))
+    winner = "no winner" if p >= SIGNIFICANT else f"{'B' if rsum > 0 else 'A'} is better"
     lines = [f"{'queries that rank better in':<28}{'A':>7}{'B':>7}{'alike':>7}"]
-    lines += [
-        f"  {report.TITLES[way]:<26}{wins['a']:>7}{wins['b']:>7}{wins['alike']:>7}"
-        for way, wins in results["wins"].items()
-    ]
-    return [*lines, "", f"{winner}: rSum {rsum:+.1f} from A to B (95 % {low:+.1f} to {high:+.1f}), p = {p:.3f}"]
+    for way, wins in results["wins"].items():
+        lines.append(f"  {report.TITLES[way]:<26}" + "".join(f"{count:>7}" for count in wins.values()))
+    summary = f"rSum {rsum:+.1f} from A to B (95 % {ends[0]:+.1f} to {ends[1]:+.1f}), p = {p:.3f}"
+    return [*lines, "", f"{winner}: {summary}"]
 
 
 def _changes(changes: list[dict]) -> list[str]:
@@ -143,7 +120,7 @@ def _changes(changes: list[dict]) -> list[str]:
         return ["no query changes its rank"]
     lines = [f"{'queries that change most':<28}{'A':>7}{'B':>7}"]
     for change in changes:
-        name = f"{'image' if change['way'] == 'i2t' else 'caption'} {change['query']}"
-        lines.append(f"  {name:<26}{change['ranks'][0]:>7}{change['ranks'][1]:>7}  {one_line(change['captions'][0])}")
-        lines += [f"{'':<44}{one_line(caption)}" for caption in change["captions"][1:]]
+        name, (a, b) = f"{'image' if change['way'] == 'i2t' else 'caption'} {change['query']}", change["ranks"]
+        first, *others = map(one_line, change["captions"])
+        lines += [f"  {name:<26}{a:>7}{b:>7}  {first}", *(f"{'':<44}{caption}" for caption in others)]
     return lines

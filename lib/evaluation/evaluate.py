@@ -1,256 +1,320 @@
-"""One evaluation for every program: checkpoints and a split in, scores, ranks, metrics, tables out."""
+"""One evaluation, from top to bottom: load, embed, score, rank, measure, print, write."""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from lib import distributed
-from lib.config import EvaluationSettings
-from lib.data.dataset import Split
-from lib.evaluation import coco, report
-from lib.evaluation.bootstrap import bootstrap, interval
-from lib.evaluation.embed import Timing
-from lib.evaluation.matcher import Embeddings, gather_scores, pool, score_pairs, score_strips
-from lib.evaluation.metrics import map_figures, mean_metrics, retrieval_metrics
-from lib.evaluation.parts import Part, share_out
-from lib.evaluation.provenance import Caveat
-from lib.evaluation.rankings import Judged, judge
-from lib.evaluation.ranks import Ranks, count_ranks
-from lib.evaluation.ranks_file import pair_protocols, write_ranks
-from lib.evaluation.rerank import Reranker
-from lib.evaluation.scores import Scores, kept, scores_of_model, side_by_side, with_mean, written
-from lib.evaluation.sources import CheckpointSource, Source, opened
+from lib.cli import InputError, reason
+from lib.config import SAVED_SCORES, EvaluationSettings, ScoringSettings
+from lib.data.dataset import Split, open_split
+from lib.data.tokenizer import TokenizedCaptions, Tokenizer
+from lib.evaluation import coco, metrics, rankings, report, score
+from lib.evaluation.metrics import Part, Ranks
+from lib.evaluation.report import Caveat
 from lib.files import check_writable, replacing
-from lib.model.engine.autograd import Scorer
-from lib.runtime import Compute
+from lib.model.registry import PAPERS_GATE
+from lib.model.xdim import XDim
+from lib.runtime import Compute, choose_compute
 
 
 def evaluate(settings: EvaluationSettings) -> dict:
-    """Evaluate checkpoints on a split, print the tables, write the files that are asked for.
+    """Evaluate checkpoints or saved scores on a split: print the tables, write the files that are asked for.
 
-    All processes of a job take part, and find the same; the first one alone has what --eccv and --ranks tell. Returns
-    the results as --json holds them. Raises InputError.
+    Several have a row each, and their ensemble, by the mean of their scores, has the last one. All processes of a job
+    must call this; the first one alone prints, writes, and has the results of --eccv. Returns what --json holds. Raises
+    InputError.
     """
-    timing = Timing()
-    for path in (settings.save_sims, settings.ranks, settings.json) if distributed.is_first() else ():
+    first = distributed.is_first()
+    for path in (settings.save_sims, settings.ranks, settings.json) if first else ():
         check_writable(path)
-    with opened(settings.checkpoint, settings, timing) as (sources, split, parts, compute, caveats):
-        with timing.clock("load_s"):
+    with opened(settings.checkpoint, settings) as job:
+        split, clock = job.split, job.clock
+        with clock("load"):
             fits = coco.open_coco(split) if settings.eccv else None
-        print(describe(sources, split, compute))
-        for source in sources:
-            source.embed(split, settings, timing)
-        names, ranks, rerank, matrices = _rank(settings, sources, split, parts, compute, timing)
-        with timing.clock("protocols_s"):
-            rows = {
-                name: add_intervals(measure(one), one, parts, split.image_of_caption)
-                for name, one in zip(_label(names, caveats), ranks, strict=True)
-            }
-            protocols = pair_protocols(split, parts) + (fits.protocols if fits else []) if len(matrices) else []
-            judged = [list(judge(matrix, protocols)) for matrix in matrices]
-            beyond = _beyond_pairs(fits, judged, list(rows), sources) if fits else None
-        results = {**_results(rows, split, caveats), "coco": beyond, "rerank": rerank, "timing": vars(timing)}
-        print(f"{'seconds':<12}{timing}\n\n{_tables(rows, results, split, caveats)}")
+        protocols = rankings.pair_protocols(split.image_of_caption, job.parts) + (fits.protocols if fits else [])
+        print(describe(job, job.names if len(job.sources) > 1 else ["checkpoint"]))
+
+        ranks: dict[str, list[Ranks]] = {}  # by row: the ranks within the split and its folds
+        queries: dict[str, list[rankings.Query]] = {}
+        rerank = None
+        if settings.rerank:
+            of_parts, rerank = rank_coarse_to_fine(job)
+            ranks[with_labels(f"{job.names[0]}, best {rerank['k']} exact", job.caveats)] = of_parts
+        for name, scores in [] if settings.rerank else rows_of_scores(job):
+            is_last = len(ranks) == len(job.sources) - (len(job.sources) == 1)
+            with clock("rank"):
+                ranks[name] = metrics.rank_parts(scores, split.image_of_caption, job.parts)
+            with clock("protocols"):
+                if first and (fits or (settings.ranks and is_last)):
+                    queries[name] = list(rankings.judge(scores, protocols))
+                if first and settings.save_sims and is_last:
+                    save_scores(settings.save_sims, scores)
+
+        with clock("protocols"):
+            rows = {}
+            for name, of_parts in ranks.items():
+                draws = metrics.bootstrap_parts(of_parts, job.parts, split.image_of_caption)
+                rows[name] = metrics.with_intervals(metrics.metrics_of_parts(of_parts), draws)
+            beyond = beyond_pairs(fits, queries, job.sources) if fits and first else None
+        *singles, last = rows
+        results = {
+            **describe_split(split),
+            **{"row": last, "caveats": list(dict.fromkeys(one.text for some in job.caveats for one in some))},
+            **rows[last],
+            **{"singles": {name: rows[name] for name in singles}, "coco": beyond, "rerank": rerank},
+            "timing": clock.results(),
+        }
+        print(f"{'seconds':<12}{clock}\n\n{tables(rows, results, job)}")
         if beyond:
             print(f"\n{coco.tables(**beyond)}")
-        if settings.json and distributed.is_first():
+        if settings.json and first:
             write_json(settings.json, results)
-        if settings.ranks and distributed.is_first():
-            write_ranks(settings.ranks, judged[-1], split, protocols, results["row"])
+        if settings.ranks and first:
+            about = {"row": last, "folds": len(job.parts) - 1}
+            rankings.write_ranks(settings.ranks, queries[last], split, protocols, {**describe_split(split), **about})
     return results
 
 
-def describe(sources: Sequence[Source], split: Split, compute: Compute, labels: Sequence[str] = ()) -> str:
-    """The heading: what is evaluated, on what, with what. labels: of several sources."""
-    labels = labels or (["checkpoint"] if len(sources) == 1 else _singles(sources))
-    lines = [source.describe(label) for source, label in zip(sources, labels, strict=True)]
-    size = f"{len(split.features)} images, {len(split.captions)} captions"
-    data = f"{'data':<12}{split.folder} {split.name}: {size}"
-    return "\n".join([*lines, data, f"{'device':<12}{compute}"])
-
-
-def write_json(path: str, results: dict) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(results, indent=2).encode() + b"\n")
-
-
-# From scores to ranks
-
-
-def _rank(
-    settings: EvaluationSettings,
-    sources: Sequence[Source],
-    split: Split,
-    parts: Sequence[Part],
+def measure_split(
+    model: XDim,
+    tokenizer: Tokenizer,
     compute: Compute,
-    timing: Timing,
-) -> tuple[list[str], list[list[Ranks]], dict | None, np.ndarray]:
-    """Names of rows, their ranks of each part, what --rerank has done, and the rows' scores that are needed further."""
-    if settings.rerank:
-        ranks, rerank = rank_coarse_to_fine(*sources, split, parts, settings.rerank, timing)
-        return [f"{sources[0].name}, best {rerank['k']} exact"], ranks, rerank, np.empty((0, 0, 0))
-    names, scores = [sources[0].name], scores_of(sources, split, compute, timing)
-    if len(sources) > 1:
-        names, scores = [*_singles(sources), f"ensemble of {len(sources)}"], with_mean(scores)
-    keep = len(names) if settings.eccv else int(bool(settings.ranks))
-    ranks, matrices = rank_scores(scores, split, parts, timing, settings.save_sims, keep)
-    return names, ranks, None, matrices
+    split: Split,
+    captions: TokenizedCaptions,
+    batch_size: int,
+    workers: int,
+) -> dict:
+    """The retrieval metrics of a model on a split, for the training loop. All processes of a job must call this.
 
-
-def scores_of(sources: Sequence[Source], split: Split, compute: Compute, timing: Timing) -> Scores:
-    """The exact scores of all sources, a row each; those of true pairs are computed here, the others on their way."""
-    shares = share_out(len(split.features), split.image_of_caption)
-    with timing.clock("similarity_s"):
-        return side_by_side([source.scores(split, shares, compute.device) for source in sources])
-
-
-def rank_scores(
-    scores: Scores, split: Split, parts: Sequence[Part], timing: Timing, save_sims: str = "", keep: int = 0
-) -> tuple[list[list[Ranks]], np.ndarray]:
-    """The ranks of each part, of each row of scores, and all scores (rows, images, captions) of the last `keep` rows.
-
-    save_sims: a file that the last row is written to. Other processes than the first keep no scores: (0, ...).
+    The model is put into evaluation mode.
     """
-    started, before = time.perf_counter(), timing.similarity_s
-    shape = (len(split.features), len(split.captions))
-    shares = share_out(shape[0], split.image_of_caption)
-    image_of_caption = torch.from_numpy(split.image_of_caption).to(scores.of_true_pairs[0].device)
-    strips = _clock(scores.strips, timing)
-    matrices = np.empty((keep, *shape) if distributed.is_first() else (0, *shape), np.float32)
-    if keep:
-        strips = kept(strips, keep, matrices, shares)
-    if save_sims:
-        strips = written(strips, save_sims, shape, shares)
-    ranks = count_ranks(strips, scores.of_true_pairs, image_of_caption, parts, shares)
-    timing.rank_s += time.perf_counter() - started - (timing.similarity_s - before)
-    return ranks, matrices
+    matcher = score.Matcher(model, tokenizer, compute)
+    embeddings = score.embed_split(matcher, split, captions, batch_size, workers)
+    scores = score.score_all(matcher.scorer(), embeddings).numpy()
+    return metrics.retrieval_metrics(metrics.rank_matrix(scores, split.image_of_caption))
 
 
-def rank_exactly(
-    scorer: Scorer, embeddings: Embeddings, split: Split, parts: Sequence[Part], timing: Timing, save_sims: str = ""
-) -> list[Ranks]:
-    """The ranks of each part from one model's exact scores of all pairs, which go to a file where one is named."""
-    scores = scores_of_model(scorer, embeddings, split.image_of_caption)
-    ((ranks,), _) = rank_scores(scores, split, parts, timing, save_sims)
-    return ranks
+class Clock:
+    """Adds up the seconds of each part of an evaluation."""
 
+    def __init__(self):
+        self.seconds = dict.fromkeys(("load", "encode", "similarity", "rank", "protocols"), 0.0)
 
-def rank_coarse_to_fine(
-    source: CheckpointSource, split: Split, parts: Sequence[Part], rerank: str, timing: Timing
-) -> tuple[list[list[Ranks]], dict]:
-    """The ranks of each part, in one row, from coarse scores of all pairs and exact ones of the best.
-
-    Returns K too, and how many scores were exact.
-    """
-    started, embeddings = time.perf_counter(), source.embeddings
-    scores = gather_scores(score_strips(source.scorer(coarse=True), embeddings), embeddings)
-    timing.similarity_s, started = time.perf_counter() - started, time.perf_counter()
-    exact = partial(score_pairs, source.scorer(), embeddings)
-    reranker = Reranker(scores, exact, split.image_of_caption, parts)
-    ranks, k = reranker.ranks_until_they_stay() if rerank == "auto" else (reranker.ranks(int(rerank)), int(rerank))
-    timing.rank_s = time.perf_counter() - started
-    return [ranks], {"k": k, "exact_pairs": len(reranker.known), "pairs": scores.numel()}
-
-
-def _clock(strips, timing: Timing):
-    """Strips on their way; the time it takes to make them is added up."""
-    started = time.perf_counter()
-    for strip in strips:
-        timing.similarity_s += time.perf_counter() - started
-        yield strip
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Within this context time counts as that of a part."""
         started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+
+    def results(self) -> dict[str, float]:
+        """For --json."""
+        return {f"{part}_s": seconds for part, seconds in self.seconds.items()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
 
 
-# From ranks to figures
+# What gives scores
 
 
-def measure(ranks: Sequence[Ranks]) -> dict:
-    """All metrics; with ranks of folds after those of the whole split, those at the top are the folds' means."""
-    full, *of_folds = [retrieval_metrics(one) for one in ranks]
-    return {**mean_metrics(of_folds), "folds": of_folds, "full": full} if of_folds else {**full, "folds": []}
+class Source:
+    """A checkpoint, or a .npy file of scores (images, captions) as --save_sims writes it. Raises InputError."""
+
+    def __init__(self, given: str, settings: ScoringSettings):
+        self.path, self.matcher, self.content = given, None, {}
+        self.name = "saved scores"
+        self.pooled: tuple[Tensor, Tensor] | None = None  # see score.pool; kept for --eccv
+        if not given.endswith(SAVED_SCORES):
+            self.matcher = score.load(given, settings.bert, settings.device, settings.precision, settings.engine)
+            self.content = self.matcher.content
+            self.name = _name_model(self.content["architecture"])
+            return
+        try:
+            self.saved = np.load(given, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{given}: no readable matrix of scores ({reason(error)})") from None
+        if not isinstance(self.saved, np.ndarray) or self.saved.ndim != 2 or self.saved.dtype.kind != "f":
+            raise InputError(f"{given}: expected a matrix of floating-point scores, images x captions")
+
+    def check(self, split: Split) -> None:
+        """Raises InputError if saved scores are not of this split's size."""
+        found, expected = None if self.matcher else self.saved.shape, (len(split.features), len(split.captions))
+        if found and found != expected:
+            raise InputError(
+                f"{self.path}: {found[0]} x {found[1]} scores, but {split.folder} {split.name} has {expected[0]} "
+                f"images and {expected[1]} captions"
+            )
+
+    def embed(self, job: "Job") -> score.Embeddings:
+        """Encode the split, after which the encoders' memory is free."""
+        with job.clock("load"):
+            captions = self.matcher.tokenizer.tokenize(job.split.captions)
+        with job.clock("encode"):
+            settings = job.settings
+            return score.embed_split(self.matcher, job.split, captions, settings.batch_size, settings.workers)
+
+    def scores(self, job: "Job") -> np.ndarray:
+        """All scores (images, captions)."""
+        if not self.matcher:
+            with job.clock("load"):
+                return self.saved.astype(np.float32)
+        embeddings, scorer = self.embed(job), self.matcher.scorer()
+        self.matcher = None  # the encoders' memory is free for the scores
+        with job.clock("similarity"):
+            scores = score.score_all(scorer, embeddings).numpy()
+        if getattr(job.settings, "eccv", False):
+            self.pooled = score.pool(embeddings)
+        return scores
 
 
-def add_intervals(metrics: dict, ranks: Sequence[Ranks], parts: Sequence[Part], image_of_caption: np.ndarray) -> dict:
-    """Metrics as `measure` makes them, with the interval of every figure: of all, of each fold and of their mean."""
-    full, *of_folds = draw_metrics(ranks, parts, image_of_caption)
-    if not of_folds:
-        return {**metrics, "interval": map_figures(interval, full)}
-    folds = [
-        {**fold, "interval": map_figures(interval, drawn)}
-        for fold, drawn in zip(metrics["folds"], of_folds, strict=True)
-    ]
-    return {
-        **metrics,
-        "interval": map_figures(interval, mean_metrics(of_folds)),
-        "folds": folds,
-        "full": {**metrics["full"], "interval": map_figures(interval, full)},
-    }
+class Job(NamedTuple):
+    """What an evaluation works on, and the clock that it is measured by."""
+
+    settings: ScoringSettings
+    clock: Clock
+    compute: Compute
+    sources: list[Source]
+    split: Split
+    parts: list[Part]  # the whole split, then its folds (--fold5)
+    caveats: list[list[Caveat]]  # of each source
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources in tables."""
+        return [f"single {k}" for k in range(1, len(self.sources) + 1)] if self.sources[1:] else [self.sources[0].name]
 
 
-def draw_metrics(ranks: Sequence[Ranks], parts: Sequence[Part], image_of_caption: np.ndarray) -> list[dict]:
-    """The metrics of each draw of a bootstrap, of each part; images are drawn within it."""
-    return [
-        bootstrap(one, image_of_caption[part.captions] - part.images.start, seed=number)
-        for number, (one, part) in enumerate(zip(ranks, parts, strict=True))
-    ]
+@contextmanager
+def opened(given: Sequence[str], settings: ScoringSettings) -> Iterator[Job]:
+    """Open checkpoints or files of scores and the split; within this context the job's processes can talk.
+
+    Raises InputError.
+    """
+    clock = Clock()
+    with clock("load"):
+        sources = [Source(one, settings) for one in given]
+        compute = choose_compute(settings.device, settings.precision)
+    with distributed.joined(compute.device):
+        with clock("load"):
+            split, data_name = _open_split([source.content for source in sources if source.content], settings)
+            for source in sources:
+                source.check(split)
+            parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
+            caveats = [report.find_caveats(source.content, split, data_name) for source in sources]
+        yield Job(settings, clock, compute, sources, split, parts, caveats)
 
 
-def _beyond_pairs(
-    fits: coco.Coco, judged: Sequence[Sequence[Judged]], names: Sequence[str], sources: Sequence[Source]
-) -> dict | None:
-    """COCO's further protocols by row; None on other processes than the first."""
-    embedded = all(source.embeddings for source in sources)
-    pooled = [pool(source.embeddings) for source in sources] if fits.intra and embedded else []
-    if not distributed.is_first():
-        return None
-    several = [*([one] for one in pooled), pooled] if len(pooled) > 1 else [pooled] * len(pooled)
-    intra = {name: fits.intra_figures(some) for name, some in zip(names, several, strict=bool(pooled))}
-    return {
-        "rows": {name: fits.figures(one) for name, one in zip(names, judged, strict=True)},
-        "intra": intra,
-        "note": fits.note if embedded or not fits.intra else f"{fits.note}\n{coco.NOT_EMBEDDED}",
-    }
+def _open_split(contents: Sequence[dict], settings: ScoringSettings) -> tuple[Split, str]:
+    """A split and its data set's name, as the flags say or else as the first checkpoint's training had it."""
+    trained = contents[0]["settings"] if contents else {}
+    data_path = settings.data_path or trained.get("data_path")
+    data_name = settings.data_name or trained.get("data_name")
+    if not data_path or not data_name:
+        what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
+        missing = "--data_path" if data_name else "--data_path and --data_name"
+        raise InputError(f"{what}; say with {missing} where the data is")
+    dims = {content["architecture"]["image_encoder"]["options"]["img_dim"] for content in contents}
+    if len(dims) > 1:
+        sizes = " and of ".join(map(str, sorted(dims)))
+        raise InputError(f"the checkpoints take features of {sizes} numbers, which no data set has at once")
+    return open_split(data_path, data_name, settings.split, *dims), data_name
+
+
+def _name_model(architecture: dict) -> str:
+    """What a table calls a model."""
+    similarity = architecture["similarity"]
+    name = "X-Dim" if similarity["name"] == "xdim" else similarity["name"]
+    gate = similarity["options"].get("gate", {"name": PAPERS_GATE})["name"]
+    return name if gate == PAPERS_GATE else f"{name}, {gate} gate"
+
+
+# Scores and ranks
+
+
+def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray]]:
+    """A row's name and scores (images, captions) for each source, and if there are several for their ensemble."""
+    total = np.float32(0)
+    for source, name, caveats in zip(job.sources, job.names, job.caveats, strict=True):
+        scores = source.scores(job)
+        yield with_labels(name, [caveats]), scores
+        total = total + scores
+    if len(job.sources) > 1:
+        yield with_labels(f"ensemble of {len(job.sources)}", job.caveats), total / len(job.sources)
+
+
+def rank_coarse_to_fine(job: Job) -> tuple[list[Ranks], dict]:
+    """The ranks of each part by coarse scores of all pairs and exact ones of the best K; K and the number of pairs."""
+    (source,), wanted = job.sources, job.settings.rerank
+    embeddings = source.embed(job)
+    with job.clock("similarity"):
+        coarse = score.score_all(source.matcher.scorer(coarse=True), embeddings)
+    with job.clock("rank"):
+        exact = partial(score.score_pairs, source.matcher.scorer(), embeddings)
+        reranker = score.Reranker(coarse, exact, job.split.image_of_caption, job.parts)
+        ranks, k = reranker.ranks_until_stable() if wanted == "auto" else (reranker.ranks(int(wanted)), int(wanted))
+    return ranks, {"k": k, "exact_pairs": reranker.exact_pairs, "pairs": coarse.numel()}
+
+
+def beyond_pairs(fits: coco.Coco, queries: dict[str, list[rankings.Query]], sources: Sequence[Source]) -> dict:
+    """The results of --eccv: metrics of every row, notes."""
+    rows, pooled = {name: fits.metrics(of_row) for name, of_row in queries.items()}, [one.pooled for one in sources]
+    if not fits.intra or None in pooled:
+        return {"rows": rows, "intra": {}, "note": "\n".join([fits.note, *([coco.NOT_EMBEDDED] if fits.intra else [])])}
+    models = [[one] for one in pooled] + ([pooled] if len(pooled) > 1 else [])
+    intra = {name: fits.intra_metrics(some) for name, some in zip(rows, models, strict=True)}
+    return {"rows": rows, "intra": intra, "note": fits.note}
 
 
 # What is printed and written
 
 
-def _singles(sources: Sequence[Source]) -> list[str]:
-    return [f"single {number}" for number in range(1, len(sources) + 1)]
+def with_labels(name: str, caveats: Sequence[Sequence[Caveat]]) -> str:
+    """A row's name with the labels of its caveats; an ensemble has those of all its models."""
+    return ", ".join([name, *dict.fromkeys(caveat.label for of_one in caveats for caveat in of_one)])
 
 
-def _label(names: Sequence[str], caveats: Sequence[Sequence[Caveat]]) -> list[str]:
-    """Names of rows with what has to be known of each; an ensemble's, below its models, is what is true of any."""
-    labels = [[caveat.label for caveat in of_one] for of_one in caveats]
-    if len(names) > len(labels):
-        labels.append(list(dict.fromkeys(label for of_one in labels for label in of_one)))
-    return [", ".join([name, *of_one]) for name, of_one in zip(names, labels, strict=True)]
+def describe(job: Job, labels: Sequence[str]) -> str:
+    """The heading: what is evaluated, on what data, on which device."""
+    lines = [report.describe_source(one.path, one.content, name) for one, name in zip(job.sources, labels, strict=True)]
+    about = describe_split(job.split)
+    data = f"{about['data']} {about['split']}: {about['images']} images, {about['captions']} captions"
+    return "\n".join([*lines, f"{'data':<12}{data}", f"{'device':<12}{job.compute}"])
 
 
-def _results(rows: dict[str, dict], split: Split, caveats: Sequence[Sequence[Caveat]]) -> dict:
-    """What was found; at the top the figures of the last row, the ensemble's where there is one."""
-    *singles, last = rows
-    return {
-        **{"data": str(split.folder), "split": split.name},
-        **{"images": len(split.features), "captions": len(split.captions)},
-        **{"row": last, "caveats": list(dict.fromkeys(caveat.text for of_one in caveats for caveat in of_one))},
-        **rows[last],
-        "singles": {name: rows[name] for name in singles},
-    }
+def describe_split(split: Split) -> dict:
+    """For --json and --ranks."""
+    size = {"images": len(split.features), "captions": len(split.captions)}
+    return {"data": str(split.folder), "split": split.name, **size}
 
 
-def _tables(rows: dict[str, dict], results: dict, split: Split, caveats: Sequence[Sequence[Caveat]]) -> str:
-    """The table of all rows, and below it what has to be known."""
+def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
+    """The table of all rows, and below it what a reader has to know."""
     lines, notes = [], [report.INTERVALS]
-    for name, figures in rows.items():
-        lines += report.figure_rows(name, figures, len(split.features), with_folds=name == results["row"])
+    for name, values in rows.items():
+        lines += report.metric_rows(name, values, results["images"], with_folds=name == results["row"])
     if rerank := results["rerank"]:
         k, exact, pairs = rerank.values()
         notes.append(f"best {k} of each query by exact score: {exact} of {pairs} pairs ({100 * exact / pairs:.1f} %)")
-    notes += dict.fromkeys(f"{caveat.label}: {caveat.text}" for of_one in caveats for caveat in of_one)
-    lines += report.chance_rows(split.image_of_caption, len(results["folds"]))
+    notes += dict.fromkeys(f"{caveat.label}: {caveat.text}" for of_one in job.caveats for caveat in of_one)
+    lines += report.chance_rows(job.split.image_of_caption, len(results["folds"]))
     return "\n".join([report.table(lines), "", *notes])
+
+
+def save_scores(path: str | Path, scores: np.ndarray) -> None:
+    """Write scores (images, captions) as float32. Raises InputError if the file cannot be written."""
+    with replacing(path) as file:
+        np.save(file, scores.astype(np.float32, copy=False))
+
+
+def write_json(path: str | Path, results: dict) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")

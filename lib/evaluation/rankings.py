@@ -1,119 +1,157 @@
-"""Lists of whole queries: where each item that fits a query stands, and what stands at the top.
+"""The ranked list of every query: where its right items stand and what stands first; and the file of --ranks.
 
-A wrong item stands before one that fits and has the same score, as everywhere. What fits is for a protocol to say.
+A wrong item with the same score stands before a right one. What is right is for a protocol to say.
+
+--ranks FILE holds one JSON object a line, from which every table can be redone without the model. The first says what
+was evaluated: format, data, split, images, captions, row (of the table), folds. Then, images first, for each query:
+
+way      i2t: the query is an image; t2i: a caption
+query    its number in the split, from 0; id: the image's id, if the data set has ids; caption: the caption's text
+right    numbers of the image's captions, or of the caption's image
+ranks    of the right items, from 1; all: among all items; fold: within the query's own fold (--fold5); with --eccv one
+         entry more for each protocol that has the query (PMRP, with thousands of right items: the R-precision)
+top      number and score of the first ten items
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from lib.cli import with_bar
-from lib.evaluation.metrics import RECALL_AT
+from lib.data.dataset import Split, read_ids
+from lib.evaluation.metrics import RECALL_AT, RECALLS, Part
+from lib.files import replacing
 
+FORMAT = "x-dim ranks 1"
 TOP = 10
 ABSENT = -1
-AT_ONCE = 256  # captions whose scores are turned into rows at a time
+CAPTIONS_AT_ONCE = 256  # columns of the scores that are made into rows at a time
+OTHER = {"i2t": "t2i", "t2i": "i2t"}
+ONLY_R_PRECISION = ("r_precision",)
 
 
 class Protocol(NamedTuple):
-    """Which items count as right answers to which queries; a query that is not in it does not count.
+    """Which items are right answers to which queries. Queries that it does not have do not count.
 
-    A right answer that is not among the items at all (ECCV Caption knows two such captions) is one of number ABSENT.
+    ABSENT stands for a right answer that is not among the items (ECCV Caption knows two such captions).
     """
 
     name: str
-    figures: tuple[str, ...]  # of query_figures, by which it is reported
-    captions: dict[int, np.ndarray]  # right answers to an image
-    images: dict[int, np.ndarray]  # right answers to a caption
-    folds: Sequence[tuple[np.ndarray, np.ndarray]] = ()  # images and captions, ascending, that are ranked among
-    # themselves; (): all are
+    metrics: tuple[str, ...]  # those of `query_metrics` that it reports
+    right: dict[str, dict[int, np.ndarray]]  # way -> query -> right items
+    fold_of: dict[str, np.ndarray] | None = None  # way -> fold of each query, if queries are ranked within folds
+
+
+class Query(NamedTuple):
+    """What became of one query."""
+
+    way: str
+    number: int
+    top: list[tuple[int, float]]  # the first TOP items and their scores
+    right: np.ndarray  # right items by the first protocol
+    positions: dict[str, np.ndarray]  # protocol -> where its right items stand, from 0
 
 
 class RankedList:
-    """The items of one query in order of their scores (items,)."""
+    """The items of one query, ordered by their scores (items,)."""
 
     def __init__(self, scores: np.ndarray):
         self.scores, self.ascending = scores, np.sort(scores)
 
     def positions(self, right: np.ndarray) -> np.ndarray:
-        """Where each of the right items (n,) stands, from 0: no two in the same place. ABSENT ones are behind all."""
-        known, positions = right != ABSENT, len(self.scores) + np.arange(len(right))
-        scores = self.scores[right[known]]
+        """Where each right item (n,) stands, from 0, no two at the same place; ABSENT ones stand behind all."""
+        present, positions = right != ABSENT, len(self.scores) + np.arange(len(right))
+        scores = self.scores[right[present]]
         order = np.argsort(-scores, kind="stable")
-        ordinal = np.empty_like(order)
-        ordinal[order] = np.arange(len(order))
-        as_good = _count_as_good(self.ascending, scores)  # items, itself included
-        right_as_good = _count_as_good(np.sort(scores), scores)
-        positions[known] = as_good - right_as_good + ordinal
+        before = np.empty_like(order)  # right items before each
+        before[order] = np.arange(len(order))
+        wrong = _at_least(self.ascending, scores) - _at_least(np.sort(scores), scores)
+        positions[present] = wrong + before
         return positions
 
-    def top(self, right: np.ndarray, k: int = TOP) -> np.ndarray:
-        """The first k items, or all where there are fewer."""
-        least = self.ascending[max(0, len(self.ascending) - k)]
+    def top(self, right: np.ndarray) -> np.ndarray:
+        """The first TOP items, or all if there are fewer."""
+        least = self.ascending[max(0, len(self.ascending) - TOP)]
         items = np.flatnonzero(self.scores >= least)
-        return items[np.lexsort((items, np.isin(items, right), -self.scores[items]))[:k]]
+        return items[np.lexsort((items, np.isin(items, right), -self.scores[items]))[:TOP]]
 
 
-class Judged(NamedTuple):
-    """What became of one query."""
-
-    way: str  # i2t, t2i
-    query: int
-    top: list[tuple[int, float]]  # the first TOP items and their scores
-    right: np.ndarray  # items that fit, by the first protocol
-    positions: dict[str, np.ndarray]  # by protocol: where the items that fit stand, from 0, in the protocol's order
-
-
-def judge(scores: np.ndarray, protocols: Sequence[Protocol]) -> Iterator[Judged]:
-    """All queries of a matrix of scores (images, captions), images first. The first protocol must have every query."""
-    lists = _ranked_lists(scores)
-    for way, query, ranked in with_bar(lists, "lists", sum(scores.shape)):
-        answers = [(p.captions if way == "i2t" else p.images).get(query) for p in protocols]
-        positions = {
-            protocol.name: _positions(ranked, right, protocol.folds, way, query)
-            for protocol, right in zip(protocols, answers, strict=True)
-            if right is not None
-        }
-        top = [(int(item), float(ranked.scores[item])) for item in ranked.top(answers[0])]
-        yield Judged(way, query, top, answers[0], positions)
+def judge(scores: np.ndarray, protocols: Sequence[Protocol]) -> Iterator[Query]:
+    """All queries of scores (images, captions), images first. The first protocol must have every query."""
+    for way, query, row in with_bar(_lists(scores), "lists", sum(scores.shape)):
+        ranked, positions = RankedList(row), {}
+        for protocol in protocols:
+            right = protocol.right[way].get(query)
+            if right is None:
+                continue
+            if protocol.fold_of is None:
+                positions[protocol.name] = ranked.positions(right)
+            else:
+                items = np.flatnonzero(protocol.fold_of[OTHER[way]] == protocol.fold_of[way][query])
+                positions[protocol.name] = RankedList(row[items]).positions(np.searchsorted(items, right))
+        right = protocols[0].right[way][query]
+        yield Query(way, query, [(int(item), float(row[item])) for item in ranked.top(right)], right, positions)
 
 
-def query_figures(positions: np.ndarray) -> dict[str, float]:
-    """The figures of one query, each between 0 and 1, from the places (n,) of all n items that fit it.
+def query_metrics(positions: np.ndarray) -> dict[str, float]:
+    """Metrics of one query, each between 0 and 1, from the positions (n,) of all its n right items.
 
-    r1, r5, r10: is one of them among the first 1, 5, 10; avg: the mean of the three. r_precision: the part of the first
-    n that fit. map_at_r: the mean over the first n places of the precision up to there, where the item there fits, else
-    of 0 (Musgrave et al. 2020, "A Metric Learning Reality Check").
+    r1, r5, r10: whether a right item is among the first 1, 5, 10; avg: their mean. r_precision: share of right items
+    among the first n. map_at_r: mean over the first n places of the precision up to there if the item there is right,
+    else of 0 (Musgrave et al. 2020, "A Metric Learning Reality Check").
     """
     places, right = np.sort(positions), len(positions)
     precision = np.arange(1, right + 1) / (places + 1)
     inside = places < right
     recalls = {f"r{k}": float(places[0] < k) for k in RECALL_AT}
-    average = sum(recalls.values()) / len(recalls)
     precisions = {"r_precision": float(inside.mean()), "map_at_r": float(precision[inside].sum() / right)}
-    return {**recalls, "avg": average, **precisions}
+    return {**recalls, "avg": sum(recalls.values()) / len(recalls), **precisions}
 
 
-def _ranked_lists(scores: np.ndarray) -> Iterator[tuple[str, int, RankedList]]:
-    for image, row in enumerate(scores):
-        yield "i2t", image, RankedList(row)
-    for first in range(0, scores.shape[1], AT_ONCE):
-        for number, column in enumerate(np.ascontiguousarray(scores[:, first : first + AT_ONCE].T)):
-            yield "t2i", first + number, RankedList(column)
+def pair_protocols(image_of_caption: np.ndarray, parts: Sequence[Part]) -> list[Protocol]:
+    """The data set's own pairs: "all", and "fold" if the parts hold folds after the whole split."""
+    captions = np.split(np.arange(len(image_of_caption)), np.flatnonzero(np.diff(image_of_caption)) + 1)
+    right = {"i2t": dict(enumerate(captions)), "t2i": dict(enumerate(image_of_caption[:, None]))}
+    protocols = [Protocol("all", RECALLS, right)]
+    if len(parts) > 1:
+        fold_of_image = np.repeat(np.arange(len(parts) - 1), len(captions) // (len(parts) - 1))
+        protocols.append(
+            Protocol("fold", RECALLS, right, {"i2t": fold_of_image, "t2i": fold_of_image[image_of_caption]})
+        )
+    return protocols
 
 
-def _positions(ranked: RankedList, right: np.ndarray, folds: Sequence, way: str, query: int) -> np.ndarray:
-    """Where the right items stand, in the query's fold where there are folds."""
-    queries_of, items_of = (0, 1) if way == "i2t" else (1, 0)
-    for fold in folds:
-        place = np.searchsorted(fold[queries_of], query)
-        if place < len(fold[queries_of]) and fold[queries_of][place] == query:
-            items = fold[items_of]
-            return RankedList(ranked.scores[items]).positions(np.searchsorted(items, right))
-    return ranked.positions(right)
+def write_ranks(path: str, queries: Iterable[Query], split: Split, protocols: Sequence[Protocol], about: dict) -> None:
+    """Write the file of --ranks. about: entries of its first line. Raises InputError if it cannot be written."""
+    ids, only_precision = read_ids(split), {one.name for one in protocols if one.metrics == ONLY_R_PRECISION}
+    with replacing(path) as file:
+        for record in [{"format": FORMAT, **about}, *(_record(query, split, ids, only_precision) for query in queries)]:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
-def _count_as_good(ascending: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """How many of some scores in ascending order are at least each of some others."""
+def _record(query: Query, split: Split, ids: list[str] | None, only_precision: set[str]) -> dict:
+    if query.way == "t2i":
+        about = {"caption": split.captions[query.number]}
+    else:
+        about = {"id": ids[query.number]} if ids else {}
+    ranks = {
+        name: query_metrics(places)["r_precision"] if name in only_precision else (places + 1).tolist()
+        for name, places in query.positions.items()
+    }
+    right = query.right.tolist()
+    return {"way": query.way, "query": query.number, **about, "right": right, "ranks": ranks, "top": query.top}
+
+
+def _lists(scores: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Every row, then every column."""
+    yield from (("i2t", image, row) for image, row in enumerate(scores))
+    for first in range(0, scores.shape[1], CAPTIONS_AT_ONCE):
+        columns = np.ascontiguousarray(scores[:, first : first + CAPTIONS_AT_ONCE].T)
+        yield from (("t2i", first + k, column) for k, column in enumerate(columns))
+
+
+def _at_least(ascending: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """How many of the ascending scores are at least each of some others."""
     return len(ascending) - np.searchsorted(ascending, scores, side="left")

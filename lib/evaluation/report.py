@@ -1,12 +1,15 @@
-"""Metrics as people read them: a table with both directions side by side, and a line for logs."""
+"""What a reader sees: tables of metrics, where a checkpoint comes from, and what its row in a table must say."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lib.evaluation.bootstrap import LEVEL
-from lib.evaluation.metrics import RECALL_AT, RECALLS, WAYS, chance_metrics
+from lib.checkpoints.record import quote, read_record
+from lib.cli import InputError
+from lib.data.dataset import Split, count_lines
+from lib.evaluation.metrics import LEVEL, RECALL_AT, RECALLS, WAYS, chance_metrics
 
 COLUMNS = (*RECALLS, "avg", "medr", "meanr")
 HEADINGS = {
@@ -18,8 +21,11 @@ WIDTH = 7
 INTERVALS = f"{LEVEL} %: interval of the figure above, by bootstrap over images (docs/evaluation.md)"
 
 
+# Tables
+
+
 class Row(NamedTuple):
-    """A line of a table. A figure that it lacks (ranks at chance level) stays blank."""
+    """A line of a table. Metrics that it lacks stay blank (chance has no ranks)."""
 
     name: str
     metrics: dict
@@ -27,67 +33,122 @@ class Row(NamedTuple):
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS, ways: Sequence[str] = WAYS) -> str:
-    """A table of metrics. columns: names of figures; ways: which two directions."""
+    """A table with the metrics `columns` of two directions side by side."""
     names = max(len(row.name) for row in rows) + 2
-    side = WIDTH * len(columns)
     rsum = any("rsum" in row.metrics for row in rows)
-    headings = _cells([HEADINGS[column] for column in columns])
+    headings = _cells(HEADINGS[column] for column in columns)
     lines = [
-        " " * names + "  ".join(TITLES[way].center(side) for way in ways),
+        " " * names + "  ".join(TITLES[way].center(WIDTH * len(columns)) for way in ways),
         " " * names + "  ".join(headings for _ in ways) + (f"{'rSum':>{WIDTH + 2}}" if rsum else ""),
     ]
     for name, metrics, form in rows:
-        sides = [_cells([_figure(metrics.get(way, {}).get(column), form) for column in columns]) for way in ways]
-        total = f"{_figure(metrics.get('rsum'), form):>{WIDTH + 2}}" if rsum else ""
+        sides = [_cells(_format(metrics.get(way, {}).get(column), form) for column in columns) for way in ways]
+        total = f"{_format(metrics.get('rsum'), form):>{WIDTH + 2}}" if rsum else ""
         lines.append(f"{name:<{names}}{'  '.join(sides)}{total}")
     return "\n".join(line.rstrip() for line in lines)
 
 
 def with_interval(name: str, metrics: dict, form: str = ".1f") -> list[Row]:
-    """Rows of a table: metrics, and below them the ends of the intervals that they carry."""
-    ends = enumerate(("from", "to"))
-    intervals = [Row(f"  {LEVEL} % {word}", _end(metrics["interval"], which), form) for which, word in ends]
-    return [Row(name, metrics, form), *intervals]
+    """A row of metrics, and below it both ends of the intervals that they carry."""
+    ends = [Row(f"  {LEVEL} % {word}", _end(metrics["interval"], k), form) for k, word in enumerate(("from", "to"))]
+    return [Row(name, metrics, form), *ends]
 
 
-def figure_rows(name: str, figures: dict, images: int, with_folds: bool = True) -> list[Row]:
-    """Rows of what an evaluation has found; of folds their mean, all images, and each of them where wanted."""
-    if not figures["folds"]:
-        return with_interval(name, figures)
-    number = len(figures["folds"])
-    rows = [Row(f"{name}, fold {k}", fold) for k, fold in enumerate(figures["folds"], start=1) if with_folds]
-    rows += with_interval(f"{name}, mean of {number} folds of {images // number}", figures)
-    return rows + with_interval(f"{name}, all {images} images", figures["full"])
+def metric_rows(name: str, metrics: dict, images: int, with_folds: bool) -> list[Row]:
+    """Rows of one evaluation: of folds each one (if asked for), their mean and the whole split."""
+    if not metrics["folds"]:
+        return with_interval(name, metrics)
+    number = len(metrics["folds"])
+    rows = [Row(f"{name}, fold {k}", fold) for k, fold in enumerate(metrics["folds"], start=1) if with_folds]
+    rows += with_interval(f"{name}, mean of {number} folds of {images // number}", metrics)
+    return rows + with_interval(f"{name}, all {images} images", metrics["full"])
 
 
 def chance_rows(image_of_caption: np.ndarray, folds: int) -> list[Row]:
     """Rows of what random scores would give."""
-    every = chance_metrics(image_of_caption)
+    whole = chance_metrics(image_of_caption)
     if not folds:
-        return [Row("chance", every)]
+        return [Row("chance", whole)]
     images = int(image_of_caption[-1]) + 1
     size = images // folds
     of_fold = chance_metrics(image_of_caption[image_of_caption < size])
-    return [Row(f"chance, {size} images", of_fold), Row(f"chance, {images} images", every)]
+    return [Row(f"chance, {size} images", of_fold), Row(f"chance, {images} images", whole)]
 
 
 def line(metrics: dict) -> str:
-    """The six recalls and their sum in one line."""
-    ways = [" ".join(f"{metrics[way][name]:.1f}" for name in RECALLS) for way in ("i2t", "t2i")]
+    """The six recalls and their sum in one line, for logs."""
+    ways = [" ".join(f"{metrics[way][name]:.1f}" for name in RECALLS) for way in WAYS]
     return f"image to text {ways[0]}, text to image {ways[1]}, rSum {metrics['rsum']:.1f}"
 
 
-def _end(interval: dict, which: int) -> dict:
-    """One end of all intervals, in the form of metrics."""
-    return {
-        way: {name: ends[which] for name, ends in figures.items()} if isinstance(figures, dict) else figures[which]
-        for way, figures in interval.items()
-    }
+def _end(intervals: dict, which: int) -> dict:
+    """The lower (0) or upper (1) ends of all intervals, in the form of metrics."""
+    return {name: _end(one, which) if isinstance(one, dict) else one[which] for name, one in intervals.items()}
 
 
-def _cells(texts) -> str:
+def _cells(texts: Iterable[str]) -> str:
     return "".join(f"{text:>{WIDTH}}" for text in texts)
 
 
-def _figure(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
+
+
+# Where a checkpoint comes from
+
+
+class Caveat(NamedTuple):
+    """What a reader has to know of a row."""
+
+    label: str  # in the row's name
+    text: str  # below the table
+
+
+def describe_source(path: str, content: dict, label: str) -> str:
+    """Lines of a heading: the file, its epochs and its rSum on dev, and how the run's record says it was chosen.
+
+    content: the checkpoint's; empty for saved scores.
+    """
+    if not content:
+        return f"{label:<12}{path}"
+    progress, folder = content["progress"], Path(content["path"]).parent
+    dev = progress["history"][-1]["dev"]["rsum"] if progress["history"] else progress["best_rsum"]
+    measured = f", dev rSum {dev:.1f}" if dev >= 0 else ""  # none before the first evaluation
+    line = f"{label:<12}{content['path']}, {progress['epoch']} epochs{measured}"
+    try:
+        record = read_record(folder)
+        return f"{line}\n{'run':<12}{quote(record)}" if record else line
+    except InputError as error:
+        return f"{line}\n{'run':<12}{error}"
+
+
+def find_caveats(content: dict, split: Split, data_name: str) -> list[Caveat]:
+    """How the evaluated split was used in training the checkpoint, by the record of its data that it carries.
+
+    content: the checkpoint's; empty for saved scores. data_name: the name under which the split was asked for.
+    """
+    data, settings = content.get("data") or {}, content.get("settings", {})
+    trained = data.get("train", {}).get("folder") or settings.get("data_name")
+    if trained is None:
+        return []
+    if not _is_same_data_set(data, split, data_name == settings.get("data_name")):
+        return [Caveat("zero-shot", f"trained on {trained}, evaluated on {split.folder}")]
+    found = split.fingerprint() if data else None
+    if split.name == "train" or found == data.get("train", {}).get("fingerprint", ""):
+        return [Caveat("seen in training", f"the model was trained on {split.folder} {split.name}")]
+    if split.name == "dev" or found == data.get("dev", {}).get("fingerprint", ""):
+        return [Caveat("chosen on this split", f"{split.name} is what the run's best epoch was chosen on")]
+    return []
+
+
+def _is_same_data_set(data: dict, split: Split, same_name: bool) -> bool:
+    """Whether the split belongs to the training's data set, copies elsewhere and in float16 included.
+
+    Decided by the numbers of captions of train and dev if both files are there, else by them and the name.
+    """
+    equal = []
+    for name in ("train", "dev"):
+        captions, path = data.get(name, {}).get("captions"), split.folder / f"{name}_caps.txt"
+        if captions is not None and path.is_file():
+            equal.append(count_lines(path) == captions)
+    return all(equal) and (len(equal) == 2 or same_name)

@@ -24,10 +24,7 @@ from lib.data.dataset import Split, open_split
 from lib.data.features import DeviceFeatures, FeatureFile
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import report
-from lib.evaluation.embed import Timing, embed_split
-from lib.evaluation.evaluate import measure, rank_exactly
-from lib.evaluation.matcher import Matcher
-from lib.evaluation.parts import whole
+from lib.evaluation.evaluate import measure_split
 from lib.losses import Loss, loss_of_epoch
 from lib.model.registry import parse_part
 from lib.model.xdim import XDim
@@ -294,13 +291,10 @@ def log_step(run: Run, log: RunLog, loss: float, gradient_norm: float, spread: f
 def validate(run: Run, folder: RunFolder | None, log: RunLog) -> None:
     """Recall on the whole of dev; says whether it is the best so far. Ends the epoch."""
     progress, settings = run.progress, run.settings
-    matcher = Matcher(run.model, run.tokenizer, run.compute)
     try:
         with run.interruption.at_once():
-            size, workers = settings.batch_size, settings.workers
-            embeddings = embed_split(matcher, run.dev, run.dev_captions, size, workers, Timing())
-            parts = [whole(len(run.dev.features), len(run.dev.captions))]
-            metrics = measure(rank_exactly(matcher.scorer(), embeddings, run.dev, parts, Timing()))
+            dev = (run.dev, run.dev_captions, settings.batch_size, settings.workers)
+            metrics = measure_split(run.model, run.tokenizer, run.compute, *dev)
     except EndNow:  # dev is evaluated by the resumed run
         save(run, folder, log)
         end_if_asked(run)

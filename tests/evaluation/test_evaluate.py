@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,194 +12,108 @@ import torch
 import eval as eval_program
 import test as test_program
 import testall as testall_program
+import train
 from lib import load
 from lib.checkpoints.native import build_model, read_checkpoint
 from lib.cli import InputError
-from lib.evaluation.metrics import retrieval_metrics
-from lib.evaluation.parts import folds
-from lib.evaluation.ranks import rank_matrix
+from lib.evaluation.metrics import rank_matrix, retrieval_metrics
 from lib.model.xdim import XDim, score_caption
 from tests.conftest import TINY_BERT, write_data
+from tests.evaluation.test_metrics import five_each, sorted_ranks
 
 FLAGS = ["--device", "cpu", "--workers", "0", "--batch_size", "7"]
 
 
-def plain_scores(run, data_path, data_name, split):
+@pytest.fixture(scope="module")
+def another_run(tiny_flags, tmp_path_factory):
+    """A run with another seed."""
+    folder = tmp_path_factory.mktemp("runs") / "another"
+    assert train.main([*tiny_flags, "--seed", "1", "--model_name", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """Runs eval.py: its results, the scores it has saved, what it has printed."""
+
+    def evaluate(*flags):
+        files = ["--json", str(tmp_path / "results.json"), "--save_sims", str(tmp_path / "sims.npy")]
+        capsys.readouterr()
+        assert eval_program.main([*map(str, flags), *files, *FLAGS]) == 0, capsys.readouterr().err
+        results = json.loads((tmp_path / "results.json").read_text())
+        return results, np.load(tmp_path / "sims.npy"), capsys.readouterr().out
+
+    return evaluate
+
+
+def plain_scores(run, folder, split):
     """Scores of a split, captions and images one at a time through the formulas."""
-    folder = f"{data_path}/{data_name}"
     model, tokenizer = build_model(read_checkpoint(run / "model_best.pt"))
     model.eval()
     D, temperature = model.similarity.dependency(), model.similarity.log_temperature.exp()
-    features = torch.from_numpy(np.load(f"{folder}/{split}_ims.npy")[::5])
-    with open(f"{folder}/{split}_caps.txt", encoding="utf-8") as file:
-        captions = file.read().splitlines()
-    rows = []
+    captions, words = (folder / f"{split}_caps.txt").read_text().splitlines(), []
+    features = torch.from_numpy(np.load(folder / f"{split}_ims.npy")[::5])
     with torch.no_grad():
         regions = [model.encode_images(image, torch.tensor([len(image)]))[0] for image in features]
-        words = []
         for caption in captions:
             ids, lengths = map(torch.from_numpy, tokenizer.pad(tokenizer.tokenize([caption])))
             words.append(model.encode_captions(ids, lengths))
-        for image in regions:
-            rows.append(torch.cat([score_caption(image, each, D, temperature) for each in words]))
+        rows = [torch.cat([score_caption(image, each, D, temperature) for each in words]) for image in regions]
     return torch.stack(rows).numpy()
-
-
-def sorted_recalls(scores):
-    """R@1, R@5, R@10 of both directions by sorting, for five captions an image and no ties."""
-    images = len(scores)
-    by_image = np.argsort(-scores, axis=1)
-    by_caption = np.argsort(-scores, axis=0).T
-    i2t = [min(np.flatnonzero(by_image[i] // 5 == i)) for i in range(images)]
-    t2i = [np.flatnonzero(by_caption[c] == c // 5)[0] for c in range(5 * images)]
-    return [100 * np.mean(np.array(ranks) < k) for ranks in (i2t, t2i) for k in (1, 5, 10)]
 
 
 def recalls(metrics):
     return [metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
 
 
-@pytest.fixture(scope="module")
-def evaluated(trained_run, tmp_path_factory):
-    """Results and scores of `eval.py --fold5` on testall."""
-    folder = tmp_path_factory.mktemp("results")
-    files = ["--json", str(folder / "results.json"), "--save_sims", str(folder / "sims.npy")]
-    assert eval_program.main(["--checkpoint", str(trained_run), "--split", "testall", "--fold5", *files, *FLAGS]) == 0
-    return json.loads((folder / "results.json").read_text()), np.load(folder / "sims.npy")
+def sorted_recalls(scores, image_of_caption):
+    """The six recalls by sorting each list."""
+    ranks = sorted_ranks(scores, image_of_caption)
+    return [100 * np.mean(np.array(of_way) < k) for of_way in ranks for k in (1, 5, 10)]
 
 
-def test_saved_scores_equal_the_formulas_with_repeated_rows_removed(evaluated, trained_run, tiny_data):
-    scores = evaluated[1]
-    assert scores.dtype == np.float32
-    assert scores.shape == (20, 100)
-    np.testing.assert_allclose(scores, plain_scores(trained_run, *tiny_data, "testall"), atol=1e-5)
+@pytest.fixture
+def data(tiny_data, tmp_path):
+    return tmp_path.__class__(tiny_data[0]) / tiny_data[1]
 
 
-def test_folds_mean_and_full_set_equal_an_independent_computation_from_one_matrix(evaluated):
-    results, scores = evaluated
-    folds = [sorted_recalls(scores[4 * k : 4 * k + 4, 20 * k : 20 * k + 20]) for k in range(5)]
+# One checkpoint
+
+
+def test_scores_folds_and_json_equal_an_independent_computation(evaluate, trained_run, data):
+    results, scores, _ = evaluate("--checkpoint", trained_run, "--split", "testall", "--fold5")
+    assert (scores.dtype, scores.shape) == (np.float32, (20, 100))
+    np.testing.assert_allclose(scores, plain_scores(trained_run, data, "testall"), atol=1e-5)
+    folds = [sorted_recalls(scores[4 * k : 4 * k + 4, 20 * k : 20 * k + 20], five_each(4)) for k in range(5)]
     np.testing.assert_allclose([recalls(fold) for fold in results["folds"]], folds)
     np.testing.assert_allclose(recalls(results), np.mean(folds, axis=0))
-    np.testing.assert_allclose(recalls(results["full"]), sorted_recalls(scores))
-    assert results["rsum"] == pytest.approx(sum(np.mean(folds, axis=0)))
-    assert results["full"]["rsum"] == pytest.approx(sum(sorted_recalls(scores)))
-
-
-def test_json_has_the_documented_form(evaluated, trained_run, tmp_path):
-    results = evaluated[0]
+    np.testing.assert_allclose(recalls(results["full"]), sorted_recalls(scores, five_each(20)))
+    assert results["rsum"] == pytest.approx(sum(recalls(results)))
     assert (results["split"], results["images"], results["captions"]) == ("testall", 20, 100)
-    figures = {"i2t", "t2i", "rsum", "interval"}
-    about = {"data", "split", "images", "captions", "row", "caveats", "singles", "coco", "rerank", "timing"}
-    assert set(results) == {*about, *figures, "folds", "full"}
-    assert results["rerank"] is results["coco"] is None
     assert (results["row"], results["caveats"], results["singles"]) == ("X-Dim", [], {})
+    assert results["rerank"] is results["coco"] is None
+    values = {"i2t", "t2i", "rsum", "interval"}
+    about = {"data", "split", "images", "captions", "row", "caveats", "singles", "coco", "rerank", "timing"}
+    assert set(results) == {*about, *values, "folds", "full"}
+    assert all(set(one) == values for one in (results["full"], *results["folds"]))
     assert set(results["i2t"]) == set(results["interval"]["t2i"]) == {"r1", "r5", "r10", "avg", "medr", "meanr"}
-    assert all(set(one) == figures for one in (results["full"], *results["folds"]))
-    assert set(results["timing"]) == {"load_s", "encode_s", "compile_s", "similarity_s", "rank_s", "protocols_s"}
-    eval_program.main(["--checkpoint", str(trained_run), "--json", str(tmp_path / "plain.json"), *FLAGS])
-    plain = json.loads((tmp_path / "plain.json").read_text())
+    assert set(results["timing"]) == {"load_s", "encode_s", "similarity_s", "rank_s", "protocols_s"}
+    plain, _, _ = evaluate("--checkpoint", trained_run, "--split", "testall")
     assert plain["folds"] == []
-    assert "full" not in plain
+    assert {name: plain[name] for name in values} == results["full"]
 
 
-def test_saved_scores_give_the_reported_ranks(evaluated):
-    results, scores = evaluated
-    parts = folds(5, 20, np.repeat(np.arange(20), 5))
-    metrics = [retrieval_metrics(ranks) for ranks in rank_matrix(scores, np.repeat(np.arange(20), 5), parts)]
-    assert metrics == [{name: fold[name] for name in ("i2t", "t2i", "rsum")} for fold in results["folds"]]
-
-
-def test_coarse_to_fine_with_every_pair_exact_reports_what_exact_scores_do(trained_run, evaluated, tmp_path, capsys):
-    flags = ["--checkpoint", str(trained_run), "--split", "testall", "--fold5", *FLAGS]
-    assert eval_program.main([*flags, "--rerank", "100", "--json", str(tmp_path / "rerank.json")]) == 0
-    results = json.loads((tmp_path / "rerank.json").read_text())
-    assert results["rerank"] == {"k": 100, "exact_pairs": 2000, "pairs": 2000}
-    for name in ("i2t", "t2i", "rsum", "folds", "full"):
-        assert results[name] == evaluated[0][name]
-    assert "best 100 of each query by exact score: 2000 of 2000 pairs (100.0 %)" in capsys.readouterr().out
-
-
-def test_coarse_to_fine_says_how_many_scores_were_exact(trained_run, tmp_path, capsys):
-    flags = ["--checkpoint", str(trained_run), *FLAGS]
-    assert test_program.main([*flags, "--rerank", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "X-Dim, best 1 exact" in out
-    pairs = int(re.search(r"score: (\d+) of 500 pairs", out)[1])
-    assert 50 <= pairs <= 60
-    assert test_program.main([*flags, "--rerank", "auto"]) == 0
-    assert re.search(r"X-Dim, best (20|40|80) exact", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (["--rerank", "0"], "--rerank 0"),
-        (["--rerank", "some"], "--rerank some"),
-        (["--rerank", "-1"], "--rerank"),
-        (["--rerank", "²"], "--rerank ²"),
-        (["--rerank", "5", "--save_sims", "x.npy"], "--save_sims"),
-    ],
-)
-def test_wrong_uses_of_rerank_are_refused(flags, complaint, capsys):
-    assert eval_program.main(flags) == 2
-    assert complaint in capsys.readouterr().err
-
-
-def test_scores_that_are_not_numbers_leave_no_file_behind(trained_run, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        "lib.evaluation.matcher.Scorer.all_pairs", lambda self, images, *_: torch.full((len(images), 50), torch.nan)
-    )
-    flags = ["--checkpoint", str(trained_run), "--split", "dev", *FLAGS]
-    assert eval_program.main([*flags, "--save_sims", str(tmp_path / "sims.npy")]) == 2
-    assert "NaN" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_every_image_is_encoded_once(trained_run, monkeypatch):
-    seen = []
-
-    def spy(self, features, counts, encode=XDim.encode_images):
-        seen.append(len(features))
-        return encode(self, features, counts)
-
-    monkeypatch.setattr(XDim, "encode_images", spy)
-    assert eval_program.main(["--checkpoint", str(trained_run), "--split", "dev", *FLAGS]) == 0
-    assert sum(seen) == 10 * 6
-
-
-def test_the_programs_print_their_tables(trained_run, capsys):
-    assert test_program.main(["--checkpoint", str(trained_run), *FLAGS]) == 0
-    named = capsys.readouterr().out
-    assert "test: 10 images, 50 captions" in named
-    assert "chance" in named
-    assert testall_program.main(["--checkpoint", str(trained_run / "last.pt"), *FLAGS]) == 0
-    out = capsys.readouterr().out
-    for row in ("fold 1", "fold 5", "mean of 5 folds of 4", "all 20 images", "chance, 20 images"):
-        assert row in out
-
-
-def test_without_a_name_the_newest_best_checkpoint_below_runs_is_taken(trained_run, monkeypatch, capsys, tmp_path):
-    for name, age in (("older", 100), ("newer", 50)):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "model_best.pt").write_bytes((trained_run / "model_best.pt").read_bytes())
-        os.utime(folder / "model_best.pt", (10**9 - age, 10**9 - age))
-    monkeypatch.chdir(tmp_path)
-    assert test_program.main(FLAGS) == 0
-    assert "checkpoint  runs/newer/model_best.pt, 1 epochs, dev rSum" in capsys.readouterr().out
-
-
-def test_python_interface_scores_features_and_sentences(trained_run, tiny_data, evaluated):
-    folder = f"{tiny_data[0]}/{tiny_data[1]}"
-    with open(f"{folder}/testall_caps.txt", encoding="utf-8") as file:
-        captions = file.read().splitlines()
+def test_python_interface_gives_the_same_scores(evaluate, trained_run, data):
+    results, expected, _ = evaluate("--checkpoint", trained_run, "--split", "testall")
+    captions = (data / "testall_caps.txt").read_text().splitlines()
+    images = np.load(data / "testall_ims.npy")[::5]
     model = load(trained_run, device="cpu")
-    scores = model.score(np.load(f"{folder}/testall_ims.npy")[::5], captions)
-    assert scores.shape == (20, 100)
-    np.testing.assert_allclose(scores, evaluated[1], atol=1e-6)
-    assert (
-        retrieval_metrics(rank_matrix(scores, np.repeat(np.arange(20), 5))[0])["rsum"] == evaluated[0]["full"]["rsum"]
-    )
+    scores = model.score(images, captions)
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert retrieval_metrics(rank_matrix(scores.numpy(), five_each(20)))["rsum"] == results["rsum"]
+    some = model.score([images[0][:4], images[1]], captions[:3])  # different numbers of regions
+    np.testing.assert_allclose(some[1], expected[1, :3], atol=1e-6)
+    np.testing.assert_allclose(some[:1], model.score(images[:1, :4], captions[:3]), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +121,7 @@ def test_python_interface_scores_features_and_sentences(trained_run, tiny_data, 
     [
         (np.zeros((2, 6, 15), np.float32), ["a ball"], "expected \\(images, regions, 16\\)"),
         (np.zeros((2, 16), np.float32), ["a ball"], "expected \\(images, regions, 16\\)"),
+        (np.zeros((0, 6, 16), np.float32), ["a ball"], "expected \\(images, regions, 16\\)"),
         (np.full((2, 6, 16), np.nan, np.float32), ["a ball"], "NaN"),
         (np.zeros((2, 6, 16), np.float32), "a ball", "list"),
         (np.zeros((2, 6, 16), np.float32), [], "list"),
@@ -216,10 +132,128 @@ def test_python_interface_says_what_is_wrong(trained_run, regions, captions, com
         load(trained_run, device="cpu").score(regions, captions)
 
 
-def test_bfloat16_evaluation_stays_near_float32(trained_run, evaluated, tmp_path):
-    flags = ["--checkpoint", str(trained_run), "--split", "testall", "--precision", "bf16", *FLAGS]
-    assert eval_program.main([*flags, "--save_sims", str(tmp_path / "sims.npy")]) == 0
-    assert np.abs(np.load(tmp_path / "sims.npy") - evaluated[1]).max() < 0.1
+def test_rerank_with_every_item_exact_gives_the_exact_metrics_and_says_how_many_pairs(trained_run, tmp_path, capsys):
+    flags = ["--checkpoint", str(trained_run), "--split", "testall", *FLAGS, "--json"]
+    for name, rerank in (("exact", []), ("all", ["--rerank", "100"]), ("few", ["--rerank", "2"])):
+        assert eval_program.main([*flags, str(tmp_path / f"{name}.json"), *rerank]) == 0
+    exact, every, few = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("exact", "all", "few"))
+    assert (every["rsum"], every["interval"]) == (exact["rsum"], exact["interval"])
+    assert every["rerank"] == {"k": 100, "exact_pairs": 2000, "pairs": 2000}
+    assert few["rerank"]["exact_pairs"] <= 2 * (20 + 100)
+    out = capsys.readouterr().out
+    assert "X-Dim, best 2 exact" in out
+    assert "best 100 of each query by exact score: 2000 of 2000 pairs (100.0 %)" in out
+
+
+def test_bfloat16_stays_near_float32(evaluate, trained_run):
+    _, expected, _ = evaluate("--checkpoint", trained_run, "--split", "testall")
+    _, scores, out = evaluate("--checkpoint", trained_run, "--split", "testall", "--precision", "bf16")
+    assert 0 < np.abs(scores - expected).max() < 0.1
+    assert "bf16" in out
+
+
+def test_every_image_is_encoded_once_though_its_row_stands_five_times_in_the_file(trained_run, monkeypatch):
+    seen = []
+
+    def spy(self, images, *rest, encode=XDim.encode_images):
+        seen.append(len(images))
+        return encode(self, images, *rest)
+
+    monkeypatch.setattr(XDim, "encode_images", spy)
+    assert eval_program.main(["--checkpoint", str(trained_run), "--split", "dev", *FLAGS]) == 0
+    assert sum(seen) == 10 * 6
+
+
+def test_programs_print_their_tables_and_find_the_newest_best_checkpoint(trained_run, monkeypatch, capsys, tmp_path):
+    for name, age in (("older", 100), ("newer", 50)):
+        best = shutil.copytree(trained_run, tmp_path / "runs" / name) / "model_best.pt"
+        os.utime(best, (10**9 - age, 10**9 - age))
+    monkeypatch.chdir(tmp_path)
+    assert test_program.main(FLAGS) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint  runs/newer/model_best.pt, 1 epochs, dev rSum" in out
+    assert re.search(r"^run         epoch 1 of 1 chosen on dev \(rSum .*\), seed 0", out, re.MULTILINE)
+    assert "test: 10 images, 50 captions" in out
+    assert re.search(r"^chance ", out, re.MULTILINE)
+    assert testall_program.main(["--checkpoint", str(trained_run / "last.pt"), *FLAGS]) == 0
+    out = capsys.readouterr().out
+    for row in ("X-Dim, fold 1", "X-Dim, fold 5", "X-Dim, mean of 5 folds of 4", "X-Dim, all 20", "chance, 20 images"):
+        assert re.search(f"^{row} ", out, re.MULTILINE)
+
+
+# Several checkpoints and saved scores
+
+
+def test_an_ensemble_ranks_by_the_mean_of_its_models_scores_beside_each_of_them(evaluate, trained_run, another_run):
+    flags = ["--split", "testall", "--fold5"]
+    alone = [evaluate("--checkpoint", run, *flags) for run in (trained_run, another_run)]
+    both, scores, out = evaluate("--checkpoint", trained_run, "--checkpoint", another_run, *flags)
+    np.testing.assert_array_equal(scores, (alone[0][1] + alone[1][1]) / 2)
+    for name, (results, _, _) in zip(("single 1", "single 2"), alone, strict=True):
+        assert both["singles"][name] == {part: results[part] for part in both["singles"][name]}
+    np.testing.assert_allclose(recalls(both["full"]), sorted_recalls(scores, five_each(20)))
+    assert both["row"] == "ensemble of 2"
+    rows = ("single 1, mean of 5 folds of 4", "single 2, all 20", "ensemble of 2, fold 5", "ensemble of 2, all 20")
+    assert all(row in out for row in rows)
+    assert "single 1, fold 1" not in out
+    assert f"single 2    {another_run}/model_best.pt" in out
+
+
+def test_saved_scores_stand_for_the_checkpoint_that_made_them(evaluate, trained_run, another_run, data, tmp_path):
+    expected, scores, _ = evaluate("--checkpoint", trained_run, "--checkpoint", another_run)
+    np.save(tmp_path / "one.npy", evaluate("--checkpoint", trained_run)[1])
+    where = ["--data_path", data.parent, "--data_name", data.name]
+    results, found, _ = evaluate("--checkpoint", tmp_path / "one.npy", "--checkpoint", another_run, *where)
+    np.testing.assert_array_equal(found, scores)
+    assert all(results[part] == expected[part] for part in ("i2t", "t2i", "rsum", "interval", "singles"))
+    alone, _, out = evaluate("--checkpoint", tmp_path / "one.npy", *where)
+    assert (alone["row"], alone["rsum"]) == ("saved scores", expected["singles"]["single 1"]["rsum"])
+    assert f"checkpoint  {tmp_path / 'one.npy'}\n" in out
+
+
+# How the split was used in training
+
+
+def test_the_split_that_chose_the_model_and_the_one_it_was_trained_on_are_named(evaluate, trained_run):
+    results, _, out = evaluate("--checkpoint", trained_run, "--split", "dev")
+    assert results["row"] == "X-Dim, chosen on this split"
+    assert "X-Dim, chosen on this split  " in out
+    assert "chosen on this split: dev is what the run's best epoch was chosen on" in out
+    assert evaluate("--checkpoint", trained_run, "--split", "train")[0]["row"] == "X-Dim, seen in training"
+    assert evaluate("--checkpoint", trained_run, "--split", "test")[0]["caveats"] == []
+
+
+def test_zero_shot_transfer_is_said_in_the_table(evaluate, trained_run, another_run, data, tmp_path):
+    folder = write_data(tmp_path / "other_precomp", {"train": 30, "dev": 10, "test": 12})
+    where = ["--data_path", tmp_path, "--data_name", folder.name]
+    results, _, out = evaluate("--checkpoint", trained_run, *where)
+    assert results["row"] == "X-Dim, zero-shot"
+    assert results["caveats"] == [f"trained on {data}, evaluated on {folder}"]
+    assert f"zero-shot: trained on {data}, evaluated on {folder}" in out
+    both = evaluate("--checkpoint", trained_run, "--checkpoint", another_run, *where)[2]
+    assert "single 1, zero-shot" in both
+    assert "ensemble of 2, zero-shot" in both
+    assert both.count("zero-shot: trained on") == 1
+
+
+def test_a_copy_of_the_data_in_float16_under_another_name_is_no_transfer(evaluate, trained_run, data, tmp_path):
+    copied = shutil.copytree(data, tmp_path / "copied")
+    for path in copied.glob("*_ims.npy"):
+        np.save(path, np.load(path).astype(np.float16))
+    where = ["--data_path", tmp_path, "--data_name", "copied"]
+    assert evaluate("--checkpoint", trained_run, *where)[0]["caveats"] == []
+    assert evaluate("--checkpoint", trained_run, *where, "--split", "dev")[0]["row"] == "X-Dim, chosen on this split"
+
+
+def test_splits_are_known_by_their_content_not_their_name(evaluate, trained_run, data, tmp_path):
+    copied = shutil.copytree(data, tmp_path / data.name)
+    for ending in ("ims.npy", "caps.txt", "ids.txt"):
+        shutil.copy(copied / f"dev_{ending}", copied / f"held_out_{ending}")
+    where = ["--data_path", tmp_path]
+    assert evaluate("--checkpoint", trained_run, *where, "--split", "held_out")[0]["row"].endswith("on this split")
+    shutil.rmtree(copied)
+    write_data(copied, {"train": 30, "dev": 12, "test": 12})
+    assert evaluate("--checkpoint", trained_run, *where)[0]["row"] == "X-Dim, zero-shot"
 
 
 def test_evaluation_on_another_data_set_takes_its_path_and_name(trained_run, tmp_path, capsys):
@@ -227,3 +261,67 @@ def test_evaluation_on_another_data_set_takes_its_path_and_name(trained_run, tmp
     flags = ["--checkpoint", str(trained_run), "--data_path", str(tmp_path), "--data_name", "other", "--split", "dev"]
     assert eval_program.main([*flags, "--bert", str(TINY_BERT), *FLAGS]) == 0
     assert f"{tmp_path / 'precomp'} dev: 5 images, 25 captions" in capsys.readouterr().out
+
+
+# Wrong input
+
+
+def complaint_of(argv, capsys):
+    """The one line that a wrong use ends with."""
+    capsys.readouterr()
+    assert test_program.main(list(map(str, argv))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (np.zeros((10, 49), np.float32), r"10 x 49 scores, but \S+ test has 10 images and 50 captions"),
+        (np.zeros((10, 50), np.int64), "expected a matrix of floating-point scores"),
+        (np.full((10, 50), np.nan, np.float32), "NaN"),
+        (b"no array", "no readable matrix"),
+        (None, "no readable matrix"),
+    ],
+)
+def test_a_file_that_holds_no_scores_of_the_split_is_named(data, tmp_path, capsys, content, complaint):
+    path = tmp_path / "scores.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    where = ["--data_path", data.parent, "--data_name", data.name]
+    assert re.search(complaint, complaint_of(["--checkpoint", path, *where, *FLAGS], capsys))
+    if complaint == "NaN":
+        assert "--data_path and --data_name" in complaint_of(["--checkpoint", path, *FLAGS], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--checkpoint", "a", "--checkpoint", "b", "--rerank", "5"], "--rerank: for a single checkpoint"),
+        (["--checkpoint", "a.npy", "--rerank", "5"], "--rerank: for a single checkpoint"),
+        (["--rerank", "5", "--ranks", "x"], "--ranks: needs every pair's exact score"),
+        (["--rerank", "5", "--save_sims", "x"], "--save_sims: needs every pair's exact score"),
+        (["--rerank", "5", "--eccv"], "--eccv: needs every pair's exact score"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(flags, complaint, capsys):
+    assert complaint in complaint_of(flags, capsys)
+
+
+def test_models_of_different_features_cannot_be_an_ensemble(trained_run, tiny_flags, tmp_path, capsys):
+    write_data(tmp_path / "small", {"train": 8, "dev": 4}, img_dim=4)
+    data = ["--data_path", str(tmp_path), "--data_name", "small", "--img_dim", "4"]
+    assert train.main([*tiny_flags, *data, "--model_name", str(tmp_path / "run")]) == 0
+    checkpoints = ["--checkpoint", str(trained_run), "--checkpoint", str(tmp_path / "run")]
+    assert "features of 4 and of 16 numbers" in complaint_of([*checkpoints, *FLAGS], capsys)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--ranks", "--save_sims"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_loaded(flag, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lib.evaluation.evaluate.opened", None)
+    assert complaint_of([flag, tmp_path, *FLAGS], capsys) == f"error: {tmp_path} could not be written: Is a directory"
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in complaint_of([flag, tmp_path / "file" / "results", *FLAGS], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,78 +1,64 @@
-"""Lists of queries and their figures, against sorting each list and counting along it."""
+"""Ranked lists and metrics of queries, against sorting each list; --ranks holds enough to redo every table."""
+
+import json
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from eccv_caption._metrics import compute_eccv_metrics, compute_r_at_k, compute_rprecision
+from eccv_caption._metrics import compute_eccv_metrics, compute_r_at_k
 from hypothesis import given, settings
 
-from lib.evaluation.rankings import ABSENT, Judged, Protocol, RankedList, judge, query_figures
-from lib.evaluation.ranks import rank_matrix
+import eval as eval_program
+from lib.evaluation.metrics import (
+    Ranks,
+    bootstrap,
+    interval,
+    map_metrics,
+    mean_metrics,
+    parts_of_split,
+    rank_parts,
+    retrieval_metrics,
+)
+from lib.evaluation.rankings import ABSENT, RankedList, judge, pair_protocols, query_metrics
 
+FLAGS = ["--device", "cpu", "--workers", "0", "--split", "testall"]
 SCORES = (-np.inf, -1.5, -0.0, 0.0, 0.25, 2.0)  # few, so that many are equal; the two zeros are
-LENGTHS = st.integers(1, 30)
 SEEDS = st.integers(0, 2**32 - 1)
-DTYPES = st.sampled_from([np.float64, np.float32, np.float16])
+ODD = 'A "quoted" line\u2028 of \\ text, café {}'
 
 
-def draw_list(items, seed, dtype=np.float32):
-    """Scores (items,) and the ascending numbers of one or more right items."""
-    rng = np.random.default_rng(seed)
-    right = rng.choice(items, size=rng.integers(1, items + 1), replace=False)
-    return rng.choice(SCORES, size=items).astype(dtype), np.sort(right)
-
-
-def sorted_items(scores, right):
+def sorted_items(scores, right, items=None):
     """Best first; of equal scores the wrong ones first, then the first."""
-    return sorted(range(len(scores)), key=lambda item: (-scores[item], item in right, item))
+    return sorted(range(len(scores)) if items is None else items, key=lambda one: (-scores[one], one in right, one))
 
 
 # One list
 
 
 @settings(deadline=None)
-@given(items=LENGTHS, seed=SEEDS, dtype=DTYPES)
-def test_positions_are_those_in_a_sorted_list_with_wrong_items_before_right_ones_of_the_same_score(items, seed, dtype):
-    scores, right = draw_list(items, seed, dtype)
-    order = sorted_items(scores, set(right))
-    assert RankedList(scores).positions(right).tolist() == [order.index(item) for item in right]
-
-
-@settings(deadline=None)
-@given(items=LENGTHS, seed=SEEDS)
-def test_right_items_take_the_same_places_in_whatever_order_they_are_given(items, seed):
-    scores, right = draw_list(items, seed)
-    shuffled = np.random.default_rng(seed).permutation(right)
-    ranked = RankedList(scores)
-    assert sorted(ranked.positions(shuffled)) == sorted(ranked.positions(right))
-
-
-@settings(deadline=None)
-@given(items=LENGTHS, seed=SEEDS, absent=st.integers(1, 3))
-def test_right_items_that_are_not_there_stand_behind_all_and_change_no_other_place(items, seed, absent):
-    scores, right = draw_list(items, seed)
-    ranked = RankedList(scores)
-    positions = ranked.positions(np.append([ABSENT] * absent, right))
+@given(
+    items=st.integers(1, 30),
+    seed=SEEDS,
+    dtype=st.sampled_from([np.float64, np.float32, np.float16]),
+    absent=st.integers(0, 2),
+)
+def test_positions_and_first_items_are_those_of_a_sorted_list_and_absent_items_stand_behind_all(
+    items, seed, dtype, absent
+):
+    rng = np.random.default_rng(seed)
+    scores, right = rng.choice(SCORES, size=items).astype(dtype), rng.permutation(items)[: rng.integers(1, items + 1)]
+    ranked, order = RankedList(scores), sorted_items(scores, set(right))
+    positions = ranked.positions(np.append([ABSENT] * absent, right).astype(int))
     assert positions[:absent].tolist() == list(range(items, items + absent))
-    assert positions[absent:].tolist() == ranked.positions(right).tolist()
+    assert sorted(positions[absent:]) == sorted(order.index(item) for item in right)
+    assert ranked.positions(np.sort(right)).tolist() == [order.index(item) for item in np.sort(right)]
+    assert ranked.top(right).tolist() == order[:10]
 
 
-@settings(deadline=None)
-@given(items=LENGTHS, seed=SEEDS, dtype=DTYPES, k=st.integers(1, 12))
-def test_the_first_items_are_those_of_a_sorted_list_or_all_where_there_are_fewer(items, seed, dtype, k):
-    scores, right = draw_list(items, seed, dtype)
-    order = sorted_items(scores, set(right))
-    assert RankedList(scores).top(right, k).tolist() == order[:k]
-    assert RankedList(scores).top(right).tolist() == order[:10]
-
-
-# Figures of one query
-
-
-def slow_figures(fits, right=None):
+def slow_metrics(fits, right=None):
     """The definitions written out.
 
-    fits: (items,) in the list's order, whether an item fits. right: how many fit, where the list is but a beginning.
+    fits: (items,) in the list's order, whether an item is right. right: how many are, if the list is cut.
     """
     right, average_precision = right or sum(fits), 0.0
     for place in range(right):
@@ -85,158 +71,160 @@ def slow_figures(fits, right=None):
 
 @settings(deadline=None)
 @given(items=st.integers(1, 60), seed=SEEDS)
-def test_figures_are_the_written_out_definitions(items, seed):
-    _, right = draw_list(items, seed)
-    fits = [place in right for place in range(items)]
-    shuffled = np.random.default_rng(seed).permutation(right)
-    assert query_figures(shuffled) == pytest.approx(slow_figures(fits), abs=1e-12)
-
-
-@settings(deadline=None)
-@given(items=st.integers(1, 60), seed=SEEDS)
-def test_figures_are_those_of_the_package_eccv_caption(items, seed):
-    scores, right = draw_list(items, seed)
-    found = query_figures(RankedList(scores).positions(right))
-    ranked, fits = {7: sorted_items(scores, set(right))}, {7: right.tolist()}
-    theirs = compute_eccv_metrics(ranked, fits)
-    assert found["map_at_r"] == pytest.approx(theirs["eccv_map_at_r"], abs=1e-12)
-    assert found["r_precision"] == pytest.approx(theirs["eccv_rprecision"], abs=1e-12)
-    assert found["r_precision"] == pytest.approx(compute_rprecision(ranked, fits), abs=1e-12)
-    assert found["r1"] == theirs["eccv_r1"]
-    for k in (1, 5, 10):
-        assert found[f"r{k}"] == compute_r_at_k(ranked, fits, k)
-
-
-@pytest.mark.parametrize(
-    ("positions", "r_precision", "map_at_r"),
-    [
-        ([0], 1, 1),
-        ([1], 0, 0),
-        ([0, 1, 2], 1, 1),
-        ([1, 2, 7], 2 / 3, (1 / 2 + 2 / 3) / 3),
-        ([0, 3, 4, 5], 2 / 4, (1 + 2 / 4) / 4),
-        ([4, 30, 31, 32], 0, 0),
-    ],
-)
-def test_precisions_computed_by_hand(positions, r_precision, map_at_r):
-    found = query_figures(np.array(positions))
-    assert (found["r_precision"], found["map_at_r"]) == pytest.approx((r_precision, map_at_r))
-
-
-def test_recalls_count_the_first_one_five_and_ten_places():
-    first = {place: query_figures(np.array([place, 20])) for place in (0, 1, 4, 5, 9, 10)}
-    recalls = {place: tuple(found[name] for name in ("r1", "r5", "r10", "avg")) for place, found in first.items()}
-    assert recalls[0] == (1, 1, 1, 1)
-    assert recalls[1] == recalls[4] == (0, 1, 1, pytest.approx(2 / 3))
-    assert recalls[5] == recalls[9] == (0, 0, 1, pytest.approx(1 / 3))
-    assert recalls[10] == (0, 0, 0, 0)
-
-
-# Whole matrices
-
-
-def own_pairs(image_of_caption, name="pairs", folds=()):
-    """The protocol in which an image and its captions fit each other."""
-    images = range(image_of_caption.max() + 1)
-    captions = {image: np.flatnonzero(image_of_caption == image) for image in images}
-    return Protocol(name, ("r1",), captions, {c: np.array([i]) for c, i in enumerate(image_of_caption)}, folds)
-
-
-def draw_right(queries, items, rng):
-    """Some queries, each with one right answer or more."""
-    chosen = rng.choice(queries, size=rng.integers(1, queries + 1), replace=False)
-    return {int(q): np.sort(rng.choice(items, size=rng.integers(1, items + 1), replace=False)) for q in chosen}
-
-
-def draw_matrix(counts, seed, dtype=np.float32):
-    """Scores (images, captions), the image of each caption, and a generator for more."""
+def test_metrics_of_a_query_are_the_definitions_written_out_and_those_of_the_package_eccv_caption(items, seed):
     rng = np.random.default_rng(seed)
+    right = rng.permutation(items)[: rng.integers(1, items + 1)]
+    found = query_metrics(right)
+    assert found == pytest.approx(slow_metrics([place in right for place in range(items)]), abs=1e-12)
+    ranked, fits = {7: list(range(items))}, {7: right.tolist()}
+    theirs = compute_eccv_metrics(ranked, fits)
+    names = {"map_at_r": "eccv_map_at_r", "r_precision": "eccv_rprecision", "r1": "eccv_r1"}
+    assert {name: found[name] for name in names} == pytest.approx({k: theirs[name] for k, name in names.items()})
+    assert [found[f"r{k}"] for k in (1, 5, 10)] == [compute_r_at_k(ranked, fits, k) for k in (1, 5, 10)]
+
+
+# All lists
+
+
+def draw_matrix(counts, seed):
     image_of_caption = np.repeat(np.arange(len(counts)), counts)
-    return rng.choice(SCORES, size=(len(counts), sum(counts))).astype(dtype), image_of_caption, rng
-
-
-def lists_of(scores):
-    """(way, query, scores of all items), images first."""
-    return [("i2t", i, row) for i, row in enumerate(scores)] + [("t2i", c, row) for c, row in enumerate(scores.T)]
-
-
-def right_answers(protocol, way, query):
-    return (protocol.captions if way == "i2t" else protocol.images).get(query)
-
-
-COUNTS = st.lists(st.integers(1, 7), min_size=1, max_size=8)
+    scores = np.random.default_rng(seed).choice(SCORES, size=(len(counts), sum(counts))).astype(np.float32)
+    return scores, image_of_caption
 
 
 @settings(deadline=None)
-@given(counts=COUNTS, seed=SEEDS, dtype=DTYPES)
-def test_each_query_of_a_matrix_is_judged_by_its_sorted_list(counts, seed, dtype):
-    scores, image_of_caption, rng = draw_matrix(counts, seed, dtype)
-    sizes = scores.shape
-    more = Protocol("more", ("map_at_r",), draw_right(*sizes, rng), draw_right(*reversed(sizes), rng))
-    protocols, judged = [own_pairs(image_of_caption), more], []
-    for way, query, row in lists_of(scores):
-        right = {protocol.name: right_answers(protocol, way, query) for protocol in protocols}
-        places = {
-            name: [sorted_items(row, set(those)).index(item) for item in those]
-            for name, those in right.items()
-            if those is not None
-        }
-        top = [(item, float(row[item])) for item in sorted_items(row, set(right["pairs"]))[:10]]
-        judged.append((way, query, top, right["pairs"].tolist(), places))
-    assert [as_lists(one) for one in judge(scores, protocols)] == judged
-
-
-def as_lists(one: Judged):
-    positions = {name: places.tolist() for name, places in one.positions.items()}
-    return one.way, one.query, one.top, one.right.tolist(), positions
-
-
-@settings(deadline=None)
-@given(counts=COUNTS, seed=SEEDS, dtype=DTYPES)
-def test_the_best_place_of_a_data_sets_own_pairs_is_the_rank_that_is_counted(counts, seed, dtype):
-    scores, image_of_caption, _ = draw_matrix(counts, seed, dtype)
-    best = [one.positions["pairs"].min() for one in judge(scores, [own_pairs(image_of_caption)])]
-    (ranks,) = rank_matrix(scores, image_of_caption)
-    assert best == [*ranks.i2t, *ranks.t2i]
-
-
-def draw_folds(image_of_caption, rng):
-    """Images and captions of up to three folds of any sizes, scattered over the matrix."""
-    fold_of_image = rng.integers(3, size=image_of_caption.max() + 1)
-    each = ((fold_of_image == fold, fold_of_image[image_of_caption] == fold) for fold in np.unique(fold_of_image))
-    return [(np.flatnonzero(images), np.flatnonzero(captions)) for images, captions in each]
-
-
-@settings(deadline=None)
-@given(counts=COUNTS, seed=SEEDS)
-def test_a_fold_is_judged_as_if_there_were_nothing_else(counts, seed):
-    scores, image_of_caption, rng = draw_matrix(counts, seed)
-    folds = draw_folds(image_of_caption, rng)
-    protocols = [own_pairs(image_of_caption, "all"), own_pairs(image_of_caption, "fold", folds)]
-    places = {(one.way, one.query): one.positions["fold"].tolist() for one in judge(scores, protocols)}
-    alone = {}
-    for images, captions in folds:
-        own = own_pairs(np.searchsorted(images, image_of_caption[captions]))
-        for one in judge(scores[np.ix_(images, captions)], [own]):
-            query = (images if one.way == "i2t" else captions)[one.query]
-            alone[one.way, int(query)] = one.positions["pairs"].tolist()
-    assert places == alone
-
-
-def test_folds_change_neither_the_first_items_nor_the_places_by_other_protocols():
-    scores, image_of_caption, rng = draw_matrix([5] * 12, seed=0)
-    folds = draw_folds(image_of_caption, rng)
-    protocols = [own_pairs(image_of_caption, "all"), own_pairs(image_of_caption, "fold", folds)]
-    whole = list(map(as_lists, judge(scores, protocols[:1])))
-    both = list(map(as_lists, judge(scores, protocols)))
-    assert [one[:4] for one in both] == [one[:4] for one in whole]
-    assert [one[4]["all"] for one in both] == [one[4]["all"] for one in whole]
-    assert any(one[4]["fold"] != one[4]["all"] for one in both)
+@given(counts=st.lists(st.integers(1, 4), min_size=1, max_size=2).map(lambda some: some * 5), seed=SEEDS)
+def test_the_best_position_is_the_rank_that_is_counted_in_the_whole_split_and_in_folds(counts, seed):
+    scores, image_of_caption = draw_matrix(counts, seed)
+    parts = parts_of_split(image_of_caption, folds=5)
+    whole, *folds = rank_parts(scores, image_of_caption, parts)
+    queries = list(judge(scores, pair_protocols(image_of_caption, parts)))
+    best = {name: [query.positions[name].min() for query in queries] for name in ("all", "fold")}
+    assert best["all"] == [*whole.i2t, *whole.t2i]
+    assert best["fold"] == [rank for way in ("i2t", "t2i") for fold in folds for rank in getattr(fold, way)]
 
 
 def test_more_captions_than_are_taken_at_a_time_are_judged_each_by_its_own_scores():
-    scores, image_of_caption, _ = draw_matrix([261, 256, 1, 90], seed=1)
-    judged = list(judge(scores, [own_pairs(image_of_caption)]))
-    assert [(one.way, one.query) for one in judged] == [(way, query) for way, query, _ in lists_of(scores)]
-    for one, (_, _, row) in zip(judged, lists_of(scores), strict=True):
-        assert one.top == [(item, row[item]) for item in sorted_items(row, set(one.right))[:10]]
+    scores, image_of_caption = draw_matrix([261, 256, 1, 90], seed=1)
+    queries = list(judge(scores, pair_protocols(image_of_caption, parts_of_split(image_of_caption))))
+    lists = [*enumerate(scores), *enumerate(scores.T)]
+    for query, (number, row) in zip(queries, lists, strict=True):
+        assert query.number == number
+        assert query.top == [(item, row[item]) for item in sorted_items(row, set(query.right))[:10]]
+
+
+# The file of --ranks
+
+
+def evaluate(folder, *flags):
+    """The results of eval.py, the first line of --ranks and the others."""
+    files = ["--json", folder / "results.json", "--ranks", folder / "ranks.jsonl"]
+    assert eval_program.main([str(flag) for flag in (*flags, *files, *FLAGS)]) == 0
+    with open(folder / "ranks.jsonl", encoding="utf-8", newline="\n") as file:
+        about, *records = map(json.loads, file)
+    return json.loads((folder / "results.json").read_text()), about, records
+
+
+@pytest.fixture
+def make_split(tmp_path):
+    """Writes a data set of images with any numbers of captions, and scores of it: flags of eval.py, the mean scores."""
+
+    def make(counts, levels=40, seeds=(0,)):
+        folder = tmp_path / "varying_precomp"
+        folder.mkdir()
+        np.save(folder / "testall_ims.npy", np.random.default_rng(0).random((len(counts), 2, 4), np.float32))
+        (folder / "testall_caps.txt").write_text("".join(f"{ODD.format(c)}\n" for c in range(sum(counts))), "utf-8")
+        (folder / "testall_caps_counts.txt").write_text("".join(f"{count}\n" for count in counts))
+        (folder / "testall_ids.txt").write_text("".join(f"étang {i}.png\n" for i in range(len(counts))), "utf-8")
+        own = np.repeat(np.arange(len(counts)), counts) == np.arange(len(counts))[:, None]
+        flags, matrices = ["--data_path", tmp_path, "--data_name", folder.name], []
+        for rng in map(np.random.default_rng, seeds):
+            scores = rng.integers(levels, size=own.shape) + own * rng.integers(levels // 2, size=own.shape)
+            np.save(tmp_path / f"scores{len(matrices)}.npy", scores.astype(np.float32))
+            flags += ["--checkpoint", tmp_path / f"scores{len(matrices)}.npy"]
+            matrices.append(scores)
+        return flags, sum(matrices) / len(matrices)
+
+    return make
+
+
+def image_of(record):
+    return record["query"] if record["way"] == "i2t" else record["right"][0]
+
+
+def redo(records, name, seed):
+    """Metrics of some images and their captions, and those of each draw, from their ranks alone."""
+    best = [[min(one["ranks"][name]) - 1 for one in records if one["way"] == way] for way in ("i2t", "t2i")]
+    images = [image_of(one) for one in records]
+    image_of_caption = np.array([image_of(one) - min(images) for one in records if one["way"] == "t2i"])
+    ranks = Ranks(*map(np.array, best))
+    return retrieval_metrics(ranks), bootstrap(ranks, image_of_caption, seed)
+
+
+def redo_all(about, records):
+    """What --json holds: metrics of all, or the mean of the folds with those of each and of all."""
+    with_ends = lambda metrics, draws: {**metrics, "interval": map_metrics(interval, draws)}  # noqa: E731
+    full = with_ends(*redo(records, "all", seed=0))
+    if not about["folds"]:
+        return {**full, "folds": []}
+    size, folds = about["images"] // about["folds"], []
+    for fold in range(about["folds"]):
+        own = [one for one in records if image_of(one) // size == fold]
+        folds.append(redo(own, "fold", seed=fold + 1))
+    mean = with_ends(*(mean_metrics(list(each)) for each in zip(*folds, strict=True)))
+    return {**mean, "folds": [with_ends(*fold) for fold in folds], "full": full}
+
+
+def flat(values, path=()):
+    """{path: number} of nested dictionaries and lists."""
+    if not isinstance(values, dict | list):
+        return {path: values}
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    return {place: number for name, one in items for place, number in flat(one, (*path, name)).items()}
+
+
+def assert_sorted(records, scores):
+    """That ranks of all right items and the first ten are those of a sort of the scores."""
+    for one in records:
+        row = scores[one["query"]] if one["way"] == "i2t" else scores[:, one["query"]]
+        order = sorted_items(row, set(one["right"]))
+        assert one["ranks"]["all"] == [1 + order.index(item) for item in one["right"]]
+        assert one["top"] == [[item, float(row[item])] for item in order[:10]]
+
+
+@pytest.mark.parametrize("folds", [(), ("--fold5",)])
+def test_every_figure_of_the_last_row_can_be_redone_from_its_lines_alone(make_split, tmp_path, folds):
+    flags, scores = make_split(np.random.default_rng(0).integers(1, 8, size=60).tolist(), seeds=(0, 1))
+    results, about, records = evaluate(tmp_path, *flags, *folds)
+    redone = redo_all(about, records)
+    assert about["row"] == results["row"] == "ensemble of 2"
+    assert ("full" in results) == ("full" in redone) == bool(folds)
+    assert flat({name: results[name] for name in redone}) == pytest.approx(flat(redone), abs=1e-9)
+    assert 10 < results["rsum"] / 6 < 90
+    assert_sorted(records, scores)
+
+
+def test_lines_hold_ids_texts_and_ranks_within_folds(make_split, tmp_path):
+    counts = [3, 1, 4, 1, 5]
+    flags, scores = make_split(counts, levels=3)
+    _, about, records = evaluate(tmp_path, *flags, "--fold5")
+    size = {"images": 5, "captions": 14, "row": "saved scores", "folds": 5}
+    assert about == {"format": "x-dim ranks 1", "data": str(tmp_path / "varying_precomp"), "split": "testall", **size}
+    image_of_caption = np.repeat(np.arange(5), counts).tolist()
+    assert [(one["way"], one["query"], one["id"]) for one in records[:5]] == [
+        ("i2t", i, f"étang {i}.png") for i in range(5)
+    ]
+    assert [(one["way"], one["caption"], one["right"]) for one in records[5:]] == [
+        ("t2i", ODD.format(c), [image]) for c, image in enumerate(image_of_caption)
+    ]
+    assert_sorted(records, scores)
+    for one in records:  # a fold is one image and its captions, so all items within it are right
+        assert sorted(one["ranks"]["fold"]) == list(range(1, len(one["right"]) + 1))
+
+
+def test_a_file_that_cannot_be_written_is_an_error_in_one_line(make_split, tmp_path, capsys):
+    (tmp_path / "ranks.jsonl").mkdir()
+    given = [*make_split([1, 2])[0], *FLAGS, "--ranks", tmp_path / "ranks.jsonl"]
+    assert eval_program.main([str(flag) for flag in given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "ranks.jsonl") in line

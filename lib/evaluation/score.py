@@ -1,0 +1,281 @@
+"""From images and captions to scores: a trained model embeds both and scores every pair, exactly or coarse to fine.
+
+I images, C captions, R regions of an image, W words of a caption, D shared dimensions.
+
+Images are embedded and scored in blocks, captions are embedded in groups; neither depends on the number of processes.
+Every process of a job takes whole blocks and groups and leaves zeros where the others compute, and the results are
+summed: scores are the same to the last bit on any number of processes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Subset
+
+from lib import collectives
+from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint
+from lib.cli import InputError, with_bar
+from lib.data.batches import ImageBatches, Images, loader
+from lib.data.dataset import Split
+from lib.data.features import ranges
+from lib.data.tokenizer import TokenizedCaptions, Tokenizer
+from lib.evaluation.metrics import RECALL_AT, Part, Ranks, rank_parts
+from lib.model.layers import real_rows
+from lib.model.shard import Shard
+from lib.model.xdim import XDim
+from lib.runtime import Compute, choose_compute
+
+BLOCK = 64  # images
+CHUNK = 2048  # captions scored at a time against a block: enough to fill tiles of captions of one length
+
+
+class Block(NamedTuple):
+    """Embeddings of consecutive images."""
+
+    images: slice
+    regions: Tensor  # (n, R, D) with R the most regions of an image in the block
+    real: Tensor | None  # (n, R), False for padding; None if nothing is padded
+
+
+class Embeddings(NamedTuple):
+    """A split in the shared dimensions, on the device: this process's images, and all captions."""
+
+    blocks: list[Block]
+    images: int  # of the whole split
+    words: Tensor  # (sum of W, D), the words of all captions one after the other
+    lengths: Tensor  # (C,) words of each caption, on the CPU
+    shard: Shard
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Consecutive captions, their words and their lengths."""
+        words = self.words.split([int(some.sum()) for some in self.lengths.split(CHUNK)])
+        for k, (some, lengths) in enumerate(zip(words, self.lengths.split(CHUNK), strict=True)):
+            yield slice(k * CHUNK, k * CHUNK + len(lengths)), some, lengths
+
+
+class Matcher:
+    """A trained model in evaluation mode that embeds and scores without gradients.
+
+    compute: device and precision. content: the checkpoint's, without weights: architecture, settings, progress, path...
+    """
+
+    def __init__(self, model: XDim, tokenizer: Tokenizer, compute: Compute, content: dict | None = None):
+        self.model = model.to(compute.device).eval()
+        self.tokenizer, self.compute, self.content = tokenizer, compute, content or {}
+
+    def score(self, regions: Iterable, captions: Sequence[str], batch_size: int = 128) -> Tensor:
+        """Score every image against every caption.
+
+        regions: (images, R, img_dim) array or tensor of features, or a list of (R, img_dim) with any R. captions: plain
+        sentences. Returns (images, captions) float32 on the CPU. Raises InputError if shapes do not fit or features are
+        NaN or infinite.
+        """
+        images = [torch.as_tensor(image) for image in regions]
+        img_dim = self.model.image_encoder.img_dim
+        for image in images or [torch.empty(0)]:
+            if image.ndim != 2 or image.shape[1] != img_dim or not len(image):
+                raise InputError(
+                    f"regions: expected (images, regions, {img_dim}), found an image of {tuple(image.shape)}"
+                )
+            if not torch.isfinite(image).all():
+                raise InputError("regions: NaN or infinite features")
+        if isinstance(captions, str) or not captions:
+            raise InputError("captions: expected a list of one sentence or more")
+        size = min(batch_size, BLOCK)
+        parts = (images[first : first + size] for first in range(0, len(images), size))
+        batches = (Images(torch.cat(part), torch.tensor([len(image) for image in part])) for part in parts)
+        words, lengths = self.embed_captions(self.tokenizer.tokenize(list(captions)), batch_size)
+        blocks = self.embed_images(batches)
+        return score_all(self.scorer(), Embeddings(blocks, len(images), words, lengths, Shard(len(blocks))))
+
+    @torch.inference_mode()
+    def embed_images(self, batches: Iterable[Images], first: int = 0) -> list[Block]:
+        """A block of each batch of images, in order. first: number of the first image."""
+        blocks, dtype = [], torch.get_default_dtype()
+        for images, counts in with_bar(batches, "images"):
+            images = images.to(self.compute.device, dtype, non_blocking=True)
+            with self.compute.autocast():
+                regions, counts = self.model.encode_images(images, counts)
+            blocks.append(Block(slice(first, first + len(counts)), regions, real_rows(counts, regions.device)))
+            first += len(counts)
+        return blocks
+
+    @torch.inference_mode()
+    def embed_captions(
+        self, captions: TokenizedCaptions, batch_size: int, share: Callable[[int], Shard] = Shard
+    ) -> tuple[Tensor, Tensor]:
+        """Words (sum of W, D) of all captions on the device, lengths (C,) on the CPU.
+
+        Captions of like length are embedded together, so that little is padded. share: divides the groups of captions
+        among processes.
+        """
+        lengths = torch.as_tensor(self.tokenizer.pad(captions)[1])
+        groups, starts = lengths.argsort(stable=True).split(batch_size), lengths.cumsum(0) - lengths
+        shard = share(len(groups))
+        mixed = np.random.default_rng(0).permutation(len(groups))  # so that every process has short and long captions
+        dims = self.model.text_encoder.width
+        words = torch.zeros(int(lengths.sum()), dims, device=self.compute.device)
+        for group in with_bar([groups[k] for k in mixed[shard.own]], "captions"):
+            ids = torch.as_tensor(self.tokenizer.pad(captions.select(group.numpy()))[0])
+            with self.compute.autocast():
+                embedded = self.model.encode_captions(ids.to(words.device), lengths[group])
+            places = ranges(starts[group].numpy(), lengths[group].numpy())
+            words[torch.from_numpy(places).to(words.device)] = embedded
+        return shard.sum(words), lengths
+
+    def scorer(self, coarse: bool = False) -> Any:
+        """Scores embeddings in this matcher's precision. coarse: a cheaper score that ranks almost alike."""
+        with self.compute.autocast():
+            return self.model.engine.scorer(coarse)
+
+
+def load(
+    checkpoint: str | Path, bert: str = "", device: str = "auto", precision: str = "", engine: str = "tiled"
+) -> Matcher:
+    """Load a trained model; `score(regions, captions)` of the result scores.
+
+    checkpoint: a run folder (its best epoch), a checkpoint of this project or a published one. bert: name or folder of
+    the language model, for a published checkpoint that is not BERT-base; others carry it. device: auto, cpu, cuda or
+    cuda:N. precision: fp32, tf32 (CUDA) or bf16; empty: the device's default. engine: tiled, or plain for the formula
+    of lib/model/xdim.py. Raises InputError.
+    """
+    compute = choose_compute(device, precision)
+    path = find_checkpoint(str(checkpoint))
+    content = read_checkpoint(path, mapped=True)
+    model, tokenizer = build_model(content, bert)
+    model.use_engine(engine)
+    return Matcher(model, tokenizer, compute, {**content, "path": path, "model": None})
+
+
+def embed_split(
+    matcher: Matcher, split: Split, captions: TokenizedCaptions, batch_size: int, workers: int
+) -> Embeddings:
+    """Embed every image and caption of a split once. All processes of a job must call this."""
+    size = min(batch_size, BLOCK)
+    batches = ImageBatches(split.features, size, matcher.compute.half_features)
+    shard = collectives.shard(len(batches))
+    own = Subset(batches, range(len(batches))[shard.own])
+    blocks = matcher.embed_images(loader(own, workers, matcher.compute.device), first=size * shard.own.start)
+    words, lengths = matcher.embed_captions(captions, batch_size, collectives.shard)
+    matcher.compute.synchronize()
+    return Embeddings(blocks, len(split.features), words, lengths, shard)
+
+
+def score_all(scorer: Any, embeddings: Embeddings) -> Tensor:
+    """Scores (I, C) of all pairs, on the CPU of every process."""
+    scores = embeddings.words.new_zeros(embeddings.images, len(embeddings.lengths))
+    pieces = list(product(embeddings.blocks, embeddings.chunks()))
+    for block, (captions, words, lengths) in with_bar(pieces, "scores"):
+        scores[block.images, captions] = scorer.all_pairs(block.regions, words, lengths, block.real)
+    return embeddings.shard.sum(scores).cpu()
+
+
+def score_pairs(scorer: Any, embeddings: Embeddings, images: Tensor, captions: Tensor) -> Tensor:
+    """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, on the CPU of every process."""
+    scores = embeddings.words.new_zeros(len(images))
+    for block in with_bar(embeddings.blocks, "exact scores"):
+        some = ((images >= block.images.start) & (images < block.images.stop)).nonzero().squeeze(1)
+        if len(some):
+            pairs = images[some] - block.images.start, captions[some]
+            found = scorer.pairs(block.regions, embeddings.words, embeddings.lengths, *pairs, block.real)
+            scores[some.to(scores.device)] = found
+    return embeddings.shard.sum(scores).cpu()
+
+
+def pool(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+    """The mean region of each image (I, D) and the mean word of each caption (C, D), as unit vectors on the CPU.
+
+    X-Dim scores images against captions only; this is what compares two images, or two captions.
+    """
+    images = embeddings.words.new_zeros(embeddings.images, embeddings.words.shape[1])
+    for block in embeddings.blocks:
+        real = block.regions.new_ones(block.regions.shape[:2]) if block.real is None else block.real.float()
+        regions = block.regions.where(real[..., None] > 0, 0)  # padding rows may hold anything
+        images[block.images] = regions.sum(dim=1) / real.sum(dim=1, keepdim=True)
+    lengths = embeddings.lengths.to(embeddings.words.device)
+    captions = torch.segment_reduce(embeddings.words, "mean", lengths=lengths)
+    return F.normalize(embeddings.shard.sum(images), dim=1).cpu(), F.normalize(captions, dim=1).cpu()
+
+
+# Coarse to fine
+
+
+class Reranker:
+    """Ranks by a cheap score of all pairs and the exact score of the best K of each query.
+
+    The K best by coarse score are put in the order of their exact scores; all others stay behind them, in coarse order.
+    No exact score is computed twice.
+    """
+
+    def __init__(
+        self,
+        coarse: Tensor,
+        score_pairs: Callable[[Tensor, Tensor], Tensor],
+        image_of_caption: np.ndarray,
+        parts: Sequence[Part],
+    ):
+        """coarse: (I, C). score_pairs: exact scores (P,) of images (P,) and captions (P,). Raises InputError on NaN."""
+        self.coarse, self.score_pairs, self.parts = coarse, score_pairs, parts
+        self.image_of_caption = torch.from_numpy(image_of_caption)
+        self.coarse_ranks = rank_parts(coarse.numpy(), image_of_caption, parts)
+        self.exact = torch.full_like(coarse, float("nan"))  # (I, C), NaN where not computed yet
+
+    @property
+    def exact_pairs(self) -> int:
+        """How many exact scores have been computed."""
+        return int((~self.exact.isnan()).sum())
+
+    def ranks(self, k: int) -> list[Ranks]:
+        """The ranks within each part, with the best k of each query in exact order."""
+        return [self._rank(part, coarse, k) for part, coarse in zip(self.parts, self.coarse_ranks, strict=True)]
+
+    def ranks_until_stable(self) -> tuple[list[Ranks], int]:
+        """Double K until no query enters or leaves the first 1, 5 or 10 any more. Returns the last K too."""
+        k = max(RECALL_AT)
+        ranks = self.ranks(k)
+        while k < max(self.coarse.shape):
+            k, before, ranks = 2 * k, ranks, self.ranks(2 * k)
+            if all(np.array_equal(_recalled(a), _recalled(b)) for a, b in zip(before, ranks, strict=True)):
+                break
+        return ranks, k
+
+    def _rank(self, part: Part, coarse: Ranks, k: int) -> Ranks:
+        scores = self.coarse[part.images, part.captions]
+        images = torch.arange(part.images.start, part.images.stop)[:, None]
+        captions = torch.arange(part.captions.start, part.captions.stop)[:, None]
+        best_captions = scores.topk(min(k, scores.shape[1]), dim=1).indices + part.captions.start  # (images, k)
+        best_images = scores.topk(min(k, scores.shape[0]), dim=0).indices.T + part.images.start  # (captions, k)
+        self._compute([images.expand_as(best_captions), best_images], [best_captions, captions.expand_as(best_images)])
+        return Ranks(
+            _rerank(self.exact[images, best_captions], self.image_of_caption[best_captions] == images, coarse.i2t),
+            _rerank(self.exact[best_images, captions], self.image_of_caption[captions] == best_images, coarse.t2i),
+        )
+
+    def _compute(self, images: Sequence[Tensor], captions: Sequence[Tensor]) -> None:
+        """Compute the exact scores of those pairs that have none yet."""
+        wanted = torch.zeros_like(self.exact, dtype=torch.bool)
+        for some, others in zip(images, captions, strict=True):
+            wanted[some, others] = True
+        pairs = (wanted & self.exact.isnan()).nonzero(as_tuple=True)
+        exact = self.score_pairs(*pairs).to(self.exact)
+        if exact.isnan().any():
+            raise InputError("the exact scores hold NaN: the checkpoint or the features are damaged")
+        self.exact[pairs] = exact
+
+
+def _rerank(exact: Tensor, is_right: Tensor, coarse_ranks: np.ndarray) -> np.ndarray:
+    """Ranks (queries,) by the candidates' exact scores (queries, k); the coarse rank if no right item is among them."""
+    best = exact.masked_fill(~is_right, float("-inf")).amax(dim=1, keepdim=True)
+    ranks = ((exact >= best) & ~is_right).sum(dim=1)
+    return np.where(is_right.any(dim=1), ranks, coarse_ranks)
+
+
+def _recalled(ranks: Ranks) -> np.ndarray:
+    """For which K of R@K each query counts."""
+    return np.searchsorted(RECALL_AT, np.concatenate(ranks), side="right")
