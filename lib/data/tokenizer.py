@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.cli import InputError, reason, with_bar
 from lib.data.features import ranges
-from lib.model.backbone import quiet, read_config
+from lib.model.backbone import read_config
 
 MASK_TOKENS = ("[MASK]", "<mask>")  # BERT's and RoBERTa's families
 SPACE = "\u2581"  # what SentencePiece writes in place of a space, at the start of a word
@@ -113,7 +113,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises InputError where there is none, or it does not fit the model's configuration.
     """
     from_disk = {"local_files_only": os.path.isdir(name)}
-    with _refusing(f"--bert {name}: no tokenizer found"), quiet():
+    with _refusing(f"--bert {name}: no tokenizer found"):
         config = read_config(name)
         loaded = AutoTokenizer.from_pretrained(name, **from_disk)
         if not loaded.is_fast:

@@ -7,8 +7,6 @@ here uses them, and parameters without gradients stop a training on several proc
 import inspect
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +15,11 @@ from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
+
+# Our own messages say what is fetched and what is wrong; the libraries' would come beside them, of unused weights too.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+hub_logging.set_verbosity_error()
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their .index.json where they are in parts
 TOWERS = {  # AutoModel does not know all of these, or gives the two-tower model
@@ -31,8 +34,7 @@ def read_config(name: str) -> dict:
 
     Raises OSError or ValueError, as transformers does, where there is none.
     """
-    with quiet():
-        config = AutoConfig.from_pretrained(name, local_files_only=os.path.isdir(name))
+    config = AutoConfig.from_pretrained(name, local_files_only=os.path.isdir(name))
     config = getattr(config, "text_config", config)
     return json.loads(config.to_json_string(use_diff=False))
 
@@ -45,9 +47,8 @@ def has_weights(folder: str) -> bool:
 def build_backbone(config: dict) -> nn.Module:
     """A language model of random weights, in float32. Raises ValueError where its kind is unknown."""
     settings = AutoConfig.for_model(**config)
-    with quiet():
-        make, options = _model_class(settings)
-        return _without_head(make._from_config(settings, dtype=torch.float32, **options))
+    make, options = _model_class(settings)
+    return _without_head(make._from_config(settings, dtype=torch.float32, **options))
 
 
 def load_backbone(name: str) -> nn.Module:
@@ -57,15 +58,14 @@ def load_backbone(name: str) -> nn.Module:
     """
     settings = AutoConfig.for_model(**read_config(name))
     make, options = _model_class(settings)
-    with quiet():
-        model, loaded = make.from_pretrained(
-            name,
-            config=settings,
-            dtype=torch.float32,
-            local_files_only=os.path.isdir(name),
-            output_loading_info=True,
-            **options,
-        )
+    model, loaded = make.from_pretrained(
+        name,
+        config=settings,
+        dtype=torch.float32,
+        local_files_only=os.path.isdir(name),
+        output_loading_info=True,
+        **options,
+    )
     model = _without_head(model)
     if missing := sorted(set(loaded["missing_keys"]) & set(model.state_dict())):  # transformers would leave them random
         raise ValueError(f"its weights lack {', '.join(missing)}")
@@ -88,23 +88,3 @@ def _without_head(model: nn.Module) -> nn.Module:
     if hasattr(model, "head"):  # SigLIP's projection of the pooled output
         model.head = nn.Identity()
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers and the hub from writing to the terminal meanwhile; an exception says how it ended.
-
-    They would tell of six attempts without a network, of each file fetched, and of weights left out on purpose.
-    """
-    before = [(module, module.get_verbosity()) for module in (hub_logging, logging)]
-    progress = logging.is_progress_bar_enabled()
-    for module, _ in before:
-        module.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module, verbosity in before:
-            module.set_verbosity(verbosity)
-        if progress:
-            logging.enable_progress_bar()

@@ -176,8 +176,8 @@ WEIGHT = "image_encoder.linear.bias"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda weights: weights.pop(WEIGHT), f"missing {WEIGHT}"),
-        (lambda weights: weights.update({f"{WEIGHT}s": torch.zeros(3)}), f"surplus {WEIGHT}s"),
+        (lambda weights: weights.pop(WEIGHT), f"{WEIGHT} is missing, expected (16,)"),
+        (lambda weights: weights.update({f"{WEIGHT}s": torch.zeros(3)}), f"{WEIGHT}s is (3,), expected no such weight"),
         (lambda weights: weights.update({WEIGHT: torch.zeros(3)}), f"{WEIGHT} is (3,), expected (16,)"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 import convert as convert_program
 import eval as eval_program
 from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint
-from lib.checkpoints.published import published_name
+from lib.checkpoints.published import NEVER, published_name
 from lib.cli import InputError
 from lib.losses import hinge
 from lib.training.optimizer import build_optimizer, set_learning_rate
@@ -134,23 +134,23 @@ def test_prefix_position_ids_and_weights_that_are_never_used_do_not_matter(alter
 
 
 def test_every_weight_is_needed_by_its_published_name(altered):
-    names = [published_name(name) for name in read_checkpoint(PUBLISHED)["model"]]
+    names = [published_name(name) for name in read_checkpoint(PUBLISHED)["model"] if not name.startswith(NEVER)]
     assert len(names) == 54
     for name in names[::6]:
         part = 0 if name.startswith(("fc.", "mlp.")) else 1 if name.startswith(("bert.", "linear.")) else 2
         path = altered(lambda content, part=part, name=name: content["model"][part].pop(f"module.{name}"))
-        with pytest.raises(InputError, match=rf"altered\.pth\.tar: .*: missing {name}$"):
+        with pytest.raises(InputError, match=rf"altered\.pth\.tar: .*: {name} is missing, expected "):
             build_model(read_checkpoint(path), str(TINY_BERT))
 
 
 @pytest.mark.parametrize(
     ("part", "name", "words"),
     [
-        (0, "module.fc.wieght", "surplus fc.wieght"),
+        (0, "module.fc.wieght", "fc.wieght is (2, 3), expected no such weight"),
         (0, "module.bert.pooler.dense.bias", "surplus weights module.bert.pooler.dense.bias"),  # never used, elsewhere
-        (1, "module.bert.embeddings.position_ids2", "surplus bert.embeddings.position_ids2"),
+        (1, "module.bert.embeddings.position_ids2", "bert.embeddings.position_ids2 is (2, 3), expected no such weight"),
         (2, "module.sim_eval.weight2", "surplus weights module.sim_eval.weight2"),
-        (0, "fc.bias", "with and without module.: module.fc.bias, fc.bias"),
+        (0, "fc.bias", "surplus weights fc.bias"),
         (0, "module.fc.bias", "fc.bias is (2, 3), expected (64,)"),
         (2, "module.sim_map.weight", "sim_map.weight is (2, 3), expected (64,)"),
     ],
@@ -189,7 +189,7 @@ def test_another_bert_than_the_one_it_was_trained_with_is_refused(tmp_path):
     bert = shutil.copytree(TINY_BERT, tmp_path / "bert")
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
-    with pytest.raises(InputError, match=r"missing bert\.encoder\.layer\.2\..* and 28 more$"):
+    with pytest.raises(InputError, match=r"bert\.encoder\.layer\.2\.\S+ is missing, .* and 28 more\)?$"):
         build_model(read_checkpoint(PUBLISHED), str(tmp_path / "bert"))
 
 
@@ -206,7 +206,10 @@ def test_a_published_file_comes_back_to_the_bit_from_weights_for_use(tmp_path):
     convert(PUBLISHED, tmp_path / "weights.safetensors", "--bert", TINY_BERT)
     assert same_weights(tmp_path / "weights.safetensors")
     convert(tmp_path / "weights.safetensors", tmp_path / "back.pth.tar")
-    assert same(unpickled(tmp_path / "back.pth.tar"), unpickled(PUBLISHED))
+    back, before = unpickled(tmp_path / "back.pth.tar"), unpickled(PUBLISHED)
+    for content in (back, before):
+        content["model"] = [dict(sorted(part.items())) for part in content["model"]]
+    assert same(back, before)
 
 
 def test_a_trained_model_becomes_a_published_file_that_scores_the_same(trained_run, tmp_path):

@@ -124,7 +124,7 @@ def spoil_weights(folder):
     [
         (lambda folder: (folder / "config.json").unlink(), "no language model"),
         (lambda folder: (folder / "config.json").write_text("{"), "no language model"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 100), "no language model"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 100), "its weights are damaged"),
         (spoil_weights, "its weights lack encoder.layer.1.output.dense.bias"),
     ],
 )
