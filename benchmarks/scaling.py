@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, training
 from lib import distributed
-from lib.collectives import add_up, divide
+from lib.collectives import divide, largest
 from lib.data.batches import Batch
 from lib.losses import hinge
 from lib.training.step import share_loss
@@ -143,7 +143,7 @@ def measure(settings) -> None:
             for batch in islice(cycle(batches), settings.steps):
                 moved = (batch.images.to(run.compute.device), batch.counts, batch.ids.to(run.compute.device))
                 train_step(run, Batch(*moved, batch.lengths), hinge)
-            add_up(torch.zeros(1))  # nobody is ahead
+            largest(0)  # wait for the slowest process
 
         steps()
         before = _sent()

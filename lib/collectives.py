@@ -1,11 +1,12 @@
 """Collectives over the processes of a job, differentiable where training needs it.
 
 Every process computes the same loss from the scores of the whole batch and differentiates its own part of the way
-there; the parameters' gradients of the processes then add up to the single-process gradient. With one process every
-function here returns what it was given. (PyTorch's own differentiable collectives are deprecated or private.)
+there; the parameters' gradients of the processes then add up to the single-process gradient. (PyTorch's own
+differentiable collectives are deprecated or private.)
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,19 +27,26 @@ class JobShard(Shard):
         self.own = parts[rank()]
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        return gather(rows, sizes)
+        heartbeat()
+        gathered = _padded(rows, sizes)
+        own = rows.new_zeros(gathered.shape[1:])
+        own[: len(rows)] = rows
+        dist.all_gather(list(gathered.unbind()), own)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
     def gather_inputs(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        return _GatherInputs.apply(rows, sizes)
+        return _GatherInputs.apply(rows, sizes, self)
 
     def gather_outputs(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        return _GatherOutputs.apply(rows, sizes)
+        return _GatherOutputs.apply(rows, sizes, self)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        return add_up(tensor)
+        heartbeat()
+        dist.all_reduce(tensor)
+        return tensor
 
     def sum_inputs(self, tensor: Tensor) -> Tensor:
-        return _SumInputs.apply(tensor)
+        return _SumInputs.apply(tensor, self)
 
 
 def shard(total: int) -> Shard:
@@ -50,34 +58,6 @@ def divide(total: int, parts: int) -> list[slice]:
     """Consecutive parts of `total` items, one for each process; their sizes differ by one at most."""
     edges = [total * k // parts for k in range(parts + 1)]
     return [slice(*edges[k : k + 2]) for k in range(parts)]
-
-
-def gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """All-gather along the first axis, without gradient. sizes: rows of each process, which may differ."""
-    if world_size() == 1:
-        return rows
-    heartbeat()
-    gathered = _padded(rows, sizes)
-    own = rows.new_zeros(gathered.shape[1:])
-    own[: len(rows)] = rows
-    dist.all_gather(list(gathered.unbind()), own)
-    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
-
-
-def add_up(tensor: Tensor) -> Tensor:
-    """All-reduce (sum), without gradient, in place."""
-    if world_size() > 1:
-        heartbeat()
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def broadcast(tensor: Tensor, source: int) -> Tensor:
-    """Overwrite a tensor with that of process `source`, without gradient."""
-    if world_size() > 1:
-        heartbeat()
-        dist.broadcast(tensor, source)
-    return tensor
 
 
 def largest(number: int) -> int:
@@ -92,38 +72,39 @@ def largest(number: int) -> int:
 
 class _GatherInputs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], shard: JobShard) -> Tensor:
         ctx.sizes = sizes
-        return gather(rows, sizes)
+        return shard.gather(rows, sizes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         heartbeat()
         parts = _padded(gradient, ctx.sizes).zero_()
         for part, of_process in zip(parts, gradient.split(list(ctx.sizes)), strict=True):
             part[: len(of_process)] = of_process
         own = torch.empty_like(parts[0])
         dist.reduce_scatter(own, list(parts.unbind()))
-        return own[: ctx.sizes[rank()]], None
+        return own[: ctx.sizes[rank()]], None, None
 
 
 class _GatherOutputs(_GatherInputs):
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.split(list(ctx.sizes))[rank()], None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.split(list(ctx.sizes))[rank()], None, None
 
 
 class _SumInputs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        return add_up(tensor.clone())
+    def forward(ctx: Any, tensor: Tensor, shard: JobShard) -> Tensor:
+        ctx.shard = shard
+        return shard.sum(tensor.clone())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return add_up(gradient.clone())
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.sum(gradient.clone()), None
 
 
 def _padded(rows: Tensor, sizes: Sequence[int]) -> Tensor:
