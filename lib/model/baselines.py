@@ -116,7 +116,8 @@ class PooledScorer(PlainScorer):
     """Pools captions once that are scored against several blocks of images, one after the other."""
 
     similarity: GpoSimilarity
-    words = captions = None  # of the last call
+    words: Tensor | None = None  # of the last call
+    captions: Tensor | None = None
 
     @torch.no_grad()
     def all_pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:

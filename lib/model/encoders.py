@@ -6,6 +6,7 @@ takes `embed_size` and its options. A text encoder is called as `encoder(ids, le
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,8 @@ class TextEncoder(nn.Module):
     of 14 tokens, the image encoder 0.6 for 36 regions, and its BatchNorm needs all of them at once; the similarity
     works in tiles anyway.
     """
+
+    backbone: Any
 
     def __init__(
         self,

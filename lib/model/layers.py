@@ -35,7 +35,7 @@ def pad_rows(rows: Tensor, counts: Tensor, longest: int | None = None) -> Tensor
 
 def real_rows(counts: Tensor, device: torch.device) -> Tensor | None:
     """Mask (items, longest) that is False for padding; None where nothing is padded. counts: (items,), on the CPU."""
-    longest = counts.max()
+    longest = int(counts.max())
     if (counts == longest).all():
         return None
     return (torch.arange(longest) < counts[:, None]).to(device, non_blocking=True)
@@ -43,6 +43,11 @@ def real_rows(counts: Tensor, device: torch.device) -> Tensor | None:
 
 class BatchNorm(nn.BatchNorm1d):
     """nn.BatchNorm1d with statistics over the rows of all processes. (PyTorch's SyncBatchNorm works on GPUs only.)"""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, rows: Tensor, shard: Shard | None = None) -> Tensor:
         """rows: (n, D), n may differ between processes. Returns (n, D)."""

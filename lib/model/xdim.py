@@ -10,7 +10,7 @@ Captions travel packed: the words of all captions one after the other (sum of W,
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,10 @@ class Embedded(NamedTuple):
 
 class XDim(nn.Module):
     """The whole model: an image encoder, a text encoder, a similarity, each by its name in registry.py."""
+
+    image_encoder: Any
+    text_encoder: Any
+    similarity: Any
 
     def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, similarity: nn.Module, engine: str = "tiled"):
         super().__init__()

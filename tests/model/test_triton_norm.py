@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from lib.model.engine import make_engine, norms
+from lib.model.engine import autograd, make_engine
 from lib.model.engine.norms import FactorNorm
 from tests.model.test_engine import assert_close_to_largest, make, random_inputs, single
 
@@ -42,7 +42,7 @@ def test_the_kernel_gives_the_norms_of_plain_products(
 
 
 def test_scores_and_gradients_by_way_of_the_kernel_are_those_of_the_formulas(fused, monkeypatch):
-    monkeypatch.setattr(norms, "_triton_norm", lambda device, dtype: fused.TritonNorm)
+    monkeypatch.setattr(autograd, "_triton_norm", lambda device, dtype: fused.TritonNorm)
     model, inputs = make(dims=32), random_inputs(4, [3, 8, 1, 3], 6, 32)
     expected = model(*inputs)
     plain = torch.autograd.grad(expected[0].sum(), inputs[:2], retain_graph=True)
@@ -73,12 +73,12 @@ def test_a_kernel_that_cannot_be_built_or_computes_nonsense_is_said_and_not_used
 def test_only_cuda_with_rounded_products_takes_the_kernel(monkeypatch):
     monkeypatch.setattr("lib.model.engine.triton_norm.works", lambda *_: True)
     cuda = torch.device("cuda")
-    assert norms._triton_norm(cuda, torch.bfloat16)
-    assert not norms._triton_norm(cuda, torch.float32)
-    assert not norms._triton_norm(torch.device("cpu"), torch.bfloat16)
+    assert autograd._triton_norm(cuda, torch.bfloat16)
+    assert not autograd._triton_norm(cuda, torch.float32)
+    assert not autograd._triton_norm(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert norms._triton_norm(cuda, torch.float32)
-    assert not norms._triton_norm(cuda, torch.float64)
+    assert autograd._triton_norm(cuda, torch.float32)
+    assert not autograd._triton_norm(cuda, torch.float64)
 
 
 COMPILE = """

@@ -12,13 +12,14 @@ that depends on most pairs is differentiated while it is computed.
 """
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lib.model.engine.norms import ContextNorm, DiagonalNorm, Norm, differentiable_norm, scoring_norm
+from lib.model.engine.norms import ContextNorm, DiagonalNorm, FactorNorm, Norm, differentiable_norm
 from lib.model.engine.plain import PairLoss, PlainEngine
 from lib.model.engine.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
 from lib.model.layers import EPSILON
@@ -105,6 +106,27 @@ class TiledEngine(PlainEngine):
         return (shard.sum(counts.sum()) / shard.sum(counts.new_tensor(counts.numel(), dtype=torch.long))).item()
 
 
+def scoring_norm(dependency: Tensor, dtype: torch.dtype, once: bool = False) -> Norm:
+    """||x D^T||, exact, by what is fastest on the device of D (D, D) with products in `dtype`.
+
+    once: for a single batch, where on a GPU the QR decomposition would take longer than the products that it saves.
+    """
+    triangular = not (once and dependency.is_cuda)
+    factor = torch.linalg.qr(dependency.double(), mode="r").R if triangular else dependency
+    fused = _triton_norm(dependency.device, dtype)
+    return (fused or FactorNorm)(factor.to(dtype), triangular)
+
+
+def _triton_norm(device: torch.device, dtype: torch.dtype) -> Callable[..., Norm] | None:
+    """The Triton kernel, where its products are as precise as was asked for and it runs."""
+    rounded = dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
+    if device.type != "cuda" or not rounded or find_spec("triton") is None:
+        return None
+    from lib.model.engine.triton_norm import TritonNorm, works
+
+    return TritonNorm if works(device, dtype) else None
+
+
 class Scorer:
     """Scores pairs without gradients; `tile` is differentiable where its inputs are."""
 
@@ -134,12 +156,13 @@ class Scorer:
 
     def _fill(self, scores: Tensor, tiles: Iterable[Tile], regions: Tensor, words: Tensor, real: Tensor | None):
         regions = regions.to(self.dtype)
-        indices, prepared = None, ()
+        indices: Tensor | None = None
         for tile in tiles:
             if tile.words is not indices:  # tiles that share captions come one after the other
-                indices, prepared = tile.words, self.prepare(words[tile.words])
+                indices = tile.words
+                queries, weights = self.prepare(words[indices])
             mask = None if real is None else real[tile.images]
-            scores.view(-1)[tile.places] = self.tile(regions[tile.images], *prepared, mask)
+            scores.view(-1)[tile.places] = self.tile(regions[tile.images], queries, weights, mask)
         return scores
 
     def rows(self, regions: Tensor) -> int:
@@ -191,9 +214,9 @@ class _AllPairs(torch.autograd.Function):
         *inputs, lengths, real = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
             tiles, gradient, dtype = _tiles_with_gradient(gradient, inputs[0], lengths.cpu(), ctx.dtype)
-            differentiator = _Differentiator(*inputs, real, dtype)
+            differentiator = _Differentiator(*inputs, real, dtype)  # type: ignore[call-arg]
             for tile in tiles:
-                differentiator.add(tile, lambda _, tile=tile: gradient[tile.places])
+                differentiator.add(tile, lambda _, tile=tile: gradient[tile.places])  # type: ignore[misc]
             return *differentiator.gradients(), None, None, None, None
 
 
@@ -286,7 +309,7 @@ class _Differentiator:
         for total, other in zip([*self.totals[2:], *self.norm.totals], others, strict=True):
             total += other
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def gradients(self) -> tuple[Tensor | None, ...]:
         """Of all tiles added so far, in regions, words, delta, K and temperature."""
         *before, of_temperature = self.totals
         return *before, self.norm.gradient(), of_temperature

@@ -11,17 +11,13 @@ the second term is what the formula's two guards against division by zero amount
 """
 
 import math
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lib.model.layers import EPSILON
-
-if TYPE_CHECKING:
-    from lib.model.engine.triton_norm import TritonNorm
 
 # Rows of a triangular factor that are multiplied at once: the fewer, the less of its zero half is touched.
 BLOCK = 128
@@ -41,27 +37,6 @@ class Scratch:
         if buffer is None or len(buffer) < size or buffer.dtype != like.dtype:
             buffer = self._buffers[name] = like.new_empty(size)
         return buffer[:size].view(shape)
-
-
-def scoring_norm(dependency: Tensor, dtype: torch.dtype, once: bool = False) -> "FactorNorm | TritonNorm":
-    """||x D^T||, exact, by what is fastest on the device of D (D, D) with products in `dtype`.
-
-    once: for a single batch, where on a GPU the QR decomposition would take longer than the products that it saves.
-    """
-    triangular = not (once and dependency.is_cuda)
-    factor = torch.linalg.qr(dependency.double(), mode="r").R if triangular else dependency
-    fused = _triton_norm(dependency.device, dtype)
-    return (fused or FactorNorm)(factor.to(dtype), triangular)
-
-
-def _triton_norm(device: torch.device, dtype: torch.dtype) -> "type[TritonNorm] | None":
-    """The Triton kernel, where its products are as precise as was asked for and it runs."""
-    rounded = dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
-    if device.type != "cuda" or not rounded or find_spec("triton") is None:
-        return None
-    from lib.model.engine.triton_norm import TritonNorm, works
-
-    return TritonNorm if works(device, dtype) else None
 
 
 class Norm(Protocol):

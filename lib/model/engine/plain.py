@@ -44,7 +44,7 @@ class PlainEngine:
         wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         return loss(scores, true[:, None], true).where(wrong, 0).sum()
 
-    def scorer(self, coarse: bool = False) -> "PlainScorer":
+    def scorer(self, coarse: bool = False) -> Any:
         """Scores without gradients; there are no coarser ones."""
         own = getattr(self.similarity, "scorer", None)
         return own() if own else PlainScorer(self.similarity)
