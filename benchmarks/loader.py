@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common  # noqa: E402
+from lib.cli import with_bar  # noqa: E402
 from lib.data.batches import EpochBatches, loader, on_device  # noqa: E402
 from lib.data.dataset import open_split  # noqa: E402
 from lib.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
@@ -76,7 +76,7 @@ def make(folder: Path, name: str, img_dim: int) -> Path:
     with replacing(target / "train_ims.npy") as file:
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for first in tqdm(range(0, images, BLOCK), desc=f"writing {target}", leave=False, disable=None):
+        for first in with_bar(range(0, images, BLOCK), f"writing {target}"):
             block = rng.random((min(BLOCK, images - first), *shape[1:]), dtype=np.float32)
             file.write(block.astype(dtype).data)
     return target

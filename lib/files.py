@@ -35,9 +35,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         cause = _system_error(error)
         if cause is None:
             raise
-        raise InputError(
-            f"{path} could not be written: {cause.strerror or cause}; what stood there before is untouched"
-        ) from error
+        what = f"{path} could not be written: {cause.strerror or cause}"
+        raise InputError(f"{what}; a file that was there before is unchanged") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -86,7 +85,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 number += 1
                 if len(line) > LINE_BYTES:
                     raise InputError(
-                        f"{path}: line {number} is longer than {LINE_BYTES} bytes: not the text file expected"
+                        f"{path}: line {number} is longer than {LINE_BYTES} bytes: not the expected text file"
                     )
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.removesuffix("\n").removesuffix("\r")
@@ -122,15 +121,11 @@ def check_writable(path: str) -> None:
 
 def check_space(folder: str | Path, needed: int, what: str) -> None:
     """Raises InputError if fewer than `needed` bytes are free for a folder, which may not exist yet."""
-    there = Path(folder).absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    path = Path(folder).absolute()
+    free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
     if needed > free:
-        raise InputError(
-            f"{folder}: {what} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on that disk; "
-            "make room, or choose another folder"
-        )
+        sizes = f"needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on that disk"
+        raise InputError(f"{folder}: {what} {sizes}; make room, or choose another folder")
 
 
 def sync_folder(folder: Path) -> None:
