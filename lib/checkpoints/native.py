@@ -130,7 +130,7 @@ def _digest(about: str, weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(about.encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"\n{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.flatten().view(torch.uint8).numpy())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

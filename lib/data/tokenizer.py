@@ -112,12 +112,11 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises InputError where there is none, or it does not fit the model's configuration.
     """
-    from_disk = {"local_files_only": os.path.isdir(name)}
     with _refusing(f"--bert {name}: no tokenizer found"):
         config = read_config(name)
-        loaded = AutoTokenizer.from_pretrained(name, **from_disk)
+        loaded = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
         if not loaded.is_fast:
-            loaded = PreTrainedTokenizerFast.from_pretrained(name, **from_disk)
+            loaded = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=os.path.isdir(name))
         longest = min(positions(config), loaded.model_max_length)
         specification = complete(loaded.backend_tokenizer.to_str(), longest, loaded.pad_token, loaded.pad_token_id)
     with _refusing(f"--bert {name}"):

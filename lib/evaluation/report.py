@@ -114,7 +114,8 @@ def describe_source(path: str, content: dict, label: str) -> str:
     progress, folder = content["progress"], Path(content["path"]).parent
     dev = progress["history"][-1]["dev"]["rsum"] if progress["history"] else progress["best_rsum"]
     measured = f", dev rSum {dev:.1f}" if dev >= 0 else ""  # none before the first evaluation
-    line = f"{label:<12}{content['path']}, {progress['epoch']} epochs{measured}"
+    notes = "".join(f"\n{'note':<12}{note}" for note in content.get("notes", []))
+    line = f"{label:<12}{content['path']}, {progress['epoch']} epochs{measured}{notes}"
     try:
         record = read_record(folder)
         return f"{line}\n{'run':<12}{quote(record)}" if record else line

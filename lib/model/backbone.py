@@ -8,12 +8,13 @@ import inspect
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 # Our own messages say what is fetched and what is wrong; the libraries' would come beside them, of unused weights too.
@@ -44,14 +45,14 @@ def has_weights(folder: str) -> bool:
     return any((Path(folder) / f"{name}{part}").is_file() for name in WEIGHT_FILES for part in ("", ".index.json"))
 
 
-def build_backbone(config: dict) -> nn.Module:
+def build_backbone(config: dict) -> PreTrainedModel:
     """A language model of random weights, in float32. Raises ValueError where its kind is unknown."""
     settings = AutoConfig.for_model(**config)
     make, options = _model_class(settings)
     return _without_head(make._from_config(settings, dtype=torch.float32, **options))
 
 
-def load_backbone(name: str) -> nn.Module:
+def load_backbone(name: str) -> PreTrainedModel:
     """A pretrained language model in float32, from a folder or by its name on the Hugging Face hub.
 
     Raises OSError or ValueError, as transformers does, and ValueError where weights are missing in the file.
@@ -72,8 +73,9 @@ def load_backbone(name: str) -> nn.Module:
     return model
 
 
-def _model_class(config: PretrainedConfig) -> tuple[type[transformers.PreTrainedModel], dict]:
+def _model_class(config: PretrainedConfig) -> tuple[Any, dict]:
     """The class of a text model, and what to make it with so that it has no pooling layer."""
+    make: Any
     if config.model_type in TOWERS:
         make = getattr(transformers, TOWERS[config.model_type])
     elif type(config) in transformers.MODEL_MAPPING:
@@ -84,7 +86,7 @@ def _model_class(config: PretrainedConfig) -> tuple[type[transformers.PreTrained
     return make, {"add_pooling_layer": False} if pools else {}
 
 
-def _without_head(model: nn.Module) -> nn.Module:
+def _without_head(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "head"):  # SigLIP's projection of the pooled output
         model.head = nn.Identity()
     return model

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from lib.model.backbone import build_backbone
 from lib.model.layers import BatchNorm, at_least_float32, l2_normalize, pad_rows
@@ -86,7 +87,7 @@ class TextEncoder(nn.Module):
         config: dict,
         pad_id: int | None = 0,
         normalize: bool = True,
-        backbone: nn.Module | None = None,
+        backbone: PreTrainedModel | None = None,
     ):
         """config: of the language model. pad_id: a token that is never attended to, wherever it stands; None: there is
         none, as where the end of text pads too. backbone: a pretrained language model instead of a random one.
@@ -94,7 +95,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.width, self.pad_id, self.normalize = embed_size, pad_id, normalize
         self.micro_batch = 0
-        self.backbone = backbone or self.make_backbone(config)
+        self.backbone: PreTrainedModel = backbone or self.make_backbone(config)
         self.linear = nn.Linear(self.backbone.config.hidden_size, embed_size)
 
     make_backbone = staticmethod(build_backbone)

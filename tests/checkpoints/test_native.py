@@ -23,6 +23,7 @@ from lib.checkpoints.native import (
     write_weights,
 )
 from lib.cli import InputError
+from lib.evaluation.report import describe_source
 from tests.conftest import GOLDEN
 
 PUBLISHED = GOLDEN / "official_format_checkpoint.pth.tar"
@@ -143,6 +144,7 @@ def test_a_setting_that_this_version_does_not_know_is_ignored_with_a_note(altere
     content = read_checkpoint(altered(lambda content: content["settings"].update(no_such="x", margin="wide")))
     assert content["notes"] == ["settings that this version does not know are ignored: margin='wide', no_such='x'"]
     assert "no_such" not in content["settings"]
+    assert "\nnote        settings that this version does not know" in describe_source("", content, "checkpoint")
 
 
 def test_a_checkpoint_of_the_version_before_is_read_as_todays(content, tmp_path):
