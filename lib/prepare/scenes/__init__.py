@@ -9,15 +9,14 @@ An interrupted run leaves nothing under the folders' names and begins again.
 
 import argparse
 import json
-from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -32,11 +31,11 @@ VERSION = 1  # of what is made: to be raised with any change to it
 STREAMS = {"train": 0, "dev": 1, "testall": 2, "test": 2, "reference": 3}  # test is the beginning of testall
 BATCH = 20  # pictures
 REFERENCE_PICTURES, REFERENCE_CAPTIONED = 60, 200  # for the features' scale: whole batches; for the vocabulary
-Made = tuple[np.ndarray, list[str]]  # a picture and its captions
 CLIP = 5.0  # standard deviations of a feature
 BERT = {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 BERT |= {"intermediate_size": 256, "max_position_embeddings": 64}
 BERT |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+Made = tuple[np.ndarray, list[str]]  # a picture, uint8 (3, H, W), and its captions
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -73,25 +72,25 @@ def write_scenes(folder: Path, vocab_folder: Path, images: int, seed: int) -> bo
     settings = {"version": VERSION, "images": images, "seed": seed, "splits": sizes}
     settings |= {"regions": REGIONS, "img_dim": IMG_DIM, "picture_size": PICTURE_SIZE}
     bert = json.dumps(BERT | {"vocab_size": len(vocabulary)}, indent=2)
-    texts = {"vocab.txt": "\n".join(vocabulary), "config.json": bert}
-    written = _write(vocab_folder, "--vocab", texts)
-    texts = {"scenes.json": json.dumps(settings, indent=2)}
-    return _write(folder, "--data_name", texts, lambda new: _write_splits(new, sizes, seed)) or written
+    vocabulary_missing = _is_missing(vocab_folder, "--vocab", "vocab.txt", "\n".join(vocabulary))
+    set_missing = _is_missing(folder, "--data_name", "scenes.json", json.dumps(settings, indent=2))
+    if vocabulary_missing:
+        with new_folder(vocab_folder, "--vocab") as new:
+            (new / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+            (new / "config.json").write_text(bert + "\n", encoding="utf-8")
+    if set_missing:
+        with new_folder(folder, "--data_name") as new:
+            _write_splits(new, sizes, seed)
+            (new / "scenes.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return vocabulary_missing or set_missing
 
 
-def _write(folder: Path, flag: str, texts: dict[str, str], write_rest: Callable[[Path], None] | None = None) -> bool:
-    """Write a folder with these text files and the rest; False if they are there, InputError if others are."""
-    if folder.exists():
-        for name, text in texts.items():
-            if not (folder / name).is_file() or (folder / name).read_bytes() != f"{text}\n".encode():
-                raise InputError(f"{folder}/{name} is not what these flags make: delete it or choose another {flag}")
-        return False
-    with new_folder(folder, flag) as new:
-        if write_rest:
-            write_rest(new)
-        for name, text in texts.items():
-            (new / name).write_text(f"{text}\n", encoding="utf-8")
-    return True
+def _is_missing(folder: Path, flag: str, name: str, text: str) -> bool:
+    """Whether a folder is not there; InputError where its file `name` has another text."""
+    path = folder / name
+    if folder.exists() and not (path.is_file() and path.read_bytes().rstrip() == text.encode()):
+        raise InputError(f"{path} is not what these flags make: delete {folder} or choose another {flag}")
+    return not folder.exists()
 
 
 def _write_splits(folder: Path, sizes: dict[str, int], seed: int) -> None:
@@ -106,19 +105,23 @@ def _write_splits(folder: Path, sizes: dict[str, int], seed: int) -> None:
 
 def _write_split(folder: Path, split: str, count: int, seed: int, executor: Executor) -> None:
     mean, deviation = feature_scale()
-    features = open_memmap(folder / f"{split}_ims.npy", "w+", np.float32, (count, REGIONS, IMG_DIM))
-    boxes = open_memmap(folder / f"{split}_boxes.npy", "w+", np.float32, (count, REGIONS, 4))
-    (folder / f"{split}_ids.txt").write_text("".join(f"{index}\n" for index in range(count)), encoding="utf-8")
+
+    def make(indices: range) -> tuple[list[str], np.ndarray, np.ndarray]:
+        made, boxes, features = make_batch(seed, split, indices)
+        for index, (picture, _) in zip(indices, made, strict=True):
+            path = folder / "images" / f"{split}_{index:05d}.png"
+            Image.fromarray(picture.transpose(1, 2, 0)).save(path, compress_level=1)  # noise hardly shrinks
+        captions = [caption for _, captions in made for caption in captions]
+        return captions, boxes, ((features - mean) / deviation).clip(-CLIP, CLIP)
+
     parts = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-    batches = executor.map(lambda part: make_batch(seed, split, part), parts)
-    with (folder / f"{split}_caps.txt").open("w", encoding="utf-8", newline="\n") as file:
-        for part, (made, *regions) in zip(parts, with_bar(batches, f"{split} batches", len(parts)), strict=True):
-            boxes[part], raw = regions
-            features[part] = ((raw - mean) / deviation).clip(-CLIP, CLIP)
-            for index, (picture, captions) in zip(part, made, strict=True):
-                image = Image.fromarray(picture.transpose(1, 2, 0))
-                image.save(folder / "images" / f"{split}_{index:05d}.png", compress_level=1)  # noise hardly shrinks
-                file.writelines(f"{caption}\n" for caption in captions)
+    batches = list(with_bar(executor.map(make, parts), f"{split} batches", len(parts)))
+    captions, boxes, features = zip(*batches, strict=True)
+    np.save(folder / f"{split}_boxes.npy", np.concatenate(boxes))
+    np.save(folder / f"{split}_ims.npy", np.concatenate(features))
+    for name, lines in {"caps": chain.from_iterable(captions), "ids": range(count)}.items():
+        text = "".join(f"{line}\n" for line in lines)
+        (folder / f"{split}_{name}.txt").write_text(text, encoding="utf-8", newline="\n")
 
 
 def make_picture(seed: int, split: str, index: int) -> Made:
@@ -129,9 +132,7 @@ def make_picture(seed: int, split: str, index: int) -> Made:
     return draw(scene, rng), captions
 
 
-def make_batch(
-    seed: int, split: str, indices: range
-) -> tuple[list[tuple[np.ndarray, list[str]]], np.ndarray, np.ndarray]:
+def make_batch(seed: int, split: str, indices: range) -> tuple[list[Made], np.ndarray, np.ndarray]:
     """Pictures (BATCH at most) with their captions, their boxes, and features that are not standardised."""
     made = [make_picture(seed, split, index) for index in indices]
     # Always a full batch: the last bits of a sum may depend on the shape that it is computed in
