@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -49,6 +50,16 @@ class Interrupted(Exception):
 def reason(error: BaseException) -> str:
     """The first line of a library's error message, for a message of ours."""
     return one_line(str(error)) or type(error).__name__
+
+
+@contextmanager
+def refusing(message: str) -> Iterator[None]:
+    """Turn whatever a library raises for damaged bytes or wrong names into InputError: the message, and why."""
+    try:
+        yield
+    except Exception as error:
+        why = reason(error).split(". ")[0]  # PyTorch goes on to advise loading without restriction
+        raise InputError(f"{message} ({why})") from None
 
 
 def one_line(text: str) -> str:

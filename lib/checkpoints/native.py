@@ -19,8 +19,6 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lib.checkpoints import published
-from lib.cli import InputError, reason
+from lib.cli import InputError, refusing
 from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
@@ -52,19 +50,14 @@ def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
 
     Raises InputError where there is none.
     """
-    bests = (BEST, OLD_BEST)
+    path = Path(checkpoint or runs)
+    found = [file for name in (BEST, OLD_BEST) for file in path.glob(name if checkpoint else f"**/{name}")]
+    if found:
+        return max(found, key=lambda file: file.stat().st_mtime)
     if not checkpoint:
-        found = [path for name in bests for path in Path(runs).glob(f"**/{name}")]
-        if not found:
-            raise InputError(
-                f"no {BEST} below {runs}/: train first (sh train_demo.sh), or name a file with --checkpoint"
-            )
-        return max(found, key=lambda path: path.stat().st_mtime)
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = next((path / name for name in bests if (path / name).is_file()), path / BEST)
+        raise InputError(f"no {BEST} below {runs}/: train first (sh train_demo.sh), or name a file with --checkpoint")
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+        raise InputError(f"{path / BEST if path.is_dir() else path}: no such checkpoint")
     return path
 
 
@@ -73,7 +66,7 @@ def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
 
 def verify(path: Path) -> None:
     """Compare a checkpoint's checksums with its content. Raises InputError where it is damaged."""
-    with _refusing(f"{path}: {DAMAGED}"):
+    with refusing(f"{path}: {DAMAGED}"):
         if not _is_sound_archive(path):
             _read_safetensors(path)
 
@@ -85,7 +78,7 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     uses takes no memory; the file must not change until then. No code in the file is run. Raises InputError where the
     file is damaged or not a checkpoint.
     """
-    with _refusing(f"{path}: {DAMAGED}"):
+    with refusing(f"{path}: {DAMAGED}"):
         if _is_sound_archive(path):
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -217,7 +210,7 @@ def new_model(settings: dict[str, Any]) -> tuple[XDim, Tokenizer, str]:
     if not os.path.isdir(name):
         print(f"{name}: taken from the cache, or fetched from the Hugging Face hub", flush=True)
     config, tokenizer = _read_text(name)
-    with _refusing(f"--bert {name}: its weights are damaged, or not its config.json's"):
+    with refusing(f"--bert {name}: its weights are damaged, or not its config.json's"):
         pretrained = not os.path.isdir(name) or has_weights(name)
         backbone = load_backbone(name) if pretrained else build_backbone(config)
     try:
@@ -237,7 +230,8 @@ def build_model(content: dict[str, Any], bert: str = "") -> tuple[XDim, Tokenize
     content = add_text(content, bert)
     model = XDim.build(content["architecture"])
     model.load_state_dict(_used_weights(content))
-    return model, Tokenizer(content["tokenizer"])
+    with refusing(f"{content['path']}: its tokenizer cannot be used"):
+        return model, Tokenizer(content["tokenizer"])
 
 
 def add_text(content: dict[str, Any], bert: str) -> dict[str, Any]:
@@ -255,7 +249,7 @@ def add_text(content: dict[str, Any], bert: str) -> dict[str, Any]:
 
 def _read_text(name: str) -> tuple[dict, Tokenizer]:
     """Configuration and tokenizer of a language model. Raises InputError."""
-    with _refusing(f"--bert {name}: no language model of the transformers library"):
+    with refusing(f"--bert {name}: no language model of the transformers library"):
         config = read_config(name)
     return config, load_tokenizer(name)
 
@@ -269,7 +263,7 @@ def _check_weights(content: dict[str, Any]) -> None:
 
     That model is built on the meta device, without memory. Raises InputError listing the weights that do not fit.
     """
-    with _refusing(f"{content['path']}: describes no model that can be built"), torch.device("meta"):
+    with refusing(f"{content['path']}: describes no model that can be built"), torch.device("meta"):
         expected = XDim.build(content["architecture"]).state_dict()
     found, wanted = (
         {name: str(tuple(weight.shape)) for name, weight in weights.items()}
@@ -285,13 +279,3 @@ def _check_weights(content: dict[str, Any]) -> None:
         raise InputError(
             f"{content['path']}: its weights do not fit the model (is --bert right?): {published.listed(problems)}"
         )
-
-
-@contextmanager
-def _refusing(message: str) -> Iterator[None]:
-    """Turn whatever damaged bytes, a wrong name or sizes that do not fit each other cause into InputError."""
-    try:
-        yield
-    except Exception as error:
-        # The first sentence: PyTorch goes on to advise loading without restriction.
-        raise InputError(f"{message} ({reason(error).split('. ')[0]})") from None

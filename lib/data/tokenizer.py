@@ -2,8 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,12 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said explicitly, it d
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.cli import InputError, reason, with_bar
+from lib.cli import refusing, with_bar
 from lib.data.features import ranges
 from lib.model.backbone import read_config
 
 MASK_TOKENS = ("[MASK]", "<mask>")  # BERT's and RoBERTa's families
-SPACE = "\u2581"  # what SentencePiece writes in place of a space, at the start of a word
 COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their first token has position pad_id + 1
 LEAST_KNOWN = 0.9  # of a model's embedding table; a vocabulary that knows less of it was cut off
 AT_ONCE = 10_000  # captions split at a time; the library's own result is many times larger than what is kept of it
@@ -53,32 +50,29 @@ class Tokenizer:
     """
 
     def __init__(self, specification: str):
-        """Raises InputError where the specification is damaged, or its vocabulary missing."""
-        self.specification = specification
-        with _refusing("the tokenizer is damaged, or its vocabulary missing"):
-            content = json.loads(specification)
-            whole = Backend.from_str(specification)
-            entries = whole.get_vocab()
-            if not entries.keys() - _special(content):
-                raise ValueError("it knows special tokens only")
-            self._backend = Backend.from_str(json.dumps(_without_special_tokens(content)))
-            self.max_length, padding = content["truncation"]["max_length"], content["padding"]
-            self.prefix, self.suffix = _around(whole)
-            self.pad_id, as_text = padding["pad_id"], self._backend.encode(padding["pad_token"]).ids
+        """Raises ValueError, or what the tokenizers library raises, where the specification is damaged."""
+        content = json.loads(specification)
+        whole = Backend.from_str(specification)
+        entries = whole.get_vocab()
+        if not entries.keys() - _special(content):
+            raise ValueError("it knows special tokens only: its vocabulary is missing")
+        self._backend = Backend.from_str(json.dumps(_without_special_tokens(content)))
+        if len(set(self._backend.encode("a dog").word_ids)) < 2:
+            raise ValueError("it takes a whole caption for one word, so that words cannot be masked")
+        self.specification, padding = specification, content["padding"]
+        self.max_length, self.pad_id = content["truncation"]["max_length"], padding["pad_id"]
         self.vocab_size = max(entries.values()) + 1
         self.mask_id = next((entries[token] for token in MASK_TOKENS if token in entries), None)
+        self.prefix, self.suffix = _around(whole)
+        as_text = self._backend.encode(padding["pad_token"]).ids
         self.own_pad_id = None if self.pad_id in (*self.prefix, *self.suffix, *as_text) else self.pad_id
-        self._starts_word = _word_starts(content, entries)
 
     def tokenize(self, captions: list[str]) -> TokenizedCaptions:
         """Split captions into words, and words into pieces; a special token's name in a caption is text."""
         starts = with_bar(range(0, len(captions) or 1, AT_ONCE), "tokens")
         blocks = [self._tokenize(captions[start : start + AT_ONCE]) for start in starts]
         ids, words, lengths = map(np.concatenate, zip(*blocks, strict=True))
-        tokenized = TokenizedCaptions(ids, words, np.concatenate([[0], np.cumsum(lengths)]))
-        if self._starts_word is not None:
-            tokenized.words = _count_words(tokenized, self._starts_word)
-        return tokenized
+        return TokenizedCaptions(ids, words, np.concatenate([[0], np.cumsum(lengths)]))
 
     def _tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids and words of all pieces, and the number of pieces of each caption."""
@@ -112,14 +106,14 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises InputError where there is none, or it does not fit the model's configuration.
     """
-    with _refusing(f"--bert {name}: no tokenizer found"):
+    with refusing(f"--bert {name}: no tokenizer found"):
         config = read_config(name)
         loaded = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
         if not loaded.is_fast:
             loaded = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=os.path.isdir(name))
         longest = min(positions(config), loaded.model_max_length)
         specification = complete(loaded.backend_tokenizer.to_str(), longest, loaded.pad_token, loaded.pad_token_id)
-    with _refusing(f"--bert {name}"):
+    with refusing(f"--bert {name}: its tokenizer cannot be used"):
         tokenizer = Tokenizer(specification)
         if not LEAST_KNOWN * config["vocab_size"] < tokenizer.vocab_size <= config["vocab_size"]:
             sizes = f"{tokenizer.vocab_size} entries, but config.json says {config['vocab_size']}"
@@ -162,36 +156,3 @@ def _around(backend: Backend) -> tuple[list[int], list[int]]:
     encoding = backend.encode("a")
     text = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
     return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
-
-
-def _word_starts(content: dict, entries: dict[str, int]) -> np.ndarray | None:
-    """Which vocabulary entries start a word, where spaces are part of pieces (SentencePiece); else None.
-
-    Some such tokenizers take a whole caption for one word.
-    """
-    if SPACE not in json.dumps([content["normalizer"], content["pre_tokenizer"]], ensure_ascii=False):
-        return None
-    starts = np.zeros(max(entries.values()) + 1, bool)
-    starts[[number for entry, number in entries.items() if entry.startswith(SPACE)]] = True
-    return starts
-
-
-def _count_words(captions: TokenizedCaptions, starts_word: np.ndarray) -> np.ndarray:
-    """The word of each piece, counted within its caption."""
-    first, lengths = captions.starts[:-1], np.diff(captions.starts)
-    starts = starts_word[captions.ids]
-    starts[1:] |= captions.words[1:] != captions.words[:-1]
-    starts[first[lengths > 0]] = True
-    words = np.cumsum(starts)
-    return (words - np.repeat(words[first[lengths > 0]], lengths[lengths > 0])).astype(np.int16)
-
-
-@contextmanager
-def _refusing(message: str) -> Iterator[None]:
-    """Turn whatever the tokenizers library raises into InputError: plain Exception, or a panic, which is none."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InputError(f"{message}: {reason(error)}") from None

@@ -145,15 +145,13 @@ def test_the_specification_that_a_checkpoint_carries_gives_the_same_tokenizer(mo
         assert getattr(copy, name) == getattr(tokenizer, name)
 
 
-def test_words_are_found_where_a_tokenizer_takes_a_caption_for_one(tmp_path):
+def test_a_tokenizer_that_takes_a_caption_for_one_word_is_refused(tmp_path):
     """As Gemma's, which SigLIP 2 uses: spaces are replaced before the text is split at them."""
     backend = AutoTokenizer.from_pretrained(make_text_model("siglip", tmp_path)).backend_tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    assert set(backend.encode("a man holding", add_special_tokens=False).word_ids) == {0}
-    tokenizer = Tokenizer(module.complete(backend.to_str(), 12, "</s>", 1))
-    captions = tokenizer.tokenize(["a man holding", "dogs"])
-    assert [captions.words[: captions.starts[1]].max(), captions.words[captions.starts[1] :].max()] == [2, 0]
+    with pytest.raises(ValueError, match="takes a whole caption for one word"):
+        Tokenizer(module.complete(backend.to_str(), 12, "</s>", 1))
 
 
 # What is refused
@@ -180,7 +178,7 @@ def spoiled(folder, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("vocab.txt", None, "vocabulary missing: it knows special tokens only"),
+        ("vocab.txt", None, "it knows special tokens only"),
         ("vocab.txt", "\n".join(VOCABULARY[:90]).encode(), "a vocabulary of 90 entries, but config.json says 134"),
         ("vocab.txt", "\n".join([*VOCABULARY, "zebra"]).encode(), "a vocabulary of 135 entries"),
         ("vocab.txt", b"<html>Not found</html>", ""),
@@ -194,9 +192,3 @@ def test_a_folder_whose_tokenizer_is_missing_cut_off_or_another_models_is_named(
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     refused(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("damage", [lambda text: text[:-5], lambda text: "{}"])
-def test_a_damaged_specification_is_refused(tokenizer, damage):
-    with pytest.raises(InputError, match="the tokenizer is damaged"):
-        Tokenizer(damage(tokenizer.specification))
