@@ -37,9 +37,10 @@ RECALL_METRICS = (*RECALLS, "avg")
 RANKING_METRICS = ("map_at_r", "r_precision", "r1")
 QUERIES_AT_ONCE = 256
 NOT_EMBEDDED = "saved scores do not say how images compare with images, or captions with captions"
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error)
 
 Numbers = dict[int, int]  # COCO's id -> number in the split
+Vectors = tuple[Tensor, Tensor]  # unit vectors of images (I, D) and captions (C, D)
 
 
 class Coco(NamedTuple):
@@ -50,27 +51,39 @@ class Coco(NamedTuple):
     image_of_caption: np.ndarray
     note: str  # where ids come from and what is missing
 
-    def metrics(self, queries: Sequence[Query]) -> dict[str, dict]:
-        """{protocol: {"i2t": {metric: percent}, "t2i": ..., "interval": {the same: both ends}}}."""
-        return {protocol.name: self._of_protocol(protocol, queries) for protocol in self.protocols}
+    def results(self, queries: dict[str, list[Query]], pooled: Sequence[Vectors | None]) -> dict:
+        """What --json holds, and `tables` takes: "rows" and "intra", both by row of the evaluation, and a "note".
 
-    def intra_metrics(self, pooled: Sequence[tuple[Tensor, Tensor]]) -> dict:
+        queries: by row. pooled: the embeddings of each single model, by `score.pool`; None for saved scores.
+        """
+        rows = {row: self._of_row(of_row) for row, of_row in queries.items()}
+        if not self.intra or None in pooled:
+            note = f"{self.note}\n{NOT_EMBEDDED}" if self.intra else self.note
+            return {"rows": rows, "intra": {}, "note": note}
+        models = [[one] for one in pooled] + ([pooled] if len(pooled) > 1 else [])
+        intra = {row: self.intra_metrics(some) for row, some in zip(rows, models, strict=True)}
+        return {"rows": rows, "intra": intra, "note": self.note}
+
+    def _of_row(self, queries: Sequence[Query]) -> dict[str, dict]:
+        """{protocol: {"i2t": {metric: percent}, "t2i": ..., "interval": {the same: both ends}}}."""
+        of_protocols = {}
+        for name, metrics, *_ in self.protocols:
+            ways = {}
+            for way in WAYS:
+                some = [query for query in queries if query.way == way and name in query.positions]
+                numbers = np.array([query.number for query in some])
+                image = numbers if way == "i2t" else self.image_of_caption[numbers]
+                ways[way] = [query.positions[name] for query in some], image
+            of_protocols[name] = _summarize(ways, metrics)
+        return of_protocols
+
+    def intra_metrics(self, pooled: Sequence[Vectors]) -> dict:
         """{"i2i": ..., "t2t": ..., "interval": ...} by the mean over models of the cosines of pooled embeddings."""
         ways = {}
         for way, right in self.intra.items():
             kind, image = (0, np.arange(len(pooled[0][0]))) if way == "i2i" else (1, self.image_of_caption)
-            positions = _intra_positions([vectors[kind] for vectors in pooled], right)
-            ways[way] = _summarize(positions, RECALL_METRICS, image[list(right)])
-        return _with_intervals(ways)
-
-    def _of_protocol(self, protocol: Protocol, queries: Sequence[Query]) -> dict:
-        ways = {}
-        for way in WAYS:
-            some = [query for query in queries if query.way == way and protocol.name in query.positions]
-            numbers = np.array([query.number for query in some])
-            image = numbers if way == "i2t" else self.image_of_caption[numbers]
-            ways[way] = _summarize((query.positions[protocol.name] for query in some), protocol.metrics, image)
-        return _with_intervals(ways)
+            ways[way] = _intra_positions([vectors[kind] for vectors in pooled], right), image[list(right)]
+        return _summarize(ways, RECALL_METRICS)
 
 
 def open_coco(split: Split) -> Coco:
@@ -83,8 +96,12 @@ def open_coco(split: Split) -> Coco:
         raise InputError("--eccv: needs the package eccv_caption: pip install eccv_caption") from None
     package = Metrics()
     images, captions, note = _number_ids(split, package)
+    fold_of_image = np.empty(len(images), int)  # the package's folds are consecutive fifths of its own order
+    for fold, some in enumerate(np.split(package.coco_ids, FOLDS)):
+        fold_of_image[[images[package.coco_gts["t2i"][caption][0]] for caption in some]] = fold
+    folds = {"i2t": fold_of_image, "t2i": fold_of_image[split.image_of_caption]}
     protocols = [
-        _protocol("COCO 1K", RECALL_METRICS, package.coco_gts, images, captions, _folds(package, images, split)),
+        _protocol("COCO 1K", RECALL_METRICS, package.coco_gts, images, captions)._replace(fold_of=folds),
         _protocol("COCO 5K", RECALL_METRICS, package.coco_gts, images, captions),
         _protocol("CxC", RECALL_METRICS, package.cxc_gts, images, captions),
         _protocol("ECCV Caption", RANKING_METRICS, package.eccv_gts, images, captions),
@@ -103,104 +120,51 @@ def open_coco(split: Split) -> Coco:
 
 
 def tables(rows: dict[str, dict], intra: dict[str, dict], note: str) -> str:
-    """Tables of recalls, of whole rankings and of images among images, for each row of an evaluation; the note."""
-    prefix = (lambda row: f"{row}: ") if len(rows) > 1 else (lambda row: "")
+    """Tables of recalls, of whole rankings and of images among images, with names of rows if there are several."""
+    prefixes = {row: f"{row}: " if len(rows) > 1 else "" for row in rows}
     made = []
     for columns in (RECALL_METRICS, RANKING_METRICS):
-        lines = [
-            line
-            for row, protocols in rows.items()
-            for name, metrics in protocols.items()
-            if ("avg" in metrics["i2t"]) == (columns is RECALL_METRICS)
-            for line in report.with_interval(f"{prefix(row)}{name}", metrics)
-        ]
+        lines = []
+        for row, protocols in rows.items():
+            for name, metrics in protocols.items():
+                if ("avg" in metrics["i2t"]) == (columns is RECALL_METRICS):
+                    lines += report.with_interval(prefixes[row] + name, metrics)
         made.append(report.table(lines, columns))
     if intra:
-        names = {row: f"{row}: CxC" if len(rows) > 1 else "CxC, pooled cosine" for row in intra}
-        lines = [line for row, metrics in intra.items() for line in report.with_interval(names[row], metrics)]
+        name = "CxC" if len(rows) > 1 else "CxC, pooled cosine"
+        lines = [line for row, one in intra.items() for line in report.with_interval(prefixes[row] + name, one)]
         made.append(report.table(lines, RECALL_METRICS, ("i2i", "t2t")))
     return "\n\n".join([*made, note])
 
 
-# COCO's ids and the split's numbers
-
-
 def _number_ids(split: Split, package: Any) -> tuple[Numbers, Numbers, str]:
     """Numbers of images and of captions by COCO's ids, and a note on where the ids come from."""
-    known = [int(caption) for caption in package.coco_ids]
-    image_of = {caption: image for caption, (image,) in package.coco_gts["t2i"].items()}
-    known_images = [image_of[caption] for caption in known[::CAPTIONS_PER_IMAGE]]
-    if len(split.features) != len(known_images) or (np.bincount(split.image_of_caption) != CAPTIONS_PER_IMAGE).any():
+    image_of = package.coco_gts["t2i"]
+    known = {image_of[some[0]][0]: some for some in package.coco_ids.reshape(-1, CAPTIONS_PER_IMAGE).tolist()}
+    if len(split.features) != len(known) or (np.bincount(split.image_of_caption) != CAPTIONS_PER_IMAGE).any():
         raise InputError(
             f"--eccv: {split.folder} {split.name} has {len(split.features)} images and {len(split.captions)} captions, "
-            f"but these protocols are for COCO's {len(known_images)} test images with five captions each "
-            "(--split testall)"
+            f"but these protocols are for COCO's {len(known)} test images with five captions each (--split testall)"
         )
     path, ids = split.folder / f"{split.name}_ids.txt", read_ids(split)
-    images = known_images if ids is None else _to_numbers(ids, path)
-    note = f"ids: {path.name}" + (" is missing, the order of eccv_caption is taken" if ids is None else "")
-    if strange := sorted(set(known_images) ^ set(images)):
-        raise InputError(
-            f"--eccv: {path}: these are not COCO's {len(known_images)} test images ({strange[0]} is on one side only)"
-        )
-    captions, of_captions = _caption_ids(split, images, known, image_of)
+    note = f"ids: {path.name}" if ids else f"ids: {path.name} is missing, the order of eccv_caption is taken"
+    images = [int(one) if one.isdecimal() else -1 for one in ids] if ids else list(known)
+    if sorted(images) != sorted(known):
+        raise InputError(f"--eccv: {path}: these are not the ids (numbers) of COCO's {len(known)} test images")
+    captions = [caption for image in images for caption in known[image]]
     numbers = ({one: number for number, one in enumerate(each)} for each in (images, captions))
-    return *numbers, f"{note}; {of_captions}"
+    return *numbers, f"{note}; captions of an image in its order there"
 
 
-def _caption_ids(split: Split, images: list[int], known: list[int], image_of: Numbers) -> tuple[list[int], str]:
-    """The captions' ids, from {split}_capids.txt or else each image's in the package's order."""
-    path = split.folder / f"{split.name}_capids.txt"
-    if not path.is_file():
-        of_image = defaultdict(list)
-        for caption in known:
-            of_image[image_of[caption]].append(caption)
-        return [caption for image in images for caption in of_image[image]], "captions of an image in its order there"
-    try:
-        captions = _to_numbers(path.read_text(encoding="utf-8-sig", errors="replace").split(), path)
-    except OSError as error:
-        raise InputError(f"--eccv: {path}: cannot be read ({reason(error)})") from None
-    expected = [images[image] for image in split.image_of_caption]
-    if [image_of.get(caption) for caption in captions] != expected or len(set(captions)) != len(captions):
-        raise InputError(f"--eccv: {path}: its ids are not those of the captions of {split.name}_ids.txt's images")
-    return captions, path.name
-
-
-def _to_numbers(ids: Iterable[str], path: Path) -> list[int]:
-    try:
-        return [int(one) for one in ids]
-    except ValueError as error:
-        raise InputError(f"--eccv: {path}: {reason(error)}; expected COCO's numbers") from None
-
-
-# Right answers
-
-
-def _protocol(
-    name: str,
-    metrics: tuple[str, ...],
-    pairs: dict,
-    images: Numbers,
-    captions: Numbers,
-    fold_of: dict[str, np.ndarray] | None = None,
-) -> Protocol:
+def _protocol(name: str, metrics: tuple[str, ...], pairs: dict, images: Numbers, captions: Numbers) -> Protocol:
     """A protocol in the split's numbers, from the package's {"i2t": {image id: caption ids}, "t2i": ...}."""
-    numbers = {"i2t": (images, captions), "t2i": (captions, images)}
     right = {}
-    for way, (queries, items) in numbers.items():
+    for way, queries, items in (("i2t", images, captions), ("t2i", captions, images)):
         right[way] = {
             queries[query]: np.sort([items.get(one, ABSENT) for one in set(answers)])
             for query, answers in pairs[way].items()
         }
-    return Protocol(name, metrics, right, fold_of)
-
-
-def _folds(package: Any, images: Numbers, split: Split) -> dict[str, np.ndarray]:
-    """The fold of each image and caption in the package's five: consecutive fifths of its own order."""
-    fold_of_image = np.empty(len(images), int)
-    for fold, captions in enumerate(np.split(package.coco_ids, FOLDS)):
-        fold_of_image[[images[package.coco_gts["t2i"][caption][0]] for caption in captions]] = fold
-    return {"i2t": fold_of_image, "t2i": fold_of_image[split.image_of_caption]}
+    return Protocol(name, metrics, right)
 
 
 def _plausible(folder: Path, package: Any, images: Numbers, captions: Numbers) -> Protocol:
@@ -248,9 +212,6 @@ def _rated_right(path: Path) -> Iterator[tuple[int, int]]:
                 yield from ((a, b), (b, a))
 
 
-# Metrics
-
-
 def _intra_positions(vectors: Sequence[Tensor], right: dict[int, np.ndarray]) -> Iterator[np.ndarray]:
     """Where the right answers to each query stand among all others, by the mean cosine over models."""
     queries = np.array(list(right))
@@ -261,16 +222,16 @@ def _intra_positions(vectors: Sequence[Tensor], right: dict[int, np.ndarray]) ->
         yield from (RankedList(row).positions(right[query]) for query, row in zip(some, cosines, strict=True))
 
 
-def _summarize(positions: Iterable[np.ndarray], metrics: tuple[str, ...], image: np.ndarray) -> dict[str, tuple]:
-    """(percent, both ends of its interval) of each metric. image: (queries,) image that each query belongs to."""
-    values = [query_metrics(places) for places in positions]
-    table = 100 * np.array([[one[name] for name in metrics] for one in values])
-    draws = bootstrap_means(table, image)
-    return {name: (float(table[:, k].mean()), interval(draws[:, k])) for k, name in enumerate(metrics)}
+def _summarize(ways: dict[str, tuple[Iterable[np.ndarray], np.ndarray]], metrics: tuple[str, ...]) -> dict:
+    """{way: {metric: percent}, "interval": {way: {metric: both ends}}}.
 
-
-def _with_intervals(ways: dict[str, dict[str, tuple]]) -> dict:
-    percent, ends = (
-        {way: {name: both[k] for name, both in metrics.items()} for way, metrics in ways.items()} for k in (0, 1)
-    )
+    ways: by way the positions of each query's right items, and the image that each query belongs to.
+    """
+    percent, ends = {}, {}
+    for way, (positions, image) in ways.items():
+        of_queries = [query_metrics(places) for places in positions]
+        values = 100 * np.array([[one[name] for name in metrics] for one in of_queries])
+        percent[way] = {name: float(column.mean()) for name, column in zip(metrics, values.T, strict=True)}
+        draws = bootstrap_means(values, image).T
+        ends[way] = {name: interval(column) for name, column in zip(metrics, draws, strict=True)}
     return {**percent, "interval": ends}

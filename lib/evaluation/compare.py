@@ -7,7 +7,7 @@ from lib.cli import one_line
 from lib.config import CompareSettings
 from lib.data.dataset import Split
 from lib.evaluation import metrics, report
-from lib.evaluation.evaluate import describe, describe_split, opened, write_json
+from lib.evaluation.evaluate import describe, opened, write_json
 from lib.evaluation.metrics import WAYS, Ranks, map_metrics
 from lib.files import check_writable
 
@@ -32,25 +32,20 @@ def compare(settings: CompareSettings) -> dict:
             draws = [metrics.bootstrap_parts(one, job.parts, split.image_of_caption) for one in ranks]
             a, b = map(metrics.metrics_of_parts, ranks)
             results = {
-                **describe_split(split),
+                **job.describe_split(),
                 **{"a": a, "b": b, "difference": _differences(a, b, *draws)},
-                "wins": {way: count_wins(*(getattr(one[0], way) for one in ranks)) for way in WAYS},
+                "wins": {way: _count_wins(*(getattr(one[0], way) for one in ranks)) for way in WAYS},
                 "changed": find_changes(ranks[0][0], ranks[1][0], split),
             }
-        results["timing"] = clock.results()
+        results["timing"] = clock
         print(f"{'seconds':<12}{clock}\n")
-        for name, of_one in zip("AB", job.caveats, strict=True):
-            print("".join(f"{name}, {caveat.label}: {caveat.text}\n" for caveat in of_one), end="")
+        for name, source in zip("AB", job.sources, strict=True):
+            print("".join(f"{name}, {caveat.label}: {caveat.text}\n" for caveat in source.caveats), end="")
         lines = [_table(results), "", report.INTERVALS, "", *_wins(results), "", *_changes(results["changed"])]
         print("\n".join(lines))
         if settings.json and distributed.is_first():
             write_json(settings.json, results)
     return results
-
-
-def count_wins(a: np.ndarray, b: np.ndarray) -> dict[str, int]:
-    """How many queries each ranks better, from both ranks (queries,)."""
-    return {"a": int((a < b).sum()), "b": int((b < a).sum()), "alike": int((a == b).sum())}
 
 
 def find_changes(a: Ranks, b: Ranks, split: Split) -> list[dict]:
@@ -78,6 +73,10 @@ def _differences(a: dict, b: dict, draws_a: list[dict], draws_b: list[dict]) -> 
     return {**of_mean, "full": _difference(a["full"], b["full"], draws_a[0], draws_b[0])}
 
 
+def _count_wins(a: np.ndarray, b: np.ndarray) -> dict[str, int]:
+    return {"a": int((a < b).sum()), "b": int((b < a).sum()), "alike": int((a == b).sum())}
+
+
 def _difference(a: dict, b: dict, draws_a: dict, draws_b: dict) -> dict:
     draws = map_metrics(np.subtract, draws_b, draws_a)
     return {
@@ -85,9 +84,6 @@ def _difference(a: dict, b: dict, draws_a: dict, draws_b: dict) -> dict:
         "interval": map_metrics(metrics.interval, draws),
         "p": map_metrics(metrics.p_value, draws),
     }
-
-
-# What is printed
 
 
 def _table(results: dict) -> str:

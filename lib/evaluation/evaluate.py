@@ -18,7 +18,6 @@ from lib.data.dataset import Split, open_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import coco, metrics, rankings, report, score
 from lib.evaluation.metrics import Part, Ranks
-from lib.evaluation.report import Caveat
 from lib.files import check_writable, replacing
 from lib.model.registry import PAPERS_GATE
 from lib.model.xdim import XDim
@@ -29,57 +28,57 @@ def evaluate(settings: EvaluationSettings) -> dict:
     """Evaluate checkpoints or saved scores on a split: print the tables, write the files that are asked for.
 
     Several have a row each, and their ensemble, by the mean of their scores, has the last one. All processes of a job
-    must call this; the first one alone prints, writes, and has the results of --eccv. Returns what --json holds. Raises
-    InputError.
+    must call this. Returns what --json holds, on the first process; nothing on the others. Raises InputError.
     """
     first = distributed.is_first()
     for path in (settings.save_sims, settings.ranks, settings.json) if first else ():
         check_writable(path)
     with opened(settings.checkpoint, settings) as job:
-        split, clock = job.split, job.clock
+        sources, split, clock = job.sources, job.split, job.clock
         with clock("load"):
             fits = coco.open_coco(split) if settings.eccv else None
         protocols = rankings.pair_protocols(split.image_of_caption, job.parts) + (fits.protocols if fits else [])
-        print(describe(job, job.names if len(job.sources) > 1 else ["checkpoint"]))
+        print(describe(job, [source.name for source in sources] if len(sources) > 1 else ["checkpoint"]))
 
         ranks: dict[str, list[Ranks]] = {}  # by row: the ranks within the split and its folds
         queries: dict[str, list[rankings.Query]] = {}
         rerank = None
         if settings.rerank:
             of_parts, rerank = rank_coarse_to_fine(job)
-            ranks[with_labels(f"{job.names[0]}, best {rerank['k']} exact", job.caveats)] = of_parts
-        for name, scores in [] if settings.rerank else rows_of_scores(job):
-            is_last = len(ranks) == len(job.sources) - (len(job.sources) == 1)
+            ranks[f"{sources[0].name}, best {rerank['k']} exact{sources[0].labels}"] = of_parts
+        for row, scores, is_last in [] if settings.rerank else rows_of_scores(job):
             with clock("rank"):
-                ranks[name] = metrics.rank_parts(scores, split.image_of_caption, job.parts)
+                ranks[row] = metrics.rank_parts(scores, split.image_of_caption, job.parts)
             with clock("protocols"):
                 if first and (fits or (settings.ranks and is_last)):
-                    queries[name] = list(rankings.judge(scores, protocols))
+                    queries[row] = list(rankings.judge(scores, protocols))
                 if first and settings.save_sims and is_last:
-                    save_scores(settings.save_sims, scores)
+                    with replacing(settings.save_sims) as file:
+                        np.save(file, scores)
+        if not first:
+            return {}
 
         with clock("protocols"):
             rows = {}
-            for name, of_parts in ranks.items():
+            for row, of_parts in ranks.items():
                 draws = metrics.bootstrap_parts(of_parts, job.parts, split.image_of_caption)
-                rows[name] = metrics.with_intervals(metrics.metrics_of_parts(of_parts), draws)
-            beyond = beyond_pairs(fits, queries, job.sources) if fits and first else None
+                rows[row] = metrics.with_intervals(metrics.metrics_of_parts(of_parts), draws)
+            beyond = fits.results(queries, [source.pooled for source in sources]) if fits else None
         *singles, last = rows
         results = {
-            **describe_split(split),
-            **{"row": last, "caveats": list(dict.fromkeys(one.text for some in job.caveats for one in some))},
+            **job.describe_split(),
+            **{"row": last, "caveats": list(dict.fromkeys(caveat.text for caveat in job.caveats))},
             **rows[last],
-            **{"singles": {name: rows[name] for name in singles}, "coco": beyond, "rerank": rerank},
-            "timing": clock.results(),
+            **{"singles": {row: rows[row] for row in singles}, "coco": beyond, "rerank": rerank, "timing": clock},
         }
         print(f"{'seconds':<12}{clock}\n\n{tables(rows, results, job)}")
         if beyond:
             print(f"\n{coco.tables(**beyond)}")
-        if settings.json and first:
+        if settings.json:
             write_json(settings.json, results)
-        if settings.ranks and first:
-            about = {"row": last, "folds": len(job.parts) - 1}
-            rankings.write_ranks(settings.ranks, queries[last], split, protocols, {**describe_split(split), **about})
+        if settings.ranks:
+            about = {**job.describe_split(), "row": last, "folds": len(job.parts) - 1}
+            rankings.write_ranks(settings.ranks, queries[last], split, protocols, about)
     return results
 
 
@@ -102,25 +101,21 @@ def measure_split(
     return metrics.retrieval_metrics(metrics.rank_matrix(scores, split.image_of_caption))
 
 
-class Clock:
-    """Adds up the seconds of each part of an evaluation."""
+class Clock(dict):
+    """Seconds spent on each part of an evaluation, by the names of --json."""
 
     def __init__(self):
-        self.seconds = dict.fromkeys(("load", "encode", "similarity", "rank", "protocols"), 0.0)
+        super().__init__({f"{part}_s": 0.0 for part in ("load", "encode", "similarity", "rank", "protocols")})
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Within this context time counts as that of a part."""
         started = time.perf_counter()
         yield
-        self.seconds[part] += time.perf_counter() - started
-
-    def results(self) -> dict[str, float]:
-        """For --json."""
-        return {f"{part}_s": seconds for part, seconds in self.seconds.items()}
+        self[f"{part}_s"] += time.perf_counter() - started
 
     def __str__(self) -> str:
-        return ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
+        return ", ".join(f"{name.removesuffix('_s')} {seconds:.1f}" for name, seconds in self.items())
 
 
 # What gives scores
@@ -130,9 +125,10 @@ class Source:
     """A checkpoint, or a .npy file of scores (images, captions) as --save_sims writes it. Raises InputError."""
 
     def __init__(self, given: str, settings: ScoringSettings):
-        self.path, self.matcher, self.content = given, None, {}
-        self.name = "saved scores"
-        self.pooled: tuple[Tensor, Tensor] | None = None  # see score.pool; kept for --eccv
+        self.path, self.name = given, "saved scores"  # name: in tables
+        self.content: dict = {}  # the checkpoint's, without weights
+        self.caveats: list[report.Caveat] = []
+        self.pooled: tuple[Tensor, Tensor] | None = None  # of score.pool, for --eccv
         if not given.endswith(SAVED_SCORES):
             self.matcher = score.load(given, settings.bert, settings.device, settings.precision, settings.engine)
             self.content = self.matcher.content
@@ -140,35 +136,40 @@ class Source:
             return
         try:
             self.saved = np.load(given, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            if self.saved.ndim != 2 or self.saved.dtype.kind != "f":
+                raise ValueError("expected floating-point numbers, images x captions")
+        except (OSError, ValueError, EOFError, AttributeError) as error:
             raise InputError(f"{given}: no readable matrix of scores ({reason(error)})") from None
-        if not isinstance(self.saved, np.ndarray) or self.saved.ndim != 2 or self.saved.dtype.kind != "f":
-            raise InputError(f"{given}: expected a matrix of floating-point scores, images x captions")
 
-    def check(self, split: Split) -> None:
-        """Raises InputError if saved scores are not of this split's size."""
-        found, expected = None if self.matcher else self.saved.shape, (len(split.features), len(split.captions))
-        if found and found != expected:
+    @property
+    def labels(self) -> str:
+        """What follows the name in tables."""
+        return "".join(f", {caveat.label}" for caveat in self.caveats)
+
+    def check(self, split: Split, data_name: str) -> None:
+        """See what the split had to do with training. Raises InputError if saved scores are not of its size."""
+        self.caveats = report.find_caveats(self.content, split, data_name)
+        images, captions = len(split.features), len(split.captions)
+        if not self.content and self.saved.shape != (images, captions):
             raise InputError(
-                f"{self.path}: {found[0]} x {found[1]} scores, but {split.folder} {split.name} has {expected[0]} "
-                f"images and {expected[1]} captions"
+                f"{self.path}: {self.saved.shape[0]} x {self.saved.shape[1]} scores, but {split.folder} {split.name} "
+                f"has {images} images and {captions} captions"
             )
 
     def embed(self, job: "Job") -> score.Embeddings:
-        """Encode the split, after which the encoders' memory is free."""
-        with job.clock("load"):
-            captions = self.matcher.tokenizer.tokenize(job.split.captions)
+        """The split, encoded by a checkpoint's model."""
         with job.clock("encode"):
-            settings = job.settings
-            return score.embed_split(self.matcher, job.split, captions, settings.batch_size, settings.workers)
+            captions = self.matcher.tokenizer.tokenize(job.split.captions)
+            sizes = job.settings.batch_size, job.settings.workers
+            return score.embed_split(self.matcher, job.split, captions, *sizes)
 
     def scores(self, job: "Job") -> np.ndarray:
         """All scores (images, captions)."""
-        if not self.matcher:
+        if not self.content:
             with job.clock("load"):
                 return self.saved.astype(np.float32)
         embeddings, scorer = self.embed(job), self.matcher.scorer()
-        self.matcher = None  # the encoders' memory is free for the scores
+        del self.matcher  # the encoders' memory is free for the scores
         with job.clock("similarity"):
             scores = score.score_all(scorer, embeddings).numpy()
         if getattr(job.settings, "eccv", False):
@@ -176,8 +177,15 @@ class Source:
         return scores
 
 
+def _name_model(architecture: dict) -> str:
+    similarity = architecture["similarity"]
+    name = "X-Dim" if similarity["name"] == "xdim" else similarity["name"]
+    gate = similarity["options"].get("gate", {"name": PAPERS_GATE})["name"]
+    return name if gate == PAPERS_GATE else f"{name}, {gate} gate"
+
+
 class Job(NamedTuple):
-    """What an evaluation works on, and the clock that it is measured by."""
+    """What an evaluation works on, and the clock that measures it."""
 
     settings: ScoringSettings
     clock: Clock
@@ -185,17 +193,21 @@ class Job(NamedTuple):
     sources: list[Source]
     split: Split
     parts: list[Part]  # the whole split, then its folds (--fold5)
-    caveats: list[list[Caveat]]  # of each source
 
     @property
-    def names(self) -> list[str]:
-        """Names of the sources in tables."""
-        return [f"single {k}" for k in range(1, len(self.sources) + 1)] if self.sources[1:] else [self.sources[0].name]
+    def caveats(self) -> list[report.Caveat]:
+        """Those of all sources, each once."""
+        return list(dict.fromkeys(caveat for source in self.sources for caveat in source.caveats))
+
+    def describe_split(self) -> dict:
+        """For --json and --ranks."""
+        size = {"images": len(self.split.features), "captions": len(self.split.captions)}
+        return {"data": str(self.split.folder), "split": self.split.name, **size}
 
 
 @contextmanager
 def opened(given: Sequence[str], settings: ScoringSettings) -> Iterator[Job]:
-    """Open checkpoints or files of scores and the split; within this context the job's processes can talk.
+    """Open checkpoints or files of scores and the split; the processes of a job can communicate within this context.
 
     Raises InputError.
     """
@@ -206,11 +218,11 @@ def opened(given: Sequence[str], settings: ScoringSettings) -> Iterator[Job]:
     with distributed.joined(compute.device):
         with clock("load"):
             split, data_name = _open_split([source.content for source in sources if source.content], settings)
-            for source in sources:
-                source.check(split)
+            for number, source in enumerate(sources, start=1):
+                source.check(split, data_name)
+                source.name = f"single {number}" if len(sources) > 1 else source.name
             parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
-            caveats = [report.find_caveats(source.content, split, data_name) for source in sources]
-        yield Job(settings, clock, compute, sources, split, parts, caveats)
+        yield Job(settings, clock, compute, sources, split, parts)
 
 
 def _open_split(contents: Sequence[dict], settings: ScoringSettings) -> tuple[Split, str]:
@@ -222,33 +234,24 @@ def _open_split(contents: Sequence[dict], settings: ScoringSettings) -> tuple[Sp
         what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
         missing = "--data_path" if data_name else "--data_path and --data_name"
         raise InputError(f"{what}; say with {missing} where the data is")
-    dims = {content["architecture"]["image_encoder"]["options"]["img_dim"] for content in contents}
-    if len(dims) > 1:
-        sizes = " and of ".join(map(str, sorted(dims)))
-        raise InputError(f"the checkpoints take features of {sizes} numbers, which no data set has at once")
-    return open_split(data_path, data_name, settings.split, *dims), data_name
-
-
-def _name_model(architecture: dict) -> str:
-    """What a table calls a model."""
-    similarity = architecture["similarity"]
-    name = "X-Dim" if similarity["name"] == "xdim" else similarity["name"]
-    gate = similarity["options"].get("gate", {"name": PAPERS_GATE})["name"]
-    return name if gate == PAPERS_GATE else f"{name}, {gate} gate"
+    dims = {content["architecture"]["image_encoder"]["options"].get("img_dim") for content in contents} or {None}
+    splits = [open_split(data_path, data_name, settings.split, dim) for dim in dims]  # raises for all dims but one
+    return splits[0], data_name
 
 
 # Scores and ranks
 
 
-def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray]]:
-    """A row's name and scores (images, captions) for each source, and if there are several for their ensemble."""
-    total = np.float32(0)
-    for source, name, caveats in zip(job.sources, job.names, job.caveats, strict=True):
+def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """A row's name, its scores (images, captions) and whether it is the last: each source's, then the ensemble's."""
+    total, number = np.float32(0), len(job.sources)
+    for source in job.sources:
         scores = source.scores(job)
-        yield with_labels(name, [caveats]), scores
+        yield source.name + source.labels, scores, number == 1
         total = total + scores
-    if len(job.sources) > 1:
-        yield with_labels(f"ensemble of {len(job.sources)}", job.caveats), total / len(job.sources)
+    if number > 1:
+        labels = dict.fromkeys(caveat.label for caveat in job.caveats)
+        yield ", ".join([f"ensemble of {number}", *labels]), total / number, True
 
 
 def rank_coarse_to_fine(job: Job) -> tuple[list[Ranks], dict]:
@@ -264,36 +267,15 @@ def rank_coarse_to_fine(job: Job) -> tuple[list[Ranks], dict]:
     return ranks, {"k": k, "exact_pairs": reranker.exact_pairs, "pairs": coarse.numel()}
 
 
-def beyond_pairs(fits: coco.Coco, queries: dict[str, list[rankings.Query]], sources: Sequence[Source]) -> dict:
-    """The results of --eccv: metrics of every row, notes."""
-    rows, pooled = {name: fits.metrics(of_row) for name, of_row in queries.items()}, [one.pooled for one in sources]
-    if not fits.intra or None in pooled:
-        return {"rows": rows, "intra": {}, "note": "\n".join([fits.note, *([coco.NOT_EMBEDDED] if fits.intra else [])])}
-    models = [[one] for one in pooled] + ([pooled] if len(pooled) > 1 else [])
-    intra = {name: fits.intra_metrics(some) for name, some in zip(rows, models, strict=True)}
-    return {"rows": rows, "intra": intra, "note": fits.note}
-
-
 # What is printed and written
-
-
-def with_labels(name: str, caveats: Sequence[Sequence[Caveat]]) -> str:
-    """A row's name with the labels of its caveats; an ensemble has those of all its models."""
-    return ", ".join([name, *dict.fromkeys(caveat.label for of_one in caveats for caveat in of_one)])
 
 
 def describe(job: Job, labels: Sequence[str]) -> str:
     """The heading: what is evaluated, on what data, on which device."""
     lines = [report.describe_source(one.path, one.content, name) for one, name in zip(job.sources, labels, strict=True)]
-    about = describe_split(job.split)
-    data = f"{about['data']} {about['split']}: {about['images']} images, {about['captions']} captions"
-    return "\n".join([*lines, f"{'data':<12}{data}", f"{'device':<12}{job.compute}"])
-
-
-def describe_split(split: Split) -> dict:
-    """For --json and --ranks."""
-    size = {"images": len(split.features), "captions": len(split.captions)}
-    return {"data": str(split.folder), "split": split.name, **size}
+    data, split, images, captions = job.describe_split().values()
+    lines.append(f"{'data':<12}{data} {split}: {images} images, {captions} captions")
+    return "\n".join([*lines, f"{'device':<12}{job.compute}"])
 
 
 def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
@@ -304,15 +286,9 @@ def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
     if rerank := results["rerank"]:
         k, exact, pairs = rerank.values()
         notes.append(f"best {k} of each query by exact score: {exact} of {pairs} pairs ({100 * exact / pairs:.1f} %)")
-    notes += dict.fromkeys(f"{caveat.label}: {caveat.text}" for of_one in job.caveats for caveat in of_one)
+    notes += [f"{caveat.label}: {caveat.text}" for caveat in job.caveats]
     lines += report.chance_rows(job.split.image_of_caption, len(results["folds"]))
     return "\n".join([report.table(lines), "", *notes])
-
-
-def save_scores(path: str | Path, scores: np.ndarray) -> None:
-    """Write scores (images, captions) as float32. Raises InputError if the file cannot be written."""
-    with replacing(path) as file:
-        np.save(file, scores.astype(np.float32, copy=False))
 
 
 def write_json(path: str | Path, results: dict) -> None:

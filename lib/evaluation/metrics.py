@@ -4,9 +4,9 @@ The rank of a query is the number of wrong items before its best right one, coun
 score counts as before it. Metrics are {"i2t": {"r1", "r5", "r10", "avg", "medr", "meanr"}, "t2i": {the same}, "rsum"};
 each value is a number, or an array (DRAWS,) of its values in all draws of a bootstrap.
 
-Intervals come from a bootstrap over images: images are drawn with replacement, each with all its captions, because the
-captions of one image are easy or hard together. The gallery stays as it is, so a query keeps its rank. The same number
-of images and the same seed give the same draws, so two models are compared on the same queries, draw by draw.
+Intervals come from a bootstrap over images, drawn with replacement, each with all its captions, because the captions of
+one image are easy or hard together. The gallery stays as it is, so a query keeps its rank. The same number of images
+and the same seed give the same draws: two models are compared on the same queries, draw by draw.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +40,6 @@ class Part(NamedTuple):
     captions: slice
 
 
-# Ranks
-
-
 def parts_of_split(image_of_caption: np.ndarray, folds: int = 0) -> list[Part]:
     """The whole split and then, if folds are asked for, that many consecutive folds of equally many images.
 
@@ -61,9 +58,8 @@ def rank_parts(scores: np.ndarray, image_of_caption: np.ndarray, parts: Sequence
         raise InputError(
             "the scores hold NaN: checkpoint, features or saved scores are damaged; or use --precision fp32"
         )
-    return [
-        _rank(scores[part.images, part.captions], image_of_caption[part.captions] - part.images.start) for part in parts
-    ]
+    first = [part.images.start for part in parts]
+    return [_rank(scores[part], image_of_caption[part.captions] - k) for part, k in zip(parts, first, strict=True)]
 
 
 def rank_matrix(scores: np.ndarray, image_of_caption: np.ndarray) -> Ranks:
@@ -77,9 +73,6 @@ def _rank(scores: np.ndarray, image: np.ndarray) -> Ranks:
     best = np.maximum.reduceat(true, np.searchsorted(image, np.arange(len(scores))))  # (images,)
     own = np.bincount(image[true >= best[image]], minlength=len(scores))  # right captions as good as the best one
     return Ranks((scores >= best[:, None]).sum(axis=1) - own, (scores >= true).sum(axis=0) - 1)
-
-
-# Metrics
 
 
 def retrieval_metrics(ranks: Ranks) -> dict:
@@ -130,9 +123,6 @@ def _complete(i2t: dict, t2i: dict) -> dict:
     sums = [sum(way[name] for name in RECALLS) for way in (i2t, t2i)]
     ways = ({**way, "avg": total / len(RECALLS)} for way, total in zip((i2t, t2i), sums, strict=True))
     return {**dict(zip(WAYS, ways, strict=True)), "rsum": sum(sums)}
-
-
-# Bootstrap
 
 
 def bootstrap(ranks: Ranks, image_of_caption: np.ndarray, seed: int = 0) -> dict:

@@ -45,7 +45,7 @@ class Protocol(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What became of one query."""
+    """The ranked list of one query."""
 
     way: str
     number: int
@@ -67,7 +67,8 @@ class RankedList:
         order = np.argsort(-scores, kind="stable")
         before = np.empty_like(order)  # right items before each
         before[order] = np.arange(len(order))
-        wrong = _at_least(self.ascending, scores) - _at_least(np.sort(scores), scores)
+        as_good = len(self.ascending) - np.searchsorted(self.ascending, scores)
+        wrong = as_good - (len(scores) - np.searchsorted(np.sort(scores), scores))
         positions[present] = wrong + before
         return positions
 
@@ -126,22 +127,17 @@ def pair_protocols(image_of_caption: np.ndarray, parts: Sequence[Part]) -> list[
 def write_ranks(path: str, queries: Iterable[Query], split: Split, protocols: Sequence[Protocol], about: dict) -> None:
     """Write the file of --ranks. about: entries of its first line. Raises InputError if it cannot be written."""
     ids, only_precision = read_ids(split), {one.name for one in protocols if one.metrics == ONLY_R_PRECISION}
+    named = {"i2t": [{"id": one} for one in ids or ()], "t2i": [{"caption": one} for one in split.captions]}
     with replacing(path) as file:
-        for record in [{"format": FORMAT, **about}, *(_record(query, split, ids, only_precision) for query in queries)]:
+        file.write(json.dumps({"format": FORMAT, **about}, ensure_ascii=False).encode() + b"\n")
+        for way, number, top, right, positions in queries:
+            ranks = {
+                name: query_metrics(places)["r_precision"] if name in only_precision else (places + 1).tolist()
+                for name, places in positions.items()
+            }
+            record = {"way": way, "query": number, **(named[way][number] if named[way] else {})}
+            record |= {"right": right.tolist(), "ranks": ranks, "top": top}
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-
-
-def _record(query: Query, split: Split, ids: list[str] | None, only_precision: set[str]) -> dict:
-    if query.way == "t2i":
-        about = {"caption": split.captions[query.number]}
-    else:
-        about = {"id": ids[query.number]} if ids else {}
-    ranks = {
-        name: query_metrics(places)["r_precision"] if name in only_precision else (places + 1).tolist()
-        for name, places in query.positions.items()
-    }
-    right = query.right.tolist()
-    return {"way": query.way, "query": query.number, **about, "right": right, "ranks": ranks, "top": query.top}
 
 
 def _lists(scores: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -150,8 +146,3 @@ def _lists(scores: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
     for first in range(0, scores.shape[1], CAPTIONS_AT_ONCE):
         columns = np.ascontiguousarray(scores[:, first : first + CAPTIONS_AT_ONCE].T)
         yield from (("t2i", first + k, column) for k, column in enumerate(columns))
-
-
-def _at_least(ascending: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """How many of the ascending scores are at least each of some others."""
-    return len(ascending) - np.searchsorted(ascending, scores, side="left")

@@ -21,9 +21,6 @@ WIDTH = 7
 INTERVALS = f"{LEVEL} %: interval of the figure above, by bootstrap over images (docs/evaluation.md)"
 
 
-# Tables
-
-
 class Row(NamedTuple):
     """A line of a table. Metrics that it lacks stay blank (chance has no ranks)."""
 
@@ -92,9 +89,6 @@ def _cells(texts: Iterable[str]) -> str:
 
 def _format(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
-
-
-# Where a checkpoint comes from
 
 
 class Caveat(NamedTuple):

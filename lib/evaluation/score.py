@@ -34,13 +34,15 @@ from lib.runtime import Compute, choose_compute
 BLOCK = 64  # images
 CHUNK = 2048  # captions scored at a time against a block: enough to fill tiles of captions of one length
 
+PairScores = Callable[[Tensor, Tensor], Tensor]  # images (P,), captions (P,) -> scores (P,)
+
 
 class Block(NamedTuple):
     """Embeddings of consecutive images."""
 
     images: slice
     regions: Tensor  # (n, R, D) with R the most regions of an image in the block
-    real: Tensor | None  # (n, R), False for padding; None if nothing is padded
+    real: Tensor | None  # (n, R), False for padding, whose rows may hold anything; None if nothing is padded
 
 
 class Embeddings(NamedTuple):
@@ -54,13 +56,13 @@ class Embeddings(NamedTuple):
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Consecutive captions, their words and their lengths."""
-        words = self.words.split([int(some.sum()) for some in self.lengths.split(CHUNK)])
-        for k, (some, lengths) in enumerate(zip(words, self.lengths.split(CHUNK), strict=True)):
-            yield slice(k * CHUNK, k * CHUNK + len(lengths)), some, lengths
+        lengths, first = self.lengths.split(CHUNK), 0
+        for some, words in zip(lengths, self.words.split([int(some.sum()) for some in lengths]), strict=True):
+            yield slice(first, first := first + len(some)), words, some
 
 
 class Matcher:
-    """A trained model in evaluation mode that embeds and scores without gradients.
+    """A trained model in evaluation mode, that embeds and scores without gradients.
 
     compute: device and precision. content: the checkpoint's, without weights: architecture, settings, progress, path...
     """
@@ -70,21 +72,17 @@ class Matcher:
         self.tokenizer, self.compute, self.content = tokenizer, compute, content or {}
 
     def score(self, regions: Iterable, captions: Sequence[str], batch_size: int = 128) -> Tensor:
-        """Score every image against every caption.
+        """Scores (images, captions) float32 on the CPU.
 
-        regions: (images, R, img_dim) array or tensor of features, or a list of (R, img_dim) with any R. captions: plain
-        sentences. Returns (images, captions) float32 on the CPU. Raises InputError if shapes do not fit or features are
-        NaN or infinite.
+        regions: features (images, R, img_dim) as array or tensor, or a list of (R, img_dim) with any R. captions: plain
+        sentences. Raises InputError if shapes do not fit or features are NaN or infinite.
         """
-        images = [torch.as_tensor(image) for image in regions]
-        img_dim = self.model.image_encoder.img_dim
-        for image in images or [torch.empty(0)]:
-            if image.ndim != 2 or image.shape[1] != img_dim or not len(image):
-                raise InputError(
-                    f"regions: expected (images, regions, {img_dim}), found an image of {tuple(image.shape)}"
-                )
-            if not torch.isfinite(image).all():
-                raise InputError("regions: NaN or infinite features")
+        images, img_dim = [torch.as_tensor(image) for image in regions], self.model.image_encoder.img_dim
+        if not images or any(image.ndim != 2 or image.shape[1] != img_dim or not len(image) for image in images):
+            found = sorted({tuple(image.shape) for image in images})
+            raise InputError(f"regions: expected (images, regions, {img_dim}), found {len(images)} images of {found}")
+        if not all(image.isfinite().all() for image in images):
+            raise InputError("regions: NaN or infinite features")
         if isinstance(captions, str) or not captions:
             raise InputError("captions: expected a list of one sentence or more")
         size = min(batch_size, BLOCK)
@@ -97,13 +95,12 @@ class Matcher:
     @torch.inference_mode()
     def embed_images(self, batches: Iterable[Images], first: int = 0) -> list[Block]:
         """A block of each batch of images, in order. first: number of the first image."""
-        blocks, dtype = [], torch.get_default_dtype()
+        blocks = []
         for images, counts in with_bar(batches, "images"):
-            images = images.to(self.compute.device, dtype, non_blocking=True)
+            images = images.to(self.compute.device, torch.get_default_dtype(), non_blocking=True)
             with self.compute.autocast():
                 regions, counts = self.model.encode_images(images, counts)
-            blocks.append(Block(slice(first, first + len(counts)), regions, real_rows(counts, regions.device)))
-            first += len(counts)
+            blocks.append(Block(slice(first, first := first + len(counts)), regions, real_rows(counts, regions.device)))
         return blocks
 
     @torch.inference_mode()
@@ -112,15 +109,12 @@ class Matcher:
     ) -> tuple[Tensor, Tensor]:
         """Words (sum of W, D) of all captions on the device, lengths (C,) on the CPU.
 
-        Captions of like length are embedded together, so that little is padded. share: divides the groups of captions
-        among processes.
+        Captions of like length are embedded together, so that little is padded. share: divides groups among processes.
         """
         lengths = torch.as_tensor(self.tokenizer.pad(captions)[1])
         groups, starts = lengths.argsort(stable=True).split(batch_size), lengths.cumsum(0) - lengths
-        shard = share(len(groups))
-        mixed = np.random.default_rng(0).permutation(len(groups))  # so that every process has short and long captions
-        dims = self.model.text_encoder.width
-        words = torch.zeros(int(lengths.sum()), dims, device=self.compute.device)
+        shard, mixed = share(len(groups)), np.random.default_rng(0).permutation(len(groups))  # short and long for all
+        words = torch.zeros(int(lengths.sum()), self.model.text_encoder.width, device=self.compute.device)
         for group in with_bar([groups[k] for k in mixed[shard.own]], "captions"):
             ids = torch.as_tensor(self.tokenizer.pad(captions.select(group.numpy()))[0])
             with self.compute.autocast():
@@ -193,47 +187,28 @@ def pool(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
 
     X-Dim scores images against captions only; this is what compares two images, or two captions.
     """
-    images = embeddings.words.new_zeros(embeddings.images, embeddings.words.shape[1])
+    words = embeddings.words
+    images = words.new_zeros(embeddings.images, words.shape[1])
     for block in embeddings.blocks:
-        real = block.regions.new_ones(block.regions.shape[:2]) if block.real is None else block.real.float()
-        regions = block.regions.where(real[..., None] > 0, 0)  # padding rows may hold anything
-        images[block.images] = regions.sum(dim=1) / real.sum(dim=1, keepdim=True)
-    lengths = embeddings.lengths.to(embeddings.words.device)
-    captions = torch.segment_reduce(embeddings.words, "mean", lengths=lengths)
+        real = block.regions.new_ones(block.regions.shape[:2], dtype=torch.bool) if block.real is None else block.real
+        images[block.images] = block.regions.where(real[..., None], 0).sum(dim=1) / real.sum(dim=1, keepdim=True)
+    captions = torch.segment_reduce(words, "mean", lengths=embeddings.lengths.to(words.device))
     return F.normalize(embeddings.shard.sum(images), dim=1).cpu(), F.normalize(captions, dim=1).cpu()
-
-
-# Coarse to fine
 
 
 class Reranker:
     """Ranks by a cheap score of all pairs and the exact score of the best K of each query.
 
     The K best by coarse score are put in the order of their exact scores; all others stay behind them, in coarse order.
-    No exact score is computed twice.
     """
 
-    def __init__(
-        self,
-        coarse: Tensor,
-        score_pairs: Callable[[Tensor, Tensor], Tensor],
-        image_of_caption: np.ndarray,
-        parts: Sequence[Part],
-    ):
-        """coarse: (I, C). score_pairs: exact scores (P,) of images (P,) and captions (P,). Raises InputError on NaN."""
-        self.coarse, self.score_pairs, self.parts = coarse, score_pairs, parts
+    def __init__(self, coarse: Tensor, exact: PairScores, image_of_caption: np.ndarray, parts: Sequence[Part]):
+        """coarse: (I, C). exact: gives exact scores; it is asked for no pair twice. Raises InputError on NaN."""
+        self.coarse, self.score_pairs, self.parts = coarse, exact, parts
         self.image_of_caption = torch.from_numpy(image_of_caption)
         self.coarse_ranks = rank_parts(coarse.numpy(), image_of_caption, parts)
         self.exact = torch.full_like(coarse, float("nan"))  # (I, C), NaN where not computed yet
-
-    @property
-    def exact_pairs(self) -> int:
-        """How many exact scores have been computed."""
-        return int((~self.exact.isnan()).sum())
-
-    def ranks(self, k: int) -> list[Ranks]:
-        """The ranks within each part, with the best k of each query in exact order."""
-        return [self._rank(part, coarse, k) for part, coarse in zip(self.parts, self.coarse_ranks, strict=True)]
+        self.exact_pairs = 0  # that have been computed
 
     def ranks_until_stable(self) -> tuple[list[Ranks], int]:
         """Double K until no query enters or leaves the first 1, 5 or 10 any more. Returns the last K too."""
@@ -245,35 +220,34 @@ class Reranker:
                 break
         return ranks, k
 
+    def ranks(self, k: int) -> list[Ranks]:
+        """The ranks within each part, with the best k of each query in exact order."""
+        return [self._rank(part, coarse, k) for part, coarse in zip(self.parts, self.coarse_ranks, strict=True)]
+
     def _rank(self, part: Part, coarse: Ranks, k: int) -> Ranks:
         scores = self.coarse[part.images, part.captions]
         images = torch.arange(part.images.start, part.images.stop)[:, None]
         captions = torch.arange(part.captions.start, part.captions.stop)[:, None]
         best_captions = scores.topk(min(k, scores.shape[1]), dim=1).indices + part.captions.start  # (images, k)
         best_images = scores.topk(min(k, scores.shape[0]), dim=0).indices.T + part.images.start  # (captions, k)
-        self._compute([images.expand_as(best_captions), best_images], [best_captions, captions.expand_as(best_images)])
-        return Ranks(
-            _rerank(self.exact[images, best_captions], self.image_of_caption[best_captions] == images, coarse.i2t),
-            _rerank(self.exact[best_images, captions], self.image_of_caption[captions] == best_images, coarse.t2i),
-        )
-
-    def _compute(self, images: Sequence[Tensor], captions: Sequence[Tensor]) -> None:
-        """Compute the exact scores of those pairs that have none yet."""
         wanted = torch.zeros_like(self.exact, dtype=torch.bool)
-        for some, others in zip(images, captions, strict=True):
-            wanted[some, others] = True
+        wanted[images, best_captions] = wanted[best_images, captions] = True
         pairs = (wanted & self.exact.isnan()).nonzero(as_tuple=True)
-        exact = self.score_pairs(*pairs).to(self.exact)
-        if exact.isnan().any():
+        self.exact[pairs] = self.score_pairs(*pairs).to(self.exact)
+        self.exact_pairs += len(pairs[0])
+        if self.exact[pairs].isnan().any():
             raise InputError("the exact scores hold NaN: the checkpoint or the features are damaged")
-        self.exact[pairs] = exact
+        is_right = self.image_of_caption[best_captions] == images, self.image_of_caption[captions] == best_images
+        return Ranks(
+            _rerank(self.exact[images, best_captions], is_right[0], coarse.i2t),
+            _rerank(self.exact[best_images, captions], is_right[1], coarse.t2i),
+        )
 
 
 def _rerank(exact: Tensor, is_right: Tensor, coarse_ranks: np.ndarray) -> np.ndarray:
     """Ranks (queries,) by the candidates' exact scores (queries, k); the coarse rank if no right item is among them."""
     best = exact.masked_fill(~is_right, float("-inf")).amax(dim=1, keepdim=True)
-    ranks = ((exact >= best) & ~is_right).sum(dim=1)
-    return np.where(is_right.any(dim=1), ranks, coarse_ranks)
+    return np.where(is_right.any(dim=1), ((exact >= best) & ~is_right).sum(dim=1), coarse_ranks)
 
 
 def _recalled(ranks: Ranks) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Training: read loop.py first."""
+"""The training loop and what it needs: optimiser, logs, warnings."""
