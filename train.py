@@ -13,8 +13,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(TrainSettings, __doc__, argv)
     check_packages()
     # Importing PyTorch takes seconds: not before the flags are right.
-    from lib.training.origin import find_origin, find_own_checkpoint, refuse_changes
-    from lib.training.train import train
+    from lib.training.loop import train
+    from lib.training.resume import find_origin, find_own_checkpoint, refuse_changes
 
     origin = find_origin(settings)
     if origin:

@@ -23,7 +23,7 @@ from benchmarks import common
 from benchmarks.training import random_batch, start
 from lib.data.batches import Batch, on_device
 from lib.losses import hinge
-from lib.training.train import train_step
+from lib.training.loop import train_step
 
 WHOLE = 0
 SIZES = (WHOLE, 64, 32, 16, 8, 4)

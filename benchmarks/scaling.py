@@ -24,8 +24,7 @@ from lib import distributed
 from lib.collectives import divide, largest
 from lib.data.batches import Batch
 from lib.losses import hinge
-from lib.training.step import share_loss
-from lib.training.train import train_step
+from lib.training.loop import average_gradients, train_step
 
 FLOAT = 4  # bytes
 WORDS = 14  # of a caption, [CLS] and [SEP] counted, on average
@@ -137,7 +136,7 @@ def measure(settings) -> None:
     run, batches = training.start(settings, precision)
     batches = [_own_part(batch) for batch in batches]
     with distributed.joined(run.compute.device):
-        run.loss = share_loss(run.loss)
+        run.batch_loss = average_gradients(run.batch_loss)
 
         def steps() -> None:
             for batch in islice(cycle(batches), settings.steps):

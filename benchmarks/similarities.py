@@ -19,7 +19,7 @@ from benchmarks import common
 from lib.losses import Loss, hinge_all, ramped
 from lib.model.engine import make_engine
 from lib.model.xdim import Embedded
-from lib.training.step import batch_loss
+from lib.training.loop import batch_loss
 
 MARGIN = 0.2
 VARIANTS = {  # name: (similarity, gate)

@@ -20,7 +20,7 @@ from benchmarks import common
 from lib.losses import hinge, hinge_all
 from lib.model.engine import make_engine
 from lib.model.xdim import Embedded
-from lib.training.step import batch_loss
+from lib.training.loop import batch_loss
 
 MARGIN = 0.2
 LOSSES = {False: hinge_all, True: hinge}  # by whether the hardest negatives alone count

@@ -21,9 +21,8 @@ from benchmarks import common
 from lib.data.batches import Batch, on_device
 from lib.losses import Loss, hinge, hinge_all, ramped
 from lib.runtime import choose_compute
-from lib.training.optimizer import build_optimizer
-from lib.training.step import BatchLoss
-from lib.training.train import train_step
+from lib.training.loop import BatchLoss, train_step
+from lib.training.optim import build_optimizer
 
 IMG_DIM = 2048
 MARGIN = 0.2
@@ -80,8 +79,8 @@ def start(settings, precision: str) -> tuple[SimpleNamespace, list[Batch]]:
     architecture["text_encoder"]["options"]["config"] = BertConfig(**common.bert_sizes(settings)).to_dict()
     model = XDim.build(architecture)
     model = model.to(compute.device).train()
-    parts = {"model": model, "loss": BatchLoss(model, MARGIN), "optimizer": build_optimizer(model, 5e-4)}
-    run = SimpleNamespace(settings=SimpleNamespace(grad_clip=2.0), compute=compute, resident=None, **parts)
+    parts = {"model": model, "batch_loss": BatchLoss(model, MARGIN), "optimizer": build_optimizer(model, 5e-4)}
+    run = SimpleNamespace(settings=SimpleNamespace(grad_clip=2.0), compute=compute, **parts)
     return run, [random_batch(settings) for _ in range(2)]
 
 

@@ -126,6 +126,8 @@ def local_main_first() -> Iterator[None]:
         _busy.clear()
     if connected and local_rank() == 0:
         dist.barrier()
+    global _heartbeats
+    _heartbeats = 0  # from here on all processes do the same, so that the one with the fewest is the one that hangs
 
 
 def print_error(message: str) -> None:
@@ -201,8 +203,8 @@ class _Watchdog(threading.Thread):
         while True:
             while_busy += _busy.is_set()
             try:
-                store.set(keys[rank()], str(_heartbeats + while_busy))
-                now = [int(count) for count in store.multi_get(keys)]
+                store.set(keys[rank()], f"{_heartbeats} {while_busy}")
+                now = [tuple(map(int, count.split())) for count in store.multi_get(keys)]
             except RuntimeError:  # the process that hosts the store has ended
                 if not self._stopped.is_set():
                     _exit("torchrun or the first process of the job has ended" if local_rank() == 0 else "")
@@ -212,7 +214,7 @@ class _Watchdog(threading.Thread):
             if now != counts:
                 counts, since = now, time.monotonic()
             elif time.monotonic() - since > HANG_TIMEOUT:
-                _exit(_describe_hang(counts))
+                _exit(_describe_hang([heartbeats for heartbeats, _ in counts]))
 
 
 def _describe_hang(counts: list[int]) -> str:

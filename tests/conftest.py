@@ -1,5 +1,6 @@
 """What many tests share: reference figures, a tiny data set, a tiny training run."""
 
+import json
 import os
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 
 import train
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 TINY_BERT = GOLDEN / "tiny_bert"
 SUBJECTS = ("man", "child", "boy", "dog", "woman", "skateboarder")
 ACTIONS = ("holding a red ball", "near the park", "is jumping", "on a black bench", "and two dogs")
@@ -80,3 +82,14 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def bert_without_dropout(folder: Path) -> str:
+    """A copy of the tiny BERT, made in a folder, whose training draws no random numbers."""
+    bert = folder / "bert"
+    bert.mkdir()
+    config = json.loads((TINY_BERT / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (bert / "config.json").write_text(json.dumps(config))
+    (bert / "vocab.txt").write_bytes((TINY_BERT / "vocab.txt").read_bytes())
+    return str(bert)

@@ -1,6 +1,6 @@
 """train.py with a mishap in one process of a job: torchrun ... -m tests.mishap WHAT STEP FLAGS...
 
-The last rank is killed, hangs, runs out of memory or fails in some other way in a step; never again after a restart.
+In a step the last rank is killed, hangs, gets a signal, runs out of memory or finds wrong data; not after a restart.
 """
 
 import os
@@ -10,28 +10,32 @@ import time
 
 import train
 from lib import distributed
-from lib.training import train as training
+from lib.cli import InputError
+from lib.training import loop
+
+OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})  # as PyTorch names it
+
+
+def fail(error: Exception) -> None:
+    raise error
+
 
 MISHAPS = {
     "none": lambda: None,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGTERM to the group": lambda: os.killpg(0, signal.SIGTERM),
     "hanging": lambda: time.sleep(600),
-    "out of memory": lambda: (_ for _ in ()).throw(MemoryOfCuda("CUDA out of memory. Tried to allocate 2.00 GiB.")),
-    "wrong input": lambda: (_ for _ in ()).throw(training.InputError("x.npy: NaN or infinite features")),
+    "out of memory": lambda: fail(OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+    "wrong input": lambda: fail(InputError("x.npy: NaN or infinite features")),
 }
-PATIENCE = 4.0  # seconds, in place of minutes
-
-
-class MemoryOfCuda(RuntimeError):
-    """What PyTorch raises."""
-
-
-MemoryOfCuda.__name__ = "OutOfMemoryError"
 
 
 def main(what: str, step: int, flags: list[str]) -> int:
-    distributed.HANG_TIMEOUT, distributed.CHECK_INTERVAL, distributed.EXIT_WAIT = PATIENCE, 0.5, 2.0
-    train_step = training.train_step
+    distributed.HANG_TIMEOUT, distributed.CHECK_INTERVAL, distributed.EXIT_WAIT = 4.0, 0.5, 2.0  # seconds
+    if what == "SIGTERM to the group":
+        os.setsid()
+    train_step = loop.train_step
 
     def stepping(run, *args):
         unlucky = distributed.rank() == distributed.world_size() - 1 and not distributed.is_restarted()
@@ -39,7 +43,7 @@ def main(what: str, step: int, flags: list[str]) -> int:
             MISHAPS[what]()
         return train_step(run, *args)
 
-    training.train_step = stepping
+    loop.train_step = stepping
     return train.main(flags)
 
 

@@ -36,8 +36,8 @@ from lib.model.registry import describe
 from lib.model.xdim import XDim
 
 FORMAT, OLD_FORMAT = "x-dim checkpoint 3", "x-dim checkpoint 2"
-BEST, LAST = "model_best.pt", "last.pt"  # BEST becomes model_best.safetensors once training writes weights there
-OLD_BEST = "model_best.pt"
+BEST, LAST = "model_best.safetensors", "last.pt"
+OLD_BEST = "model_best.pt"  # of run folders from before there was BEST; it holds the state of training too
 ENTRIES = ("architecture", "tokenizer", "settings", "progress", "data", "versions")
 STATE = ("model", *ENTRIES, "optimizer", "random_state")
 BERT_BASE = "bert-base-uncased"

@@ -3,7 +3,7 @@ the best epoch was chosen.
 
 format      FORMAT
 settings    all settings                data      train and dev: folder, images, captions, fingerprint
-sessions    each start of the program: time, checkpoint it started from, step, device, versions
+sessions    each start of the program: time, checkpoint it started from, step, device, job, versions
 progress    epoch, batch, step          history   each finished epoch: epoch, step, dev (its metrics)
 chosen      split (always dev), epoch, rsum, checkpoint; null before the first epoch has ended
 """
@@ -12,6 +12,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lib import distributed
 from lib.checkpoints.native import BEST
 from lib.cli import InputError
 from lib.data.dataset import Split
@@ -41,6 +42,7 @@ def begin_record(
         "from": str(started_from) if started_from else None,
         "step": step,
         "device": device,
+        "job": distributed.job(),
         "versions": versions(),
     }
     return {"settings": settings, "data": data, "sessions": [*earlier, session]}

@@ -1,1 +1,1 @@
-"""The training loop and what it needs: optimiser, logs, warnings."""
+"""Training: read loop.py first."""

@@ -1,76 +1,118 @@
-"""What a run says: to the terminal, to run.log, to TensorBoard."""
+"""What a run reports: lines on the terminal and in run.log, scalars in TensorBoard, warnings about its losses."""
 
+import math
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lib.cli import InputError, reason
+from lib.cli import InputError, TrainingStopped, reason
+from lib.distributed import is_first
+
+READ_EVERY = 10  # steps
+COLLAPSED_STEPS = 25  # in a row, before the warning
+COLLAPSED = 0.1  # of the margin: a smaller spread of a batch's scores cannot tell pairs apart by a margin
+COLLAPSE = (
+    "warning: for {steps} steps the standard deviation of a batch's scores has been below {limit:g} (the margin is "
+    "{margin:g}): the scores have collapsed to one value, where the loss has no useful gradient. Start again with a "
+    "lower --learning_rate or a loss that is gentler at first (--loss ramped, or more --vse_mean_warmup_epochs)"
+)
 
 
 class RunLog:
-    """Prints lines beside a progress bar, keeps them in FOLDER/run.log, and writes figures for TensorBoard.
+    """Prints lines beside the progress bar, keeps them in FOLDER/run.log and writes TensorBoard's scalars.
 
-    A log that can no longer be written is said once and costs the run nothing else.
+    Only the job's first process writes files. A file that cannot be written is reported once; the run goes on.
     """
 
     def __init__(self, folder: Path, tensorboard_folder: Path, step: int):
-        """step: finished steps; figures of later ones, left by a run that is now resumed, are dropped."""
-        self._path = folder / "run.log"
-        self._complained = set()
-        self._threads_hook, threading.excepthook = threading.excepthook, self._thread_failed
-        flag, place = "--model_name", folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._path.open("a").close()
-            flag, place = "--logger_name", tensorboard_folder
-            self._writer = SummaryWriter(tensorboard_folder, purge_step=step + 1 if step else None)
-        except OSError as error:
-            threading.excepthook = self._threads_hook
-            raise InputError(f"{flag} {place}: cannot be written ({error.strerror or error})") from None
+        """step: finished steps; scalars of later ones, left by the run that is now resumed, are dropped."""
+        self._path, self._tensorboard_folder, self._step = folder / "run.log", tensorboard_folder, step
+        self._writer: SummaryWriter | None = None
+        self._reported = set()
 
     def __enter__(self) -> "RunLog":
+        if is_first():
+            try:
+                purge = self._step + 1 if self._step else None
+                self._writer = SummaryWriter(self._tensorboard_folder, purge_step=purge)
+            except OSError as error:
+                where = f"--logger_name {self._tensorboard_folder}"
+                raise InputError(f"{where}: cannot be written ({error.strerror or error})") from None
         return self
 
     def __exit__(self, *_) -> None:
-        self._attempt("TensorBoard's files", self._writer.close)
-        threading.excepthook = self._threads_hook
+        if self._writer:
+            self._attempt("TensorBoard's files", self._writer.close)
 
     def say(self, text: str) -> None:
         """Print lines and keep them."""
         tqdm.write(text)
-        self._attempt(self._path, self._append, text)
+        if is_first():
+            self._attempt(str(self._path), self._append, text)
 
-    def figures(self, step: int, **values: float) -> None:
-        """Write figures of a step; a name's first underscore-separated word is its group in TensorBoard."""
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        """Write a step's values to TensorBoard as GROUP/NAME; NaN means that there is none."""
         for name, value in values.items():
-            self._attempt("TensorBoard's files", self._writer.add_scalar, name.replace("_", "/", 1), value, step)
-
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """TensorBoard writes in a thread, whose failure the next write reports: no need of its traceback."""
-        if not type(failure.thread).__module__.startswith("tensorboard"):
-            self._threads_hook(failure)
+            if self._writer and not math.isnan(value):
+                self._attempt("TensorBoard's files", self._writer.add_scalar, f"{group}/{name}", value, step)
 
     def _append(self, text: str) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:  # opened anew, for its folder may vanish and come back
+        with open(self._path, "a", encoding="utf-8") as file:  # opened each time: its folder may be deleted meanwhile
             file.write(text + "\n")
 
-    def _attempt(self, what, write, *arguments) -> None:
+    def _attempt(self, what: str, write: Callable, *arguments: Any) -> None:
         try:
             write(*arguments)
         except (OSError, RuntimeError) as error:
-            if what not in self._complained:
-                self._complained.add(what)
+            if what not in self._reported:
+                self._reported.add(what)
                 print(f"warning: {what} cannot be written ({reason(error)}); the run goes on", file=sys.stderr)
 
 
-class Silence:
-    """The log of a job's processes that have none."""
+class StepFigures:
+    """Loss, gradient norm and spread of scores of each step, which stay on the device until they are read.
 
-    def say(self, text: str) -> None:
-        """Say nothing."""
+    Reading waits for the device. Read after every step they would leave it idle while Python prepares the next one, so
+    they are read every READ_EVERY steps, and before a log line or a checkpoint is written.
+    """
 
-    def figures(self, step: int, **values: float) -> None:
-        """Write nothing."""
+    def __init__(self, margin: float, log: RunLog, folder: str):
+        self._margin, self._log, self._folder = margin, log, folder
+        self._unread: list[tuple[int, Tensor]] = []
+        self._last = (math.nan, math.nan, math.nan)
+        self._collapsed = 0  # steps in a row
+
+    def add(self, step: int, figures: Tensor) -> None:
+        """figures: (3,) on the device: loss, gradient norm before clipping, standard deviation of the scores or NaN.
+
+        Raises as `read` does.
+        """
+        self._unread.append((step, figures))
+        if len(self._unread) >= READ_EVERY:
+            self.read()
+
+    def read(self) -> tuple[float, float, float]:
+        """The last step's figures. Raises TrainingStopped where a step's loss or gradient is not finite."""
+        if self._unread:
+            steps, figures = zip(*self._unread, strict=True)
+            self._unread = []
+            for step, self._last in zip(steps, map(tuple, torch.stack(figures).tolist()), strict=True):
+                self._check(step, *self._last)
+        return self._last
+
+    def _check(self, step: int, loss: float, gradient_norm: float, spread: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            raise TrainingStopped(
+                f"step {step}: the loss is {loss}, the gradient norm {gradient_norm}; the last checkpoint in "
+                f"{self._folder} is from before; start again with a lower --learning_rate or with --precision fp32"
+            )
+        limit = COLLAPSED * self._margin
+        self._collapsed = self._collapsed + 1 if spread < limit else 0  # NaN is not below
+        if self._collapsed == COLLAPSED_STEPS:
+            self._log.say(COLLAPSE.format(steps=COLLAPSED_STEPS, limit=limit, margin=self._margin))

@@ -14,7 +14,7 @@ from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint
 from lib.checkpoints.published import NEVER, published_name
 from lib.cli import InputError
 from lib.losses import hinge
-from lib.training.optimizer import build_optimizer, set_learning_rate
+from lib.training.optim import build_optimizer, set_learning_rate
 from tests.checkpoints.test_native import same
 from tests.conftest import GOLDEN, TINY_BERT
 
@@ -43,7 +43,7 @@ def test_embeddings_and_scores_equal_the_published_code(golden):
 def test_five_training_steps_give_the_published_losses(golden):
     figures, model = golden("training_trajectory"), published_model()
     optimizer = build_optimizer(model, 5e-4)
-    set_learning_rate(optimizer, 5e-4)
+    set_learning_rate(optimizer, 0, 5e-4, 15)
     model.train()
     model.text_encoder.backbone.eval()  # so that no dropout acts
     losses = []

@@ -428,7 +428,7 @@ def evaluate(folder, data, *checkpoints):
 
 def plain_pooled(run, data):
     """Mean region of each image and mean word of each caption, one at a time."""
-    model, tokenizer = build_model(read_checkpoint(run / "model_best.pt"))
+    model, tokenizer = build_model(read_checkpoint(run / "model_best.safetensors"))
     model.eval()
     images, captions = torch.from_numpy(np.load(data / "testall_ims.npy")[::5]), []
     with torch.no_grad():

@@ -48,7 +48,7 @@ def evaluate(tmp_path, capsys):
 
 def plain_scores(run, folder, split):
     """Scores of a split, captions and images one at a time through the formulas."""
-    model, tokenizer = build_model(read_checkpoint(run / "model_best.pt"))
+    model, tokenizer = build_model(read_checkpoint(run / "model_best.safetensors"))
     model.eval()
     D, temperature = model.similarity.dependency(), model.similarity.log_temperature.exp()
     captions, words = (folder / f"{split}_caps.txt").read_text().splitlines(), []
@@ -166,12 +166,12 @@ def test_every_image_is_encoded_once_though_its_row_stands_five_times_in_the_fil
 
 def test_programs_print_their_tables_and_find_the_newest_best_checkpoint(trained_run, monkeypatch, capsys, tmp_path):
     for name, age in (("older", 100), ("newer", 50)):
-        best = shutil.copytree(trained_run, tmp_path / "runs" / name) / "model_best.pt"
+        best = shutil.copytree(trained_run, tmp_path / "runs" / name) / "model_best.safetensors"
         os.utime(best, (10**9 - age, 10**9 - age))
     monkeypatch.chdir(tmp_path)
     assert test_program.main(FLAGS) == 0
     out = capsys.readouterr().out
-    assert "checkpoint  runs/newer/model_best.pt, 1 epochs, dev rSum" in out
+    assert "checkpoint  runs/newer/model_best.safetensors, 1 epochs, dev rSum" in out
     assert re.search(r"^run         epoch 1 of 1 chosen on dev \(rSum .*\), seed 0", out, re.MULTILINE)
     assert "test: 10 images, 50 captions" in out
     assert re.search(r"^chance ", out, re.MULTILINE)
@@ -196,7 +196,7 @@ def test_an_ensemble_ranks_by_the_mean_of_its_models_scores_beside_each_of_them(
     rows = ("single 1, mean of 5 folds of 4", "single 2, all 20", "ensemble of 2, fold 5", "ensemble of 2, all 20")
     assert all(row in out for row in rows)
     assert "single 1, fold 1" not in out
-    assert f"single 2    {another_run}/model_best.pt" in out
+    assert f"single 2    {another_run}/model_best.safetensors" in out
 
 
 def test_saved_scores_stand_for_the_checkpoint_that_made_them(evaluate, trained_run, another_run, data, tmp_path):

@@ -1,16 +1,22 @@
-"""Training by several processes: the same run as by one, whole or ended and gone on with."""
+"""Training by several processes: the same run as by one; where one of them fails, all end and one says why."""
 
-import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from lib.checkpoints.native import read_checkpoint
+from lib import distributed
+from lib.checkpoints.native import BEST, read_checkpoint
+from lib.distributed import is_restarted, job, rank, world_size
 from lib.model.engine import autograd
-from lib.training import train as training
-from tests.conftest import TINY_BERT
+from lib.training import loop
+from tests import mishap
+from tests.conftest import ROOT, bert_without_dropout
 from tests.ranks import run_ranks
 
 EXACT = 1e-8
@@ -18,49 +24,38 @@ EXACT = 1e-8
 
 @pytest.fixture(scope="module")
 def flags(tiny_flags, tmp_path_factory):
-    """A run of BERT without dropout, whose random numbers each process draws for itself."""
-    config = json.loads((TINY_BERT / "config.json").read_text())
-    bert = tmp_path_factory.mktemp("bert")
-    (bert / "config.json").write_text(
-        json.dumps({**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-    )
-    (bert / "vocab.txt").write_bytes((TINY_BERT / "vocab.txt").read_bytes())
-    return [*tiny_flags, "--bert", str(bert)]
+    """A run without dropout, whose random numbers each process draws for itself."""
+    return [*tiny_flags, "--bert", bert_without_dropout(tmp_path_factory.mktemp("model"))]
 
 
-def train_in_float64(flags, steps):
-    """A rank's run: figures and gradients of each of the first steps, and the weights after them."""
-    torch.set_default_dtype(torch.float64)
-    seen, train_step = [], training.train_step
-
-    def spy(run, *args):
-        figures = train_step(run, *args)
-        gradients = {name: weight.grad.clone() for name, weight in run.model.named_parameters()}
-        seen.append((figures.tolist(), gradients))
-        if len(seen) == steps:
-            weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
-            raise Seen((seen, weights))
-        return figures
-
-    training.train_step = spy
-    try:
-        train.main(flags)
-    except Seen as all_seen:
-        return all_seen.args[0]
-    finally:
-        training.train_step = train_step
+# In float64 equal to one process
 
 
 class Seen(Exception):
     """What a run was started for."""
 
 
-def assert_equal(one, other):
-    """Figures, gradients and weights of two runs."""
-    for (figures, gradients), (others, theirs) in zip(one[0], other[0], strict=True):
-        assert figures == pytest.approx(others, rel=EXACT, nan_ok=True)
-        assert_close(gradients, theirs)
-    assert_close(one[1], other[1])
+def train_in_float64(flags, steps, few_pairs=None):
+    """A rank's run: figures and gradients of each of the first steps, and the weights after them."""
+    torch.set_default_dtype(torch.float64)
+    autograd.FEW_PAIRS = few_pairs or autograd.FEW_PAIRS
+    seen, train_step = [], loop.train_step
+
+    def spy(run, *args):
+        figures = train_step(run, *args)
+        gradients = {name: weight.grad.clone() for name, weight in run.model.named_parameters()}
+        seen.append((figures.tolist(), gradients))
+        if len(seen) == steps:
+            raise Seen(seen, {name: weight.clone() for name, weight in run.model.state_dict().items()})
+        return figures
+
+    loop.train_step = spy
+    try:
+        train.main(flags)
+    except Seen as all_seen:
+        return all_seen.args
+    finally:
+        loop.train_step = train_step
 
 
 def assert_close(tensors, others):
@@ -71,147 +66,172 @@ def assert_close(tensors, others):
 
 
 RECIPES = {
-    "all negatives": [],
-    "hardest negatives": ["--max_violation"],
-    "ramped": ["--loss", "ramped", "--batch_size", "11"],
-    "padding masked": ["--mask_padding", "--max_violation"],
-    "captions in micro batches": ["--micro_batch", "2"],
-    "uneven batches": ["--batch_size", "11", "--max_violation"],
-    "independent": ["--similarity", "independent"],
-    "pooled": ["--similarity", "gpo", "--batch_size", "11", "--mask_padding"],
-    "diagonal": ["--gate", "diagonal", "--batch_size", "11"],
+    "all negatives, captions in micro batches": (["--micro_batch", "2"], None),
+    "hardest negatives, uneven batches, padding masked": (
+        ["--batch_size", "11", "--max_violation", "--mask_padding"],
+        None,
+    ),
+    "hardest negatives, only the pairs that count differentiated": (["--max_violation"], 1.0),
+    "ramped, the diagonal gate": (["--loss", "ramped", "--batch_size", "11", "--gate", "diagonal"], None),
+    "pooled": (["--similarity", "gpo", "--batch_size", "11", "--mask_padding"], None),
 }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_losses_gradients_and_weights_are_those_of_one_process(flags, tmp_path, recipe):
-    runs = []
-    for count in (1, 2, 3):
-        folder = ["--model_name", str(tmp_path / str(count))]
-        runs.append([rank.value for rank in run_ranks(train_in_float64, count, [*flags, *RECIPES[recipe], *folder], 5)])
-    (whole,), *shared = runs
-    for ranks in shared:
-        for rank in ranks:
-            assert_equal(rank, whole)
-
-
-def train_as_if_few_negatives_counted(flags, steps):
-    autograd.FEW_PAIRS = 1.0
-    return train_in_float64(flags, steps)
-
-
-def test_where_few_negatives_count_so_it_is(flags, tmp_path):
-    """All pairs are scored then, and those that count are differentiated."""
+    extra, few_pairs = RECIPES[recipe]
     runs = []
     for count in (1, 3):
         folder = ["--model_name", str(tmp_path / str(count))]
-        runs.append(run_ranks(train_as_if_few_negatives_counted, count, [*flags, *folder], 3)[0].value)
-    assert_equal(*runs)
+        runs.append(run_ranks(train_in_float64, count, [*flags, *extra, *folder], 4, few_pairs))
+    ((whole,), ranks) = runs
+    for one in ranks:
+        for (figures, gradients), (others, theirs) in zip(one.value[0], whole.value[0], strict=True):
+            assert figures == pytest.approx(others, rel=EXACT, nan_ok=True)
+            assert_close(gradients, theirs)
+        assert_close(one.value[1], whole.value[1])
+
+
+# Whole runs
 
 
 def run_program(flags):
     return train.main(flags)
 
 
-def start(flags, count, folder, *more, check=True):
+def start(flags, count, folder, *more):
     """A whole run by a number of processes; the outcomes of its ranks."""
-    return run_ranks(run_program, count, [*flags, "--model_name", str(folder), "--log_step", "1", *more], check=check)
+    return run_ranks(run_program, count, [*flags, "--model_name", str(folder), "--log_step", "1", *more])
 
 
-def losses(folder):
-    return dict(re.findall(r"step (\d+) loss ([\d.]+)", (folder / "run.log").read_text()))
-
-
-def weights(folder):
-    return read_checkpoint(folder / "last.pt")["model"]
+def assert_same_weights(one, other):
+    ours, theirs = (read_checkpoint(folder / "last.pt")["model"] for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.fixture(scope="module")
-def by_three(tiny_flags, tmp_path_factory):
-    """A run of two epochs by three processes, with BERT's dropout."""
-    folder = tmp_path_factory.mktemp("runs") / "three"
-    start(tiny_flags, 3, folder, "--num_epochs", "2", "--keep", "99", "--save_steps", "10")
+def by_two(tiny_flags, tmp_path_factory):
+    """The folder of a run of two epochs by two processes, with dropout."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    ranks = start(tiny_flags, 2, folder, "--num_epochs", "2", "--keep", "99", "--save_steps", "10")
+    assert [rank.value for rank in ranks] == [0, 0]
+    assert "epoch 1 step 15 loss" in ranks[0].out
+    assert "2 processes" in ranks[0].out
+    assert [ranks[1].out, ranks[0].err, ranks[1].err] == ["", "", ""]
     return folder
 
 
-def test_the_first_process_alone_prints_and_writes(by_three, tiny_flags, tmp_path):
-    ranks = start(tiny_flags, 3, tmp_path / "run")
-    assert [rank.value for rank in ranks] == [0, 0, 0]
-    assert "epoch 1 step 15 loss" in ranks[0].out
-    assert "3 processes" in ranks[0].out
-    assert [rank.out for rank in ranks[1:]] == ["", ""]
-    assert [rank.err for rank in ranks] == ["", "", ""]
-    names = {path.name for path in by_three.iterdir() if not path.name.startswith("events.")}
+def test_the_first_process_alone_writes(by_two):
+    names = {path.name for path in by_two.iterdir() if not path.name.startswith("events.")}
     steps = {f"step-{step:08d}.pt" for step in (10, 15, 20, 30)}
-    assert names == {*steps, "last.pt", "model_best.pt", "run.json", "run.log", "run.lock"}
+    assert names == {*steps, "last.pt", BEST, "run.json", "run.log", "run.lock"}
+    assert len(list(by_two.glob("events.*"))) == 1
 
 
-def test_a_resumed_run_equals_the_undisturbed_one_to_the_bit(by_three, tmp_path):
-    """Each process's dropout goes on where it was."""
-    content = read_checkpoint(by_three / "step-00000010.pt")
-    assert len(content["random_state"]["others"]) == 2
+def test_a_signal_to_one_process_ends_all_after_the_same_step_and_the_resumed_run_equals_to_the_bit(
+    tiny_flags, by_two, tmp_path
+):
+    """Each process's dropout continues where it was."""
     folder = tmp_path / "run"
-    run_ranks(run_program, 3, ["--resume", str(by_three / "step-00000010.pt"), "--model_name", str(folder)])
-    ours, theirs = weights(folder), weights(by_three)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    flags = [*tiny_flags, "--num_epochs", "2", "--model_name", str(folder), "--save_steps", "10"]
+    ranks = run_ranks(mishap.main, 2, "SIGTERM", 7, flags)
+    assert [rank.value for rank in ranks] == [143, 143]
+    said = f"SIGTERM: saved after step 7; continue with: python train.py --resume {folder}\n"
+    assert [rank.err for rank in ranks] == [said, ""]
+    run_ranks(run_program, 2, ["--resume", str(folder)])
+    assert_same_weights(folder, by_two)
 
 
-def test_another_number_of_processes_goes_on_and_says_what_changes(flags, tmp_path):
+def test_another_number_of_processes_continues_and_says_what_changes(flags, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "changing"
-    start(flags, 1, whole, "--num_epochs", "3")
+    start(flags, 1, whole, "--num_epochs", "2")
     start(flags, 2, folder, "--num_epochs", "1")
-    for count, epochs in ((3, "2"), (1, "3")):
-        ranks = run_ranks(run_program, count, ["--resume", str(folder), "--num_epochs", epochs])
-        now = f"{count} processes" if count > 1 else "one process"
-        assert f"by {now} now: BERT's dropout draws other random numbers" in ranks[0].out
-    assert [float(loss) for loss in losses(folder).values()] == pytest.approx(
-        [float(loss) for loss in losses(whole).values()], rel=1e-3
-    )
-
-
-def interrupt_one(flags, step, signal_number):
-    """A rank's run in which the last rank alone is signalled in a step."""
-    import os
-
-    from lib import distributed
-
-    train_step = training.train_step
-
-    def stepping(run, *args):
-        if run.progress.step + 1 == step and distributed.rank() == distributed.world_size() - 1:
-            os.kill(os.getpid(), signal_number)
-        return train_step(run, *args)
-
-    training.train_step = stepping
-    return train.main(flags)
-
-
-def test_a_signal_to_one_process_ends_all_after_the_same_step(tiny_flags, by_three, tmp_path):
-    folder = tmp_path / "run"
-    flags = [*tiny_flags, "--num_epochs", "2", "--model_name", str(folder), "--log_step", "1", "--save_steps", "10"]
-    ranks = run_ranks(interrupt_one, 3, flags, 7, 15)
-    assert [rank.value for rank in ranks] == [143, 143, 143]
-    assert ranks[0].err == f"SIGTERM: saved after step 7; go on with: python train.py --resume {folder}\n"
-    assert [rank.err for rank in ranks[1:]] == ["", ""]
-    run_ranks(run_program, 3, ["--resume", str(folder)])
-    ours, theirs = weights(folder), weights(by_three)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_processes_with_different_flags_are_refused(tiny_flags, tmp_path):
-    ranks = run_ranks(run_with_own_seed, 2, [*tiny_flags, "--model_name", str(tmp_path / "run")])
-    assert [rank.value for rank in ranks] == [2, 2]
-    said = "error: rank 0: --seed: 0 of rank 0 but 1 of rank 1; start all processes with the same flags\n"
-    assert ranks[0].err == said
+    (outcome,) = run_ranks(run_program, 1, ["--resume", str(folder), "--num_epochs", "2"])
+    assert "number of processes: 2 before, 1 now, so dropout draws other random numbers" in outcome.out
+    losses = [re.findall(r"step \d+ loss ([\d.]+)", (one / "run.log").read_text()) for one in (folder, whole)]
+    assert list(map(float, losses[0])) == pytest.approx(list(map(float, losses[1])), rel=1e-3)
 
 
 def run_with_own_seed(flags):
-    from lib import distributed
-
     return train.main([*flags, "--seed", str(distributed.rank())])
 
 
-def test_fewer_pairs_than_processes_are_refused(tiny_flags, tmp_path):
-    ranks = start(tiny_flags, 3, tmp_path / "run", "--batch_size", "2")
+def test_processes_with_different_flags_and_fewer_pairs_than_processes_are_refused(tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--model_name", str(tmp_path / "run")]
+    ranks = run_ranks(run_with_own_seed, 2, flags)
+    assert [rank.value for rank in ranks] == [2, 2]
+    said = "error: rank 0: --seed: 0 of rank 0 but 1 of rank 1; start all processes with the same flags\n"
+    assert ranks[0].err == said
+    ranks = run_ranks(run_program, 3, [*flags, "--batch_size", "2"])
     assert [rank.value for rank in ranks] == [2, 2, 2]
     assert "--batch_size 2: fewer pairs than the 3 processes" in ranks[0].err
+
+
+# Mishaps
+
+
+@pytest.fixture
+def unlucky(tiny_flags, tmp_path):
+    return [*tiny_flags, "--save_steps", "5", "--model_name", str(tmp_path / "run")]
+
+
+def torchrun(*arguments):
+    """The outcome of a job of two processes; arguments: of torchrun, then a mishap's."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_torchrun_names_a_killed_process_restarts_the_job_and_it_ends_with_the_same_weights(unlucky, tmp_path):
+    done = torchrun("--max_restarts", "1", "-m", "tests.mishap", "killed", "7", *unlucky)
+    assert done.returncode == 0, done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
+    assert "error: " not in done.stderr  # the survivor has nothing to say
+    assert f"continues {tmp_path / 'run' / 'step-00000005.pt'}: 5 steps done" in done.stdout
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.is_file()]
+    assert not [command for command in commands if str(tmp_path).encode() in command]
+    run_ranks(mishap.main, 2, "none", 0, [*unlucky, "--model_name", str(tmp_path / "undisturbed")])
+    assert_same_weights(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_a_restart_does_not_continue_another_jobs_run(unlucky, monkeypatch, capsys):
+    assert train.main(unlucky) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
+    assert train.main(unlucky) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_process_that_hangs_is_named_and_the_job_ends(unlucky):
+    ranks = run_ranks(mishap.main, 3, "hanging", 7, unlucky, check=False)
+    assert {rank.exitcode for rank in ranks} == {1}
+    said = "error: rank 2 hangs: no process of the job has made progress for 4 seconds; the last checkpoint stays\n"
+    assert "".join(rank.err for rank in ranks) == said
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("out of memory", 1, "error: rank 1: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); take a"),
+        ("wrong input", 2, "error: rank 1: x.npy: NaN or infinite features\n"),
+    ],
+)
+def test_the_process_that_fails_says_why_and_no_other(unlucky, what, code, said):
+    ranks = run_ranks(mishap.main, 2, what, 7, unlucky, check=False)
+    assert ranks[1].value == code
+    assert ranks[1].err.startswith(said)
+    assert "error: rank 0: another process of the job has ended" in ranks[0].err
+
+
+def test_the_job_and_its_processes_are_known_from_torchruns_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # some schedulers set it for other purposes
+    assert (world_size(), rank(), is_restarted()) == (1, 0, False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a name")
+    assert job() == "a name"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("MASTER_ADDR", "node")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert job() == f"node:29500 {os.getppid()}"

@@ -11,7 +11,6 @@ the second term is what the formula's two guards against division by zero amount
 """
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,15 +38,29 @@ class Scratch:
         return buffer[:size].view(shape)
 
 
-class Norm(Protocol):
-    """Divisors (G, W) for G images and W words."""
+class Norm:
+    """Divisors (G, W) for G images and W words.
 
-    def weigh(self, words: Tensor) -> Tensor: ...
+    leaves: what they are differentiated in besides the arguments. totals: for the caller to add up the gradients in the
+    leaves over all tiles.
+    """
 
-    def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor: ...
+    leaves: tuple[Tensor, ...] = ()
+    totals: tuple[Tensor, ...] = ()
+
+    def weigh(self, words: Tensor) -> Tensor:
+        """The words as the norm takes them."""
+        return words
+
+    def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def gradient(self) -> Tensor | None:
+        """Gradient in K, or in its diagonal, of all calls that were differentiated so far."""
+        return None
 
 
-class FactorNorm:
+class FactorNorm(Norm):
     """||x F^T||, exact. A triangular F halves the products."""
 
     def __init__(self, factor: Tensor, triangular: bool):
@@ -55,9 +68,6 @@ class FactorNorm:
         step = BLOCK if triangular else len(factor)
         self.blocks = [factor[i : i + step, i * triangular :].clone().T for i in range(0, len(factor), step)]
         self.scratch = Scratch()
-
-    def weigh(self, words: Tensor) -> Tensor:
-        return words
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         x, guard = _correspond(attention, regions, weights, self.scratch)
@@ -69,7 +79,7 @@ class FactorNorm:
         return norms.square_().sum(dim=0).sqrt().view(attention.shape[:2]) + guard
 
 
-class DiagonalNorm:
+class DiagonalNorm(Norm):
     """sqrt(sum_j K_jj x_j^2): D instead of D^2 multiply-adds, for `--gate diagonal` and as a coarse score."""
 
     def __init__(self, dependency: Tensor):
@@ -85,39 +95,26 @@ class DiagonalNorm:
         return _norms(x).view(attention.shape[:2]) + guard
 
 
-def differentiable_norm(gram: Tensor | None, dtype: torch.dtype) -> "GramNorm | DiagonalGramNorm | ContextNorm":
+def differentiable_norm(gram: Tensor | None, dtype: torch.dtype) -> Norm:
     """The norm with gradients: by K (D, D), by its diagonal (D,) alone, or without K the norm of the context."""
     if gram is None:
         return ContextNorm()
     return (GramNorm if gram.ndim == 2 else DiagonalGramNorm)(gram, dtype)
 
 
-class ContextNorm:
+class ContextNorm(Norm):
     """||A V|| + 1e-8, which makes a word's score its cosine with its context: no dependencies (`independent`)."""
-
-    leaves = totals = ()
-
-    def weigh(self, words: Tensor) -> Tensor:
-        return words
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         return _norms(torch.bmm(attention, regions)) + EPSILON
 
-    def gradient(self) -> None:
-        return None
 
-
-class DiagonalGramNorm:
-    """sqrt(sum_j k_j x_j^2) with gradients, for the diagonal k (D,) of K. k is a leaf; the caller sums its gradients of
-    all
-    tiles into `totals`."""
+class DiagonalGramNorm(Norm):
+    """sqrt(sum_j k_j x_j^2) with gradients, for the diagonal k (D,) of K, a leaf."""
 
     def __init__(self, diagonal: Tensor, dtype: torch.dtype):
         self.leaves = (diagonal.detach().to(dtype).requires_grad_(),)
         self.totals = (torch.zeros_like(diagonal),)
-
-    def weigh(self, words: Tensor) -> Tensor:
-        return words
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         context = torch.bmm(attention, regions)
@@ -126,32 +123,25 @@ class DiagonalGramNorm:
         return squares.clamp(min=1e-30).sqrt() + _guard(context)
 
     def gradient(self) -> Tensor:
-        """The sum (D,) of all gradients in k."""
         return self.totals[0]
 
 
-class GramNorm:
+class GramNorm(Norm):
     """sqrt((x K) . x) with gradients: in x a multiple of x K, which the forward pass has computed; in K, x^T x.
 
     K's gradient is summed over all calls; `gradient()` returns it after the backward passes. Each call must be
     differentiated before the next one, which reuses its buffers.
     """
 
-    leaves = totals = ()
-
     def __init__(self, gram: Tensor, dtype: torch.dtype):
         self.gram = gram.to(dtype)
         self.upper = torch.zeros_like(gram)  # blocks on and above the diagonal
         self.scratch = Scratch()
 
-    def weigh(self, words: Tensor) -> Tensor:
-        return words
-
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         return _GramNorm.apply(attention, regions, weights, self)
 
     def gradient(self) -> Tensor:
-        """Gradient (D, D) in K of all calls that were differentiated so far."""
         return 0.5 * (self.upper.triu() + self.upper.triu(1).T)
 
 

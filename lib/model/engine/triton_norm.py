@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lib.model.engine.norms import FactorNorm
+from lib.model.engine.norms import FactorNorm, Norm
 from lib.model.layers import EPSILON
 
 # Words of a program, rows of the factor and dimensions at a time; for float32, which takes twice the space, fewer.
@@ -25,15 +25,12 @@ BLOCKS = {
 LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 
-class TritonNorm:
+class TritonNorm(Norm):
     """||x F^T|| in bfloat16 or TF32 products; see FactorNorm, whose place it takes."""
 
     def __init__(self, factor: Tensor, triangular: bool):
         """factor: F (D, D) with F^T F = D^T D. triangular: F is zero below its diagonal."""
         self.factor, self.triangular = factor.contiguous(), triangular
-
-    def weigh(self, words: Tensor) -> Tensor:
-        return words
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         images, words, count = attention.shape

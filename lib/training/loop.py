@@ -1,0 +1,351 @@
+"""Training, from top to bottom in the order things happen."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+
+from lib import collectives, distributed
+from lib.checkpoints.native import BEST, LAST, build_model, new_model
+from lib.checkpoints.record import RECORD, begin_record, describe_data
+from lib.cli import InputError, Interrupted, reason, with_bar
+from lib.config import TrainSettings
+from lib.data.batches import Batch, EpochBatches, loader, on_device
+from lib.data.dataset import Split, open_split
+from lib.data.features import DeviceFeatures
+from lib.data.tokenizer import TokenizedCaptions, Tokenizer
+from lib.evaluation import report
+from lib.evaluation.evaluate import measure_split
+from lib.losses import Loss, loss_of_epoch
+from lib.model.engine import PlainEngine, TiledEngine
+from lib.model.registry import parse_part
+from lib.model.shard import Shard
+from lib.model.xdim import Embedded, XDim
+from lib.runtime import Compute, choose_compute, seed_everything
+from lib.training.log import RunLog, StepFigures
+from lib.training.optim import build_optimizer, restore_optimizer, set_learning_rate
+from lib.training.resume import (
+    Origin,
+    all_random_states,
+    earlier_sessions,
+    refuse_changed_data,
+    refuse_disagreement,
+    refuse_used_folder,
+    restore_own_random_state,
+    seed_process,
+)
+from lib.training.run_folder import Progress, RunFolder, command_to_resume
+from lib.training.signals import EndNow, Signals
+
+
+@dataclass
+class Run:
+    """The state of a training."""
+
+    settings: TrainSettings
+    compute: Compute
+    model: XDim
+    tokenizer: Tokenizer
+    batch_loss: nn.Module  # BatchLoss of the model, shared by the job's processes
+    optimizer: torch.optim.Optimizer
+    train: Split
+    train_captions: TokenizedCaptions
+    dev: Split
+    dev_captions: TokenizedCaptions
+    resident: DeviceFeatures | None  # train's features, where they are kept on the device
+    record: dict  # run.json, but for what changes in training
+    progress: Progress
+    folder: RunFolder
+    log: RunLog
+    figures: StepFigures
+    signals: Signals = field(default_factory=Signals)
+
+
+def train(settings: TrainSettings, origin: Origin | None = None) -> None:
+    """Train, evaluate on dev after each epoch, keep checkpoints from which the run can be resumed to the bit.
+
+    origin: the checkpoint to start from. Raises InputError for wrong settings or files, TrainingStopped where the loss
+    is not finite or nothing can be saved, Interrupted where a signal has ended the run.
+    """
+    compute = choose_compute(settings.device, settings.precision)
+    with distributed.joined(compute.device):
+        run = prepare(settings, compute, origin)
+        with run.folder, run.log, run.signals:
+            introduce(run, origin)
+            while run.progress.epoch < settings.num_epochs:
+                train_epoch(run)
+                evaluate_on_dev(run)
+                save(run)
+            if run.progress.best_epoch:
+                best = f"{run.progress.best_rsum:.1f} after epoch {run.progress.best_epoch}"
+                run.log.say(f"best dev rSum {best}: {run.folder.path / BEST}")
+
+
+def train_epoch(run: Run) -> None:
+    """One pass over all pairs, or over those that are left of the current epoch."""
+    settings, progress = run.settings, run.progress
+    rate = set_learning_rate(run.optimizer, progress.epoch, settings.learning_rate, settings.lr_update)
+    loss_function = loss_of(settings, progress.epoch)
+    run.model.train()
+    since, step_then = time.perf_counter(), progress.step
+    for batch in batches_left(run):
+        figures = train_step(run, batch, loss_function)
+        progress.step += 1
+        progress.batch += 1
+        run.figures.add(progress.step, figures)
+        if progress.step % settings.log_step == 0:
+            loss, gradient_norm, spread = run.figures.read()
+            now = time.perf_counter()
+            speed = settings.batch_size * (progress.step - step_then) / (now - since)
+            since, step_then = now, progress.step
+            run.log.say(
+                f"epoch {progress.epoch + 1} step {progress.step} loss {loss:.4f} gradient {gradient_norm:.2f} "
+                f"rate {rate:.1e} {speed:.0f} pairs/s"
+            )
+            scalars = {"loss": loss, "gradient_norm": gradient_norm, "spread": spread, "pairs_per_second": speed}
+            run.log.scalars(progress.step, "train", scalars)
+            rates = [group["lr"] for group in run.optimizer.param_groups]
+            run.log.scalars(progress.step, "rate", dict(zip(("learning", "bert"), rates, strict=True)))
+            run.log.scalars(progress.step, "gate", run.model.similarity.figures())
+        if run.signals.agree() or (settings.save_steps and progress.step % settings.save_steps == 0):
+            save(run)
+    run.figures.read()
+
+
+def batches_left(run: Run) -> Iterator[Batch]:
+    """This process's part of each batch that is left of the epoch, on the device but for counts and lengths."""
+    settings, progress = run.settings, run.progress
+    part = collectives.divide(settings.batch_size, distributed.world_size())[distributed.rank()]
+    batches = EpochBatches(
+        run.train,
+        run.train_captions,
+        run.tokenizer,
+        settings.batch_size,
+        settings.seed,
+        progress.epoch,
+        part=part,
+        half=run.compute.half_features,
+        indexed=run.resident is not None,
+    )
+    left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
+    return on_device(with_bar(left, f"epoch {progress.epoch + 1}"), run.compute.device, run.resident)
+
+
+def loss_of(settings: TrainSettings, epoch: int) -> Loss:
+    """The loss function of an epoch. Raises InputError for wrong options."""
+    warmup_epochs = 0 if settings.max_violation else settings.vse_mean_warmup_epochs
+    try:
+        return loss_of_epoch(parse_part("loss", settings.loss), epoch, warmup_epochs)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:
+    """Forward, loss, backward, clip, step. The device may still be computing when this returns.
+
+    Returns (3,) on the device: loss, global gradient norm before clipping, standard deviation of the scores or NaN.
+    """
+    distributed.heartbeat()
+    with run.compute.autocast():
+        loss, spread = run.batch_loss(batch, loss_function)
+    run.optimizer.zero_grad(set_to_none=True)
+    (loss * distributed.world_size()).backward()  # a process's gradients are one part of a sum, but DDP averages
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
+    run.optimizer.step()  # also where the loss is NaN: that is found before the next checkpoint is written
+    return torch.stack([loss.detach(), norm, spread])
+
+
+class BatchLoss(nn.Module):
+    """The loss of a whole batch, of which each process embeds its own pairs.
+
+    A process scores its own images against all captions. From the B x B scores of all processes each computes the same
+    loss.
+    """
+
+    def __init__(self, model: XDim, margin: float):
+        super().__init__()
+        self.model, self.margin = model, margin
+
+    def forward(self, batch: Batch, loss_function: Loss) -> tuple[Tensor, Tensor]:
+        """Returns the loss and the standard deviation of the scores, see batch_loss; the same on all processes."""
+        shard = collectives.shard(len(batch.lengths))
+        images = batch.images.to(torch.get_default_dtype())
+        embedded = self.model.embed(images, batch.counts, batch.ids, batch.lengths, shard)
+        return batch_loss(self.model.engine, embedded, loss_function, self.margin, shard)
+
+
+def batch_loss(
+    engine: TiledEngine | PlainEngine,
+    embedded: Embedded,
+    loss_function: Loss,
+    margin: float,
+    shard: Shard | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, computed with the least scoring and differentiating; the scores' standard deviation.
+
+    The latter is NaN for a pairwise loss (lib/losses.py), for which the scores are never held all at once.
+    """
+    shard = shard or Shard(len(embedded.lengths))
+    if pairwise := getattr(loss_function, "pairwise", None):
+        loss = engine.sum_over_negatives(partial(pairwise, margin=margin), *embedded, shard=shard)
+        return loss, torch.full_like(loss, math.nan)
+    scores = shard.gather_outputs(engine(*embedded), shard.sizes)
+    return loss_function(scores, margin), scores.detach().std()
+
+
+def average_gradients(batch_loss: BatchLoss) -> nn.Module:
+    """The same, but each backward pass averages the gradients over the job's processes.
+
+    DistributedDataParallel rebuilds its buckets after the first step, which changes the order of additions; a resumed
+    run would differ in the last bits. With find_unused_parameters (there are none) it keeps the first buckets.
+    """
+    if distributed.world_size() == 1:
+        return batch_loss
+    return DistributedDataParallel(batch_loss, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+def evaluate_on_dev(run: Run) -> None:
+    """Recall on the whole of dev ends the epoch; the best rSum so far selects the model."""
+    progress, settings = run.progress, run.settings
+    try:
+        with run.signals.at_once():
+            dev = (run.dev, run.dev_captions, settings.batch_size, settings.workers)
+            metrics = measure_split(run.model, run.tokenizer, run.compute, *dev)
+    except EndNow:
+        save(run)  # raises Interrupted; the resumed run evaluates
+    progress.end_epoch({name: metrics[name] for name in ("rsum", "i2t", "t2i")})
+    best = " (best)" if progress.is_best else ""
+    run.log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{best}")
+    recalls = {f"{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
+    run.log.scalars(progress.step, "dev", {"rsum": metrics["rsum"], **recalls})
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint that holds the whole state of training. Raises Interrupted, then, where a signal has come."""
+    run.figures.read()  # raises where the loss is NaN
+    random_state = all_random_states(run.compute.device)  # of all processes
+    run.folder.save({**state_of(run), "random_state": random_state}, run.progress)
+    if signal := run.signals.agree():
+        resume = command_to_resume(run.folder.path)
+        raise Interrupted(f"{signal.name}: saved after step {run.progress.step}; continue with: {resume}", signal)
+
+
+def state_of(run: Run) -> dict:
+    """What a checkpoint holds, but for the random state."""
+    return {
+        "model": run.model.state_dict(),
+        "architecture": run.model.architecture,
+        "tokenizer": run.tokenizer.specification,
+        "settings": asdict(run.settings),
+        "progress": asdict(run.progress),
+        "optimizer": run.optimizer.state_dict(),
+        "versions": run.record["sessions"][-1]["versions"],
+        "data": run.record["data"],
+    }
+
+
+# Before the first step
+
+
+def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) -> Run:
+    """Open the data and build model and optimiser, fresh or as a checkpoint left them."""
+    progress = origin.progress if origin else Progress()
+    refuse_disagreement(settings, progress)
+    loss_of(settings, progress.epoch)  # refuses wrong options before anything is read
+    processes = distributed.world_size()
+    if settings.batch_size < processes:
+        raise InputError(f"--batch_size {settings.batch_size}: fewer pairs than the {processes} processes")
+    if origin is None:
+        refuse_used_folder(Path(settings.model_name))
+    train_split = open_split(settings.data_path, settings.data_name, "train", settings.img_dim)
+    dev_split = open_split(settings.data_path, settings.data_name, "dev", settings.img_dim)
+    pairs = len(train_split.captions)
+    if settings.batch_size > pairs:
+        raise InputError(f"--batch_size {settings.batch_size}: larger than the {pairs} pairs of train")
+    data = {split.name: describe_data(split) for split in (train_split, dev_split)}
+    if origin is not None:
+        refuse_changed_data(origin, data, settings.allow_changes)
+
+    seed_everything(settings.seed)
+    with distributed.local_main_first():  # the others find what the first one has fetched
+        if origin is None:
+            model, tokenizer, note = new_model(asdict(settings))
+            print(note)
+        else:
+            model, tokenizer = build_model(origin.content, settings.bert)
+    train_captions, dev_captions = tokenizer.tokenize(train_split.captions), tokenizer.tokenize(dev_split.captions)
+    seed_process(settings.seed, progress.step)
+    model.image_encoder.mask_padding |= train_split.features.varies
+    model.text_encoder.micro_batch = settings.micro_batch
+    model.use_engine(settings.engine)
+    model.to(compute.device, torch.get_default_dtype())
+    batch_loss = average_gradients(BatchLoss(model, settings.margin))
+    optimizer = build_optimizer(model, settings.learning_rate)
+    if origin is not None and origin.exact:
+        try:
+            restore_optimizer(optimizer, origin.content["optimizer"])
+            origin.notes += restore_own_random_state(origin.content["random_state"], compute.device)
+        except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
+            raise InputError(f"{origin.path}: its optimiser or random state does not fit ({reason(error)})") from None
+    if origin is not None:
+        origin.content = {}  # at full size gigabytes, which model and optimiser hold now
+
+    log = RunLog(Path(settings.model_name), Path(settings.logger_name), progress.step)
+    start = origin.path if origin else None
+    record = begin_record(asdict(settings), data, str(compute), start, progress.step, earlier_sessions(origin))
+    return Run(
+        settings,
+        compute,
+        model,
+        tokenizer,
+        batch_loss,
+        optimizer,
+        train_split,
+        train_captions,
+        dev_split,
+        dev_captions,
+        resident=DeviceFeatures(train_split.features, compute.device) if settings.device_features else None,
+        record=record,
+        progress=progress,
+        folder=RunFolder(Path(settings.model_name), settings.keep, log.say, record),
+        log=log,
+        figures=StepFigures(settings.margin, log, settings.model_name),
+    )
+
+
+def introduce(run: Run, origin: Origin | None) -> None:
+    """Say what is trained on what, from where, and where it is written; begin the record."""
+    settings, progress, features = run.settings, run.progress, run.train.features
+    counts = run.model.parameter_counts()
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    steps = len(run.train.captions) // settings.batch_size
+    lines = [
+        f"data        {run.train.folder}: train {len(features)} images, {len(run.train.captions)} captions; "
+        f"dev {len(run.dev.features)} images, {len(run.dev.captions)} captions",
+        f"parameters  {sum(counts.values()):,}: {parts}",
+        f"steps       {settings.num_epochs} epochs of {steps}, batches of {settings.batch_size} pairs",
+        f"device      {run.compute}",
+        f"written to  {settings.model_name} ({LAST}, {BEST}, {RECORD}, run.log), TensorBoard: {settings.logger_name}",
+        f"settings    {' '.join(f'{name}={value}' for name, value in asdict(settings).items())}",
+    ]
+    if features.varies:
+        regions = f"{features.counts.min()} to {features.regions} of an image; padding is masked (--mask_padding)"
+        lines.insert(1, f"regions     {regions}")
+    if origin:
+        lines += origin.notes
+    if origin and origin.exact:
+        done = f"{progress.step} steps done, {progress.batch} of them in epoch {progress.epoch + 1}"
+        lines.append(f"continues {origin.path}: {done}")
+    if progress.epoch >= settings.num_epochs:
+        lines.append(f"all {settings.num_epochs} epochs are done; a larger --num_epochs continues")
+    run.log.say("\n".join(lines))
+    in_place = origin is not None and origin.in_place
+    damaged = origin.damaged if in_place else {}
+    run.folder.begin(state_of(run), progress, origin.path if in_place else None, damaged)

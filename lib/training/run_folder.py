@@ -1,0 +1,186 @@
+"""A run's folder: checkpoints, record and lock. At every moment it holds the last sound checkpoint.
+
+step-00001234.pt         the whole state of training after step 1234; the newest --keep of them stay
+last.pt                  a second name (hard link, or a copy where there are none) of the newest
+model_best.safetensors   the weights of the best epoch on dev
+run.json                 how the run came about (lib/checkpoints/record.py)
+run.lock                 held while a process trains here
+"""
+
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lib import distributed
+from lib.checkpoints.native import BEST, LAST, OLD_BEST, find_checkpoint, verify, write_state, write_weights
+from lib.checkpoints.record import read_record, record_now, write_record
+from lib.cli import InputError, TrainingStopped
+from lib.files import TEMPORARY, replacing, sync_folder
+
+LOCK = "run.lock"
+OTHERS = (LAST, BEST, OLD_BEST)
+DAMAGED = ".damaged"  # ending given to a checkpoint that cannot be read
+WAITS = (5, 20, 60)  # seconds before each further attempt at a save
+
+
+@dataclass
+class Progress:
+    """Position in the schedule and metrics on dev so far: plain numbers that travel in checkpoints and in run.json."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the current epoch
+    step: int = 0  # finished steps of the whole run
+    best_rsum: float = -1.0
+    best_epoch: int = 0  # counted from 1; 0: none yet
+    history: list[dict] = field(default_factory=list)  # of each finished epoch: epoch, step, dev (its metrics)
+
+    def end_epoch(self, metrics: dict) -> None:
+        """Note the metrics on dev after the epoch's last batch."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.history.append({"epoch": self.epoch, "step": self.step, "dev": metrics})
+        if metrics["rsum"] > self.best_rsum:
+            self.best_rsum, self.best_epoch = metrics["rsum"], self.epoch
+
+    def forget_best(self) -> None:
+        """Let any later epoch be the best."""
+        self.best_rsum, self.best_epoch = Progress.best_rsum, Progress.best_epoch
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the epoch that has just ended is the best so far."""
+        return self.batch == 0 and 0 < self.best_epoch == self.epoch
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The numbered checkpoints, newest first."""
+    return sorted(folder.glob("step-*.pt"), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a numbered checkpoint's name; -1 if there is none."""
+    number = path.stem.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints that a run could resume from, newest first."""
+    return [path for path in (*step_files(folder), *(folder / name for name in OTHERS)) if path.is_file()]
+
+
+def command_to_resume(folder: Path) -> str:
+    """What to type to continue a run."""
+    return f"python train.py --resume {shlex.quote(str(folder))}"
+
+
+def trained_last_by_this_job(folder: Path) -> bool:
+    """Whether the run's last session was this job's, before torchrun restarted its processes."""
+    try:
+        return (read_record(folder) or {})["sessions"][-1]["job"] == distributed.job()
+    except (InputError, LookupError, TypeError):
+        return False
+
+
+class RunFolder:
+    """The folder that a run writes to. The job's first process alone writes; on the others all methods do nothing."""
+
+    def __init__(self, path: Path, keep: int, say: Callable[[str], None], record: dict):
+        """keep: step files that stay. say: prints a warning. record: run.json but for what changes in training."""
+        self.path, self.keep, self._say, self._record = path, keep, say, record
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> "RunFolder":
+        """Raises InputError where another process is training there, or the folder cannot be written."""
+        if distributed.is_first():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = FileLock(self.path / LOCK)
+                self._lock.acquire(blocking=False)  # released with the process, however it ends
+            except Timeout:
+                raise InputError(f"--model_name {self.path}: another process is training there") from None
+            except OSError as error:
+                raise InputError(f"--model_name {self.path}: cannot be written ({error.strerror or error})") from None
+            for path in self.path.glob(f"*{TEMPORARY}"):  # left by a kill
+                path.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock:
+            self._lock.release()
+
+    def begin(self, state: dict, progress: Progress, resumed: Path | None, damaged: dict[Path, str]) -> None:
+        """Repair what a kill may have left, and write the first record.
+
+        state: of training, as in `save`. resumed: this folder's checkpoint that the run continues from, if any.
+        damaged: checkpoints that cannot be read: renamed, so that they are neither counted nor taken for the newest.
+        """
+        if not distributed.is_first():
+            return
+        for path in damaged:
+            with suppress(FileNotFoundError):
+                path.replace(path.with_name(path.name + DAMAGED))
+        if resumed and step_of(resumed) > 0:  # a kill may have come before the files that follow a step file
+            self._write_after(resumed, state, progress)
+        if progress.best_epoch:
+            try:
+                verify(find_checkpoint(str(self.path)))
+            except InputError as error:
+                self._say(f"warning: {error}; the best epoch, {progress.best_epoch}, is lost and counts anew")
+                progress.forget_best()
+        write_record(self.path, record_now(self._record, asdict(progress)))
+
+    def save(self, state: dict, progress: Progress) -> None:
+        """Write checkpoint and record, trying again for a while. Raises TrainingStopped where it stays impossible."""
+        if not distributed.is_first():
+            return
+        for wait in (*WAITS, None):
+            try:
+                if not self.path.is_dir():
+                    self._say(f"warning: {self.path} has been deleted and is made again")
+                return self._write(state, progress)
+            except InputError as error:
+                if wait is None:
+                    raise TrainingStopped(f"{error}; {self._advice()}") from None
+                self._say(f"warning: {error}; trying again in {wait} seconds")
+                time.sleep(wait)
+
+    def _write(self, state: dict, progress: Progress) -> None:
+        newest = self.path / f"step-{progress.step:08d}.pt"
+        write_state(newest, state)
+        self._write_after(newest, state, progress)
+        for path in step_files(self.path)[self.keep :]:
+            path.unlink(missing_ok=True)
+        write_record(self.path, record_now(self._record, asdict(progress)))
+
+    def _write_after(self, newest: Path, state: dict, progress: Progress) -> None:
+        """What a step file entails."""
+        if progress.is_best:
+            write_weights(self.path / BEST, state)
+        _link(newest, self.path / LAST)
+
+    def _advice(self) -> str:
+        left = checkpoints(self.path)
+        if not left:
+            return f"no checkpoint has been written; repair that and start again with --model_name {self.path}"
+        return f"{left[0]} is intact: repair that, then continue with: {command_to_resume(self.path)}"
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name in place of what had that name; a copy where there are no hard links."""
+    link = name.with_name(f"{name.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        os.link(file, link)
+        os.replace(link, name)
+    except OSError:
+        with suppress(OSError):
+            link.unlink()
+        with open(file, "rb") as source, replacing(name) as copy:
+            shutil.copyfileobj(source, copy, 2**24)
+    else:
+        sync_folder(name.parent)

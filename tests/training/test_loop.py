@@ -1,0 +1,200 @@
+"""A training as a whole, through train.py."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from lib.checkpoints.native import read_checkpoint
+from lib.checkpoints.record import read_record
+from lib.config import TrainSettings, parse
+from lib.data.dataset import open_split
+from lib.prepare.__main__ import main as prepare
+from lib.runtime import versions
+from lib.training import log, loop
+from lib.training.log import COLLAPSED_STEPS, RunLog, StepFigures
+from tests.conftest import GOLDEN, bert_without_dropout
+
+STEPS = 15  # of an epoch of the tiny data set
+
+
+def run(flags, folder, *more) -> dict[int, float]:
+    """Train; returns the losses as printed, by step."""
+    assert train.main([*flags, "--model_name", str(folder), "--log_step", "1", *more]) == 0
+    losses = re.findall(r"step (\d+) loss ([\d.]+)", (folder / "run.log").read_text())
+    return {int(step): float(loss) for step, loss in losses}
+
+
+def weights(folder):
+    return read_checkpoint(folder / "last.pt")["model"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# What it computes
+
+
+def test_the_loss_curve_is_the_committed_one(tiny_flags, tmp_path):
+    """Any change to model, loss, recipe, order or augmentation shows here; tests/golden/README.md says how to renew it.
+
+    Without dropout, whose random numbers differ between processors.
+    """
+    losses = run(tiny_flags, tmp_path / "run", "--num_epochs", "2", "--bert", bert_without_dropout(tmp_path))
+    curve = json.loads((GOLDEN / "loss_curve.json").read_text())
+    assert list(losses.values()) == pytest.approx(curve, rel=1e-4)
+
+
+def test_a_short_training_on_the_embedded_scenes_reaches_three_times_chance(tmp_path):
+    vocabulary = str(tmp_path / "vocab")
+    assert prepare(["scenes", "--data_path", str(tmp_path), "--vocab", vocabulary, "--images", "1000"]) in (None, 0)
+    flags = ["--data_path", str(tmp_path), "--data_name", "scenes_precomp", "--img_dim", "414", "--device", "cpu"]
+    flags += ["--bert", vocabulary, "--embed_size", "64", "--batch_size", "32", "--workers", "0"]
+    flags += ["--num_epochs", "1", "--learning_rate", "0.002", "--vse_mean_warmup_epochs", "1"]
+    run(flags, tmp_path / "run")
+    dev = read_record(tmp_path / "run")["data"]["dev"]["images"]
+    chance = 2 * (1 + 5 + 10) * 100 / dev  # R@1, R@5 and R@10 in both directions, about
+    assert read_record(tmp_path / "run")["history"][0]["dev"]["rsum"] > 3 * chance
+
+
+def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(tiny_flags, tmp_path):
+    one, two = run(tiny_flags, tmp_path / "one"), run(tiny_flags, tmp_path / "two", "--workers", "2")
+    assert len(one) == STEPS
+    assert one == two
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert run(tiny_flags, tmp_path / "three", "--seed", "1") != one
+
+
+def test_float16_features_train_like_float32_ones_and_on_the_device_like_in_the_file(make_data, tiny_flags, tmp_path):
+    losses = {}
+    for name, dtype, more in (("whole", np.float32, []), ("half", np.float16, []), ("device", np.float32, DEVICE)):
+        make_data(tmp_path / name / "tiny_precomp", dtype=dtype)
+        losses[name] = run([*tiny_flags, "--data_path", str(tmp_path / name)], tmp_path / f"run-{name}", *more)
+    assert list(losses["half"].values()) == pytest.approx(list(losses["whole"].values()), rel=1e-2)
+    assert losses["half"] != losses["whole"]
+    assert_same(weights(tmp_path / "run-half"), weights(tmp_path / "run-device"))
+
+
+DEVICE = ["--device_features", "--workers", "2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ["hinge_all", "hinge", "hinge"]),
+        (["--max_violation"], ["hinge"] * 3),
+        (["--vse_mean_warmup_epochs", "2"], ["hinge_all", "hinge_all", "hinge"]),
+        (["--loss", "ramped"], ["ramped"] * 3),
+    ],
+)
+def test_the_hardest_negatives_take_over_after_the_warmup(flags, expected):
+    settings = parse(TrainSettings, "", flags)
+    assert [loop.loss_of(settings, epoch).__name__ for epoch in range(3)] == expected
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_clipping_bounds_the_norm_over_all_parameters_and_zero_switches_it_off(tiny_flags, tmp_path, monkeypatch, clip):
+    norms = []
+
+    def spy(optimizer, *args, step=torch.optim.AdamW.step):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run(tiny_flags, tmp_path / "run", "--grad_clip", str(clip))
+    printed = re.findall(r"gradient ([\d.]+)", (tmp_path / "run" / "run.log").read_text())
+    expected = [clip] * STEPS if clip else [float(norm) for norm in printed]
+    assert norms == pytest.approx(expected, rel=1e-3, abs=0.0 if clip else 0.01)
+
+
+# What it writes
+
+
+def test_a_run_folder_holds_checkpoints_record_log_and_tensorboard_files(trained_run, tiny_data):
+    names = {path.name for path in trained_run.iterdir() if not path.name.startswith("events.")}
+    assert names == {"last.pt", "model_best.safetensors", "step-00000015.pt", "run.json", "run.log", "run.lock"}
+    content = torch.load(trained_run / "last.pt", weights_only=True)  # of plain types
+    progress = content["progress"]
+    assert (progress["epoch"], progress["batch"], progress["step"]) == (1, 0, STEPS)
+    record, split = read_record(trained_run), open_split(*tiny_data, "train", 16)
+    assert record["settings"]["batch_size"] == content["settings"]["batch_size"] == 8
+    about = {"folder": str(split.folder), "images": 24, "captions": 120, "fingerprint": split.fingerprint()}
+    assert record["data"]["train"] == content["data"]["train"] == about
+    assert set(record["data"]) == {"train", "dev"}
+    assert record["sessions"][0]["versions"] == versions()
+    rsum = record["history"][0]["dev"]["rsum"]
+    assert record["chosen"] == {"split": "dev", "epoch": 1, "rsum": rsum, "checkpoint": "model_best.safetensors"}
+    text = (trained_run / "run.log").read_text()
+    assert "1 epochs of 15, batches of 8 pairs" in text
+    assert f"rSum {rsum:.1f} (best)" in text
+
+
+def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
+    events = EventAccumulator(str(trained_run))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        *("train/loss", "train/gradient_norm", "train/pairs_per_second", "rate/learning", "rate/bert"),
+        *("gate/sparsity", "gate/open_rows", "gate/closed_rows", "gate/partners", "gate/sharpness", "gate/threshold"),
+        *("gate/temperature", "dev/rsum"),
+        *(f"dev/{way}_{recall}" for way in ("i2t", "t2i") for recall in ("r1", "r5", "r10")),
+    }
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15]
+    assert events.Scalars("rate/bert")[0].value == pytest.approx(5e-5)
+
+
+def test_training_needs_no_test_split(tiny_flags, make_data, tmp_path):
+    make_data(tmp_path / "some_precomp", images={"train": 24, "dev": 10})
+    run([*tiny_flags, "--data_path", str(tmp_path), "--data_name", "some_precomp"], tmp_path / "run")
+
+
+# When it goes wrong
+
+
+@pytest.mark.parametrize(("step", "saved"), [(1, []), (3, []), (12, [4, 8]), (15, [4, 8, 12])])
+def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_saved_from_its_step_on(
+    tiny_flags, tmp_path, monkeypatch, capsys, step, saved
+):
+    """Figures are read some steps late, but before anything is saved."""
+    train_step = loop.train_step
+
+    def failing(run, *args):
+        figures = train_step(run, *args)
+        return figures * float("nan") if run.progress.step + 1 == step else figures
+
+    monkeypatch.setattr(loop, "train_step", failing)
+    folder = tmp_path / "run"
+    flags = ["--model_name", str(folder), "--save_steps", "4", "--log_step", "99", "--keep", "99"]
+    assert train.main([*tiny_flags, *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: step {step}: the loss is nan, the gradient norm nan; ")
+    assert "--learning_rate" in error
+    assert sorted(folder.glob("step-*.pt")) == [folder / f"step-{done:08d}.pt" for done in saved]
+
+
+def test_an_infinite_gradient_of_a_finite_loss_stops_it_too(tmp_path):
+    figures = StepFigures(0.2, RunLog(tmp_path, tmp_path, 0), "run")
+    figures.add(7, torch.tensor([1.0, float("inf"), 0.5]))
+    with pytest.raises(log.TrainingStopped, match=r"step 7: the loss is 1\.0, the gradient norm inf"):
+        figures.read()
+
+
+@pytest.mark.parametrize(("spreads", "warnings"), [([0.019], 1), ([0.021], 0), ([0.019, float("nan")], 0)])
+def test_scores_that_stay_equal_are_reported_once_with_what_to_do(tmp_path, capsys, spreads, warnings):
+    """NaN: the step did not compute all scores."""
+    figures = StepFigures(0.2, RunLog(tmp_path, tmp_path, 0), "run")
+    for step in range(2 * COLLAPSED_STEPS):
+        figures.add(step, torch.tensor([1.0, 1.0, spreads[step % len(spreads)]]))
+    figures.read()
+    out = capsys.readouterr().out
+    assert out.count("the scores have collapsed to one value") == out.count("--loss ramped") == warnings
+
+
+def test_scripts_of_the_family_may_pass_precomp_enc_type_basic(tiny_flags, tmp_path):
+    run(tiny_flags, tmp_path / "run", "--precomp_enc_type", "basic")
