@@ -46,14 +46,14 @@ def has_weights(folder: str) -> bool:
 
 
 def build_backbone(config: dict) -> PreTrainedModel:
-    """A language model of random weights, in float32. Raises ValueError where its kind is unknown."""
+    """A language model of random weights, of the default dtype. Raises ValueError where its kind is unknown."""
     settings = AutoConfig.for_model(**config)
     make, options = _model_class(settings)
-    return _without_head(make._from_config(settings, dtype=torch.float32, **options))
+    return _without_head(make._from_config(settings, dtype=torch.get_default_dtype(), **options))
 
 
 def load_backbone(name: str) -> PreTrainedModel:
-    """A pretrained language model in float32, from a folder or by its name on the Hugging Face hub.
+    """A pretrained language model of the default dtype, from a folder or by its name on the Hugging Face hub.
 
     Raises OSError or ValueError, as transformers does, and ValueError where weights are missing in the file.
     """
@@ -62,7 +62,7 @@ def load_backbone(name: str) -> PreTrainedModel:
     model, loaded = make.from_pretrained(
         name,
         config=settings,
-        dtype=torch.float32,
+        dtype=torch.get_default_dtype(),
         local_files_only=os.path.isdir(name),
         output_loading_info=True,
         **options,
