@@ -103,7 +103,7 @@ def _train(run: Run, flags: Sequence[str]) -> bool:
 
 def _evaluate(folder: Path, split_name: str) -> Outcome:
     """The outcome of a run's best checkpoint, whose scores are kept beside it."""
-    trained, scores = read_record(folder)["settings"], folder / f"{split_name}_sims.npy"
+    trained, scores = (read_record(folder) or {})["settings"], folder / f"{split_name}_sims.npy"
     if not scores.is_file() or scores.stat().st_mtime < (folder / BEST).stat().st_mtime:
         same = {name: trained[name] for name in ("batch_size", "workers", "device", "precision")}
         evaluate(EvaluationSettings(checkpoint=(str(folder),), split=split_name, save_sims=str(scores), **same))
@@ -162,7 +162,7 @@ def _write_curves(path: Path, runs: Iterable[Run]) -> None:
     rows = csv.writer(text)
     rows.writerow(["variant", "seed", "epoch", "step", "dev_rsum"])
     for run in runs:
-        for epoch in read_record(run.folder)["history"]:
+        for epoch in (read_record(run.folder) or {})["history"]:
             rows.writerow([run.variant, run.seed, epoch["epoch"], epoch["step"], epoch["dev"]["rsum"]])
     with replacing(path) as file:
         file.write(text.getvalue().encode())

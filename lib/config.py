@@ -147,7 +147,7 @@ class ScoringSettings(ComputeSettings):
 
 
 @dataclass
-class SplitSettings(Settings):
+class SplitSettings(ScoringSettings):
     """split"""
 
     split: str = flag("test", "split to evaluate: dev, test, testall, train")
@@ -188,7 +188,7 @@ class EvaluationSettings(SplitSettings, CheckpointSettings):
 
 
 @dataclass
-class CompareSettings(SplitSettings, ScoringSettings):
+class CompareSettings(SplitSettings):
     """what is compared"""
 
     a: str = flag("", "checkpoint, run folder or saved scores (.npy)", positional=True)

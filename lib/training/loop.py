@@ -346,6 +346,5 @@ def introduce(run: Run, origin: Origin | None) -> None:
     if progress.epoch >= settings.num_epochs:
         lines.append(f"all {settings.num_epochs} epochs are done; a larger --num_epochs continues")
     run.log.say("\n".join(lines))
-    in_place = origin is not None and origin.in_place
-    damaged = origin.damaged if in_place else {}
-    run.folder.begin(state_of(run), progress, origin.path if in_place else None, damaged)
+    here = origin if origin and origin.in_place else None
+    run.folder.begin(state_of(run), progress, here.path if here else None, here.damaged if here else {})
