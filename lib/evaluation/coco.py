@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lib.cli import InputError, reason, with_bar
+from lib.cli import InputError, refusing, with_bar
 from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, read_ids
 from lib.evaluation import report
 from lib.evaluation.metrics import FOLDS, RECALLS, WAYS, bootstrap_means, interval
@@ -37,7 +37,6 @@ RECALL_METRICS = (*RECALLS, "avg")
 RANKING_METRICS = ("map_at_r", "r_precision", "r1")
 QUERIES_AT_ONCE = 256
 NOT_EMBEDDED = "saved scores do not say how images compare with images, or captions with captions"
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error)
 
 Numbers = dict[int, int]  # COCO's id -> number in the split
 Vectors = tuple[Tensor, Tensor]  # unit vectors of images (I, D) and captions (C, D)
@@ -122,18 +121,16 @@ def open_coco(split: Split) -> Coco:
 def tables(rows: dict[str, dict], intra: dict[str, dict], note: str) -> str:
     """Tables of recalls, of whole rankings and of images among images, with names of rows if there are several."""
     prefixes = {row: f"{row}: " if len(rows) > 1 else "" for row in rows}
-    made = []
-    for columns in (RECALL_METRICS, RANKING_METRICS):
-        lines = []
-        for row, protocols in rows.items():
-            for name, metrics in protocols.items():
-                if ("avg" in metrics["i2t"]) == (columns is RECALL_METRICS):
-                    lines += report.with_interval(prefixes[row] + name, metrics)
-        made.append(report.table(lines, columns))
+    lines = {RECALL_METRICS: [], RANKING_METRICS: []}
+    for row, protocols in rows.items():
+        for name, metrics in protocols.items():
+            columns = RECALL_METRICS if "avg" in metrics["i2t"] else RANKING_METRICS
+            lines[columns] += report.with_interval(prefixes[row] + name, metrics)
+    made = [report.table(some, columns) for columns, some in lines.items()]
     if intra:
         name = "CxC" if len(rows) > 1 else "CxC, pooled cosine"
-        lines = [line for row, one in intra.items() for line in report.with_interval(prefixes[row] + name, one)]
-        made.append(report.table(lines, RECALL_METRICS, ("i2i", "t2t")))
+        some = [line for row, one in intra.items() for line in report.with_interval(prefixes[row] + name, one)]
+        made.append(report.table(some, RECALL_METRICS, ("i2i", "t2t")))
     return "\n\n".join([*made, note])
 
 
@@ -168,31 +165,26 @@ def _protocol(name: str, metrics: tuple[str, ...], pairs: dict, images: Numbers,
 
 
 def _plausible(folder: Path, package: Any, images: Numbers, captions: Numbers) -> Protocol:
-    try:
+    with refusing(f"{folder}: {' or '.join(PLAUSIBLE)} is damaged, or not of COCO's testall"):
         package.set_pm_gts(*(str(folder / name) for name in PLAUSIBLE))
         if not all(pairs and all(pairs.values()) for pairs in package.pm_gts.values()):
             raise ValueError("a query without an answer, or no query")
         return _protocol("PMRP", ONLY_R_PRECISION, package.pm_gts, images, captions)
-    except DAMAGED as error:
-        what = f"{' or '.join(PLAUSIBLE)} is damaged, or not of COCO's testall ({reason(error)})"
-        raise InputError(f"{folder}: {what}") from None
 
 
 def _read_intra(path: Path, numbers: Numbers, split: Split) -> dict[int, np.ndarray]:
     """Right answers among images, or among captions, of either form of CxC's files. Raises InputError if damaged."""
     right = defaultdict(set)
-    try:
+    with refusing(f"{path}: damaged, or not CxC's"):
         for query, answer in _rated_right(path):
             if query in numbers and answer in numbers and query != answer:
                 right[numbers[query]].add(numbers[answer])
-    except DAMAGED as error:
-        raise InputError(f"{path}: damaged, or not CxC's ({reason(error)})") from None
     if not right:
         raise InputError(f"{path}: none of its pairs is of this split")
     if path.name == INTRA["t2t"][1]:  # the captions of one image fit each other, however people rated them
         for caption in range(len(split.captions)):
             first = caption - caption % CAPTIONS_PER_IMAGE
-            right[caption].update({*range(first, first + CAPTIONS_PER_IMAGE)} - {caption})
+            right[caption] |= {*range(first, first + CAPTIONS_PER_IMAGE)} - {caption}
     return {query: np.array(sorted(right[query])) for query in sorted(right)}
 
 
@@ -204,8 +196,7 @@ def _rated_right(path: Path) -> Iterator[tuple[int, int]]:
         return
     with open(path, encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
-        if next(rows, None) is None:
-            raise ValueError("it is empty")
+        next(rows, None)  # column names
         for one, other, rating, _ in rows:
             if float(rating) >= RATED_RIGHT:
                 a, b = (int(re.findall(r"\d+", name)[-1]) for name in (one, other))

@@ -30,7 +30,7 @@ def compare(settings: CompareSettings) -> dict:
                 ranks.append(metrics.rank_parts(scores, split.image_of_caption, job.parts))
         with clock("protocols"):
             draws = [metrics.bootstrap_parts(one, job.parts, split.image_of_caption) for one in ranks]
-            a, b = map(metrics.metrics_of_parts, ranks)
+            a, b = map(metrics.metrics_of_parts, ranks, draws)
             results = {
                 **job.describe_split(),
                 **{"a": a, "b": b, "difference": _differences(a, b, *draws)},

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from lib import distributed
-from lib.cli import InputError, reason
+from lib.cli import InputError, refusing
 from lib.config import SAVED_SCORES, EvaluationSettings, ScoringSettings
 from lib.data.dataset import Split, open_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
@@ -62,7 +62,7 @@ def evaluate(settings: EvaluationSettings) -> dict:
             rows = {}
             for row, of_parts in ranks.items():
                 draws = metrics.bootstrap_parts(of_parts, job.parts, split.image_of_caption)
-                rows[row] = metrics.with_intervals(metrics.metrics_of_parts(of_parts), draws)
+                rows[row] = metrics.metrics_of_parts(of_parts, draws)
             beyond = fits.results(queries, [source.pooled for source in sources]) if fits else None
         *singles, last = rows
         results = {
@@ -118,9 +118,6 @@ class Clock(dict):
         return ", ".join(f"{name.removesuffix('_s')} {seconds:.1f}" for name, seconds in self.items())
 
 
-# What gives scores
-
-
 class Source:
     """A checkpoint, or a .npy file of scores (images, captions) as --save_sims writes it. Raises InputError."""
 
@@ -134,12 +131,10 @@ class Source:
             self.content = self.matcher.content
             self.name = _name_model(self.content["architecture"])
             return
-        try:
+        with refusing(f"{given}: no readable matrix of scores"):
             self.saved = np.load(given, mmap_mode="r", allow_pickle=False)
             if self.saved.ndim != 2 or self.saved.dtype.kind != "f":
                 raise ValueError("expected floating-point numbers, images x captions")
-        except (OSError, ValueError, EOFError, AttributeError) as error:
-            raise InputError(f"{given}: no readable matrix of scores ({reason(error)})") from None
 
     @property
     def labels(self) -> str:
@@ -160,8 +155,7 @@ class Source:
         """The split, encoded by a checkpoint's model."""
         with job.clock("encode"):
             captions = self.matcher.tokenizer.tokenize(job.split.captions)
-            sizes = job.settings.batch_size, job.settings.workers
-            return score.embed_split(self.matcher, job.split, captions, *sizes)
+            return score.embed_split(self.matcher, job.split, captions, job.settings.batch_size, job.settings.workers)
 
     def scores(self, job: "Job") -> np.ndarray:
         """All scores (images, captions)."""
@@ -239,9 +233,6 @@ def _open_split(contents: Sequence[dict], settings: ScoringSettings) -> tuple[Sp
     return splits[0], data_name
 
 
-# Scores and ranks
-
-
 def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
     """A row's name, its scores (images, captions) and whether it is the last: each source's, then the ensemble's."""
     total, number = np.float32(0), len(job.sources)
@@ -265,9 +256,6 @@ def rank_coarse_to_fine(job: Job) -> tuple[list[Ranks], dict]:
         reranker = score.Reranker(coarse, exact, job.split.image_of_caption, job.parts)
         ranks, k = reranker.ranks_until_stable() if wanted == "auto" else (reranker.ranks(int(wanted)), int(wanted))
     return ranks, {"k": k, "exact_pairs": reranker.exact_pairs, "pairs": coarse.numel()}
-
-
-# What is printed and written
 
 
 def describe(job: Job, labels: Sequence[str]) -> str:

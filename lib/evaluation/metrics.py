@@ -80,13 +80,20 @@ def retrieval_metrics(ranks: Ranks) -> dict:
     return _complete(*map(_summarize, ranks))
 
 
-def metrics_of_parts(ranks: Sequence[Ranks]) -> dict:
-    """The metrics of a split from the ranks of its parts, and those of each fold as "folds".
+def metrics_of_parts(ranks: Sequence[Ranks], draws: Sequence[dict]) -> dict:
+    """The metrics of a split, each set of them with the "interval" of every metric, and those of its "folds".
 
-    With folds the values at the top are the means over folds, and "full" holds the metrics of the whole split.
+    With folds the values at the top are the means over folds, and "full" holds the metrics of the whole split. ranks,
+    draws: of each part, by `rank_parts` and `bootstrap_parts`.
     """
-    full, *folds = map(retrieval_metrics, ranks)
-    return {**mean_metrics(folds), "folds": folds, "full": full} if folds else {**full, "folds": []}
+    full, *folds = [_with_interval(retrieval_metrics(one), drawn) for one, drawn in zip(ranks, draws, strict=True)]
+    if not folds:
+        return {**full, "folds": []}
+    return {**_with_interval(mean_metrics(folds), mean_metrics(draws[1:])), "folds": folds, "full": full}
+
+
+def _with_interval(metrics: dict, draws: dict) -> dict:
+    return {**metrics, "interval": map_metrics(interval, draws)}
 
 
 def mean_metrics(folds: Sequence[dict]) -> dict:
@@ -96,12 +103,12 @@ def mean_metrics(folds: Sequence[dict]) -> dict:
 
 def chance_metrics(image_of_caption: np.ndarray) -> dict:
     """The recalls expected of random scores: the share of all orders that have a right item among the first K."""
-    captions_of_image = np.bincount(image_of_caption)
-    images, captions = len(captions_of_image), len(image_of_caption)
+    captions_of_image, captions = np.bincount(image_of_caption).tolist(), len(image_of_caption)
+    images = len(captions_of_image)
     i2t = {}
     for k in RECALL_AT:
         seen = min(k, captions)
-        missed = [comb(captions - int(right), seen) / comb(captions, seen) for right in captions_of_image]
+        missed = [comb(captions - right, seen) / comb(captions, seen) for right in captions_of_image]
         i2t[f"r{k}"] = 100 * (1 - float(np.mean(missed)))
     return _complete(i2t, {f"r{k}": 100 * min(1.0, k / images) for k in RECALL_AT})
 
@@ -147,22 +154,6 @@ def bootstrap_means(values: np.ndarray, image_of_query: np.ndarray, seed: int = 
     """The means in each draw (DRAWS, columns) of values (queries, columns), of queries that belong to images."""
     _, image = np.unique(image_of_query, return_inverse=True)
     return np.concatenate([_means(values, image, times) for times in _draws(image.max() + 1, seed)])
-
-
-def with_intervals(metrics: dict, draws: Sequence[dict]) -> dict:
-    """The metrics of `metrics_of_parts` with an entry "interval" at the top, in each fold and in "full".
-
-    draws: of `bootstrap_parts`.
-    """
-    full, *folds = ({"interval": map_metrics(interval, one)} for one in draws)
-    if not folds:
-        return {**metrics, **full}
-    return {
-        **metrics,
-        "interval": map_metrics(interval, mean_metrics(draws[1:])),
-        "folds": [{**fold, **ends} for fold, ends in zip(metrics["folds"], folds, strict=True)],
-        "full": {**metrics["full"], **full},
-    }
 
 
 def interval(draws: np.ndarray) -> list[float]:

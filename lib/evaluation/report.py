@@ -36,12 +36,12 @@ def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS, ways: Sequence[
     headings = _cells(HEADINGS[column] for column in columns)
     lines = [
         " " * names + "  ".join(TITLES[way].center(WIDTH * len(columns)) for way in ways),
-        " " * names + "  ".join(headings for _ in ways) + (f"{'rSum':>{WIDTH + 2}}" if rsum else ""),
+        " " * names + "  ".join([*(headings for _ in ways), _cells(["rSum"] if rsum else [])]),
     ]
     for name, metrics, form in rows:
-        sides = [_cells(_format(metrics.get(way, {}).get(column), form) for column in columns) for way in ways]
-        total = f"{_format(metrics.get('rsum'), form):>{WIDTH + 2}}" if rsum else ""
-        lines.append(f"{name:<{names}}{'  '.join(sides)}{total}")
+        sides = [_cells((metrics.get(way, {}).get(column) for column in columns), form) for way in ways]
+        total = _cells([metrics.get("rsum")], form) if rsum else ""
+        lines.append(f"{name:<{names}}{'  '.join([*sides, total])}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -83,12 +83,9 @@ def _end(intervals: dict, which: int) -> dict:
     return {name: _end(one, which) if isinstance(one, dict) else one[which] for name, one in intervals.items()}
 
 
-def _cells(texts: Iterable[str]) -> str:
-    return "".join(f"{text:>{WIDTH}}" for text in texts)
-
-
-def _format(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
+def _cells(values: Iterable[str | float | None], form: str = "") -> str:
+    """Values side by side, None as blank."""
+    return "".join(("" if value is None else f"{value:{form}}").rjust(WIDTH) for value in values)
 
 
 class Caveat(NamedTuple):

@@ -359,7 +359,7 @@ HEADER = b"image1,image2,agg_score,sampling_method\n"
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("sis_test.csv", b"", "damaged, or not CxC's ("),
+        ("sis_test.csv", b"", "none of its pairs is of this split"),
         ("sis_test.csv", HEADER + b"COCO_val2014_000000205866.jpg,CO", "damaged, or not CxC's ("),
         ("sts_test.csv", HEADER + b"a_1,a_2,good,i2i_csim\n", "damaged, or not CxC's ("),
         ("cxc_i2i.json", b'{"391895": [["770337", 3.0', "damaged, or not CxC's ("),

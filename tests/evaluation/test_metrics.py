@@ -25,7 +25,6 @@ from lib.evaluation.metrics import (
     rank_matrix,
     rank_parts,
     retrieval_metrics,
-    with_intervals,
 )
 
 WAYS = ("i2t", "t2i")
@@ -90,7 +89,8 @@ def test_ranks_and_metrics_equal_the_published_code(golden, prefix):
 def test_folds_and_their_mean_equal_the_published_code(golden):
     expected = golden("retrieval_metrics")
     parts = parts_of_split(five_each(50), folds=5)
-    found = metrics_of_parts(rank_parts(expected["similarity"], five_each(50), parts))
+    ranks = rank_parts(expected["similarity"], five_each(50), parts)
+    found = metrics_of_parts(ranks, bootstrap_parts(ranks, parts, five_each(50)))
     pick = lambda one: [one[way][name] for way in WAYS for name in PUBLISHED] + [one["rsum"]]  # noqa: E731
     np.testing.assert_allclose([pick(fold) for fold in found["folds"]], expected["fold_metrics"])
     np.testing.assert_allclose(pick(found), expected["fold_mean"])
@@ -200,7 +200,7 @@ def test_the_mean_of_five_folds_has_an_interval_as_narrow_as_that_of_five_times_
     ranks, image_of_caption = random_ranks([5] * 300, 12, 0)
     parts = parts_of_split(image_of_caption, folds=5)
     of_parts = [Ranks(ranks.i2t[part.images], ranks.t2i[part.captions]) for part in parts]
-    results = with_intervals(metrics_of_parts(of_parts), bootstrap_parts(of_parts, parts, image_of_caption))
+    results = metrics_of_parts(of_parts, bootstrap_parts(of_parts, parts, image_of_caption))
     width = lambda one: np.diff(one["interval"]["rsum"]).item()  # noqa: E731
     of_folds = [width(fold) for fold in results["folds"]]
     assert width(results) == pytest.approx(np.sqrt(np.square(of_folds).sum()) / 5, rel=0.1)
