@@ -28,6 +28,7 @@ from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, read_ids
 from lib.evaluation import report
 from lib.evaluation.metrics import FOLDS, RECALLS, WAYS, bootstrap_means, interval
 from lib.evaluation.rankings import ABSENT, ONLY_R_PRECISION, Protocol, Query, RankedList, query_metrics
+from lib.files import read_lines
 
 ANNOTATIONS = "cxc_annots"
 PLAUSIBLE = ("pm_image_to_caption.json", "pm_caption_to_image.json")
@@ -148,9 +149,15 @@ def _number_ids(split: Split, package: Any) -> tuple[Numbers, Numbers, str]:
     images = [int(one) if one.isdecimal() else -1 for one in ids] if ids else list(known)
     if sorted(images) != sorted(known):
         raise InputError(f"--eccv: {path}: these are not the ids (numbers) of COCO's {len(known)} test images")
-    captions = [caption for image in images for caption in known[image]]
-    numbers = ({one: number for number, one in enumerate(each)} for each in (images, captions))
-    return *numbers, f"{note}; captions of an image in its order there"
+    captions, of_captions = [known[image] for image in images], "captions of an image in its order there"
+    path = split.folder / f"{split.name}_capids.txt"
+    if path.is_file():
+        ids = np.array([int(one) if one.isdecimal() else -1 for _, one in read_lines(path)])
+        if len(ids) != len(split.captions) or (np.sort(ids.reshape(-1, CAPTIONS_PER_IMAGE)) != np.sort(captions)).any():
+            raise InputError(f"--eccv: {path}: its ids are not those of the captions of {split.name}_ids.txt's images")
+        captions, of_captions = ids.reshape(-1, CAPTIONS_PER_IMAGE).tolist(), path.name
+    numbers = ({one: k for k, one in enumerate(each)} for each in (images, np.concatenate(captions).tolist()))
+    return *numbers, f"{note}; {of_captions}"
 
 
 def _protocol(name: str, metrics: tuple[str, ...], pairs: dict, images: Numbers, captions: Numbers) -> Protocol:

@@ -57,11 +57,12 @@ def write_lines(path, lines):
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def make_split(folder, images=(), counts=(5,) * IMAGES):
-    """A split without features. images: lines of its file of ids; without lines there is no file."""
+def make_split(folder, images=(), captions=(), counts=(5,) * IMAGES):
+    """A split without features. images, captions: lines of its files of ids; without lines there is no file."""
     folder.mkdir(exist_ok=True)
-    if len(images):
-        write_lines(folder / "testall_ids.txt", images)
+    for name, lines in (("testall_ids.txt", images), ("testall_capids.txt", captions)):
+        if len(lines):
+            write_lines(folder / name, lines)
     image_of_caption = np.repeat(np.arange(len(counts)), counts)
     return Split("testall", folder, range(len(counts)), ["a dog"] * sum(counts), image_of_caption)
 
@@ -85,8 +86,8 @@ def few(few_package, package_order, monkeypatch):
     return Ids(package_order.images[:FEW], package_order.captions[: 5 * FEW])
 
 
-def split_of_few(folder, images=(), counts=(5,) * FEW):
-    return make_split(folder, images, counts)
+def split_of_few(folder, images=(), captions=(), counts=(5,) * FEW):
+    return make_split(folder, images, captions, counts)
 
 
 # Metrics, against the package's
@@ -103,18 +104,18 @@ class Evaluated(NamedTuple):
 
 @pytest.fixture(scope="module")
 def evaluated(few_package, package_order, tmp_path_factory):
-    """eval.py --eccv of saved scores of a few images, with images in an order of their own and many equal scores."""
+    """eval.py --eccv of saved scores of a few images, in an order of its own and with many equal scores."""
     data, made = tmp_path_factory.mktemp("coco") / "coco_precomp", tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
     order = rng.permutation(FEW)
-    captions = np.reshape(package_order.captions, (IMAGES, 5))[order].ravel().tolist()
+    captions = rng.permuted(np.reshape(package_order.captions, (IMAGES, 5))[order], axis=1).ravel().tolist()
     ids = Ids(np.array(package_order.images)[order].tolist(), captions)
     few = copy.copy(few_package)
     few.pm_gts = {
         way: {q: [*few.coco_gts[way][q], *rng.choice(items, 3).tolist()] for q in queries}
         for way, queries, items in zip(WAYS, ids, reversed(ids), strict=True)
     }
-    make_split(data, ids.images)
+    make_split(data, *ids)
     np.save(data / "testall_ims.npy", np.zeros((FEW, 1, 1), np.float32))
     write_lines(data / "testall_caps.txt", (f"caption {caption}" for caption in ids.captions))
     write_plausible(data / "cxc_annots", few.pm_gts)
@@ -236,7 +237,7 @@ def test_a_table_has_a_row_and_an_interval_for_each_protocol(evaluated):
         for line, name, values in zip(lines[at : at + 3], names, printed, strict=True):
             assert line.startswith(f"{name}  ")
             assert line.removeprefix(name).split() == [f"{value:.1f}" for value in values]
-    assert "ids: testall_ids.txt; captions of an image in its order there\n" in evaluated.printed
+    assert "ids: testall_ids.txt; testall_capids.txt\n" in evaluated.printed
     assert "CxC's images among images and captions among captions need cxc_annots/" in evaluated.printed
 
 
@@ -253,7 +254,7 @@ def refusal(split):
 
 def test_without_a_file_of_ids_the_packages_order_is_taken_and_the_note_says_so(tmp_path, few):
     without, given = open_coco(split_of_few(tmp_path / "a")), open_coco(split_of_few(tmp_path / "b", few.images))
-    assert "ids: testall_ids.txt is missing, the order of eccv_caption is taken" in without.note
+    assert "ids: testall_ids.txt is missing, the order of eccv_caption is taken; captions of an image" in without.note
     for one, other in zip(without.protocols, given.protocols, strict=True):
         assert [{q: right.tolist() for q, right in one.right[way].items()} for way in WAYS] == [
             {q: right.tolist() for q, right in other.right[way].items()} for way in WAYS
@@ -279,6 +280,14 @@ def test_ids_that_are_not_those_of_cocos_images_are_an_error(tmp_path, few, othe
     images = [other or few.images[1], *few.images[1:]]
     complaint = f"{tmp_path / 'testall_ids.txt'}: these are not the ids (numbers) of COCO's {FEW} test images"
     assert refusal(split_of_few(tmp_path, images)) == f"--eccv: {complaint}"
+
+
+@pytest.mark.parametrize(
+    "captions", [lambda ids: ids[::-1], lambda ids: [*ids[:-1], ids[0]], lambda ids: ["a", *ids[1:]]]
+)
+def test_ids_that_are_not_those_of_the_images_captions_are_an_error(tmp_path, few, captions):
+    complaint = f"{tmp_path / 'testall_capids.txt'}: its ids are not those of the captions of testall_ids.txt's images"
+    assert refusal(split_of_few(tmp_path, few.images, captions(few.captions))) == f"--eccv: {complaint}"
 
 
 def test_plausible_matches_need_both_files(tmp_path, few, few_package):

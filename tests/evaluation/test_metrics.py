@@ -222,7 +222,10 @@ class Study(NamedTuple):
     draws: dict[str, np.ndarray]  # (DRAWS, DATA_SETS)
 
 
-@pytest.fixture(scope="module", params=[(20, [5] * IMAGES), (50, [1, 2, 5, 7] * (IMAGES // 4))], ids=["20", "50"])
+ONE_TO_SEVEN = np.random.default_rng(0).integers(1, 8, size=IMAGES)
+
+
+@pytest.fixture(scope="module", params=[(50, np.full(IMAGES, 5)), (50, ONE_TO_SEVEN)], ids=["5", "1 to 7"])
 def study(request):
     """A query falls behind one more wrong item after the other; how probably, its image says (Beta distribution)."""
     percent, counts = request.param
