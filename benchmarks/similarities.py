@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from lib.losses import Loss, hinge_all, ramped
-from lib.model.engine import make_engine
-from lib.model.xdim import Embedded
+from lib.model.engine import Embedded, make_engine
 from lib.training.loop import batch_loss
 
 MARGIN = 0.2

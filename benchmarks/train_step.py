@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from lib.losses import hinge, hinge_all
-from lib.model.engine import make_engine
-from lib.model.xdim import Embedded
+from lib.model.engine import Embedded, make_engine
 from lib.training.loop import batch_loss
 
 MARGIN = 0.2

@@ -10,14 +10,14 @@ Captions travel packed: the words of all captions one after the other (sum of W,
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.model import registry
-from lib.model.engine import make_engine
+from lib.model.engine import Embedded, make_engine
 from lib.model.layers import EPSILON, at_least_float32, l2_normalize, real_rows
 from lib.model.shard import Shard
 
@@ -113,15 +113,6 @@ class XDimSimilarity(nn.Module):
     def figures(self) -> dict[str, float]:
         """What the log says of the similarity."""
         return {**self.gate.figures(), "temperature": self.log_temperature.exp().item()}
-
-
-class Embedded(NamedTuple):
-    """What a similarity takes: own images (I, R, D), words of all captions (sum of W, D), lengths (C,), real (I, R)."""
-
-    regions: Tensor
-    words: Tensor
-    lengths: Tensor
-    real: Tensor | None
 
 
 class XDim(nn.Module):

@@ -24,10 +24,10 @@ from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import report
 from lib.evaluation.evaluate import measure_split
 from lib.losses import Loss, loss_of_epoch
-from lib.model.engine import PlainEngine, TiledEngine
+from lib.model.engine import Embedded, PlainEngine
 from lib.model.registry import parse_part
 from lib.model.shard import Shard
-from lib.model.xdim import Embedded, XDim
+from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
 from lib.training.log import RunLog, StepFigures
 from lib.training.optim import build_optimizer, restore_optimizer, set_learning_rate
@@ -182,7 +182,7 @@ class BatchLoss(nn.Module):
 
 
 def batch_loss(
-    engine: TiledEngine | PlainEngine,
+    engine: PlainEngine,
     embedded: Embedded,
     loss_function: Loss,
     margin: float,
@@ -194,7 +194,7 @@ def batch_loss(
     """
     shard = shard or Shard(len(embedded.lengths))
     if pairwise := getattr(loss_function, "pairwise", None):
-        loss = engine.sum_over_negatives(partial(pairwise, margin=margin), *embedded, shard=shard)
+        loss = engine.sum_over_negatives(partial(pairwise, margin=margin), embedded, shard)
         return loss, torch.full_like(loss, math.nan)
     scores = shard.gather_outputs(engine(*embedded), shard.sizes)
     return loss_function(scores, margin), scores.detach().std()

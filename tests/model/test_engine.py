@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lib.losses import hinge, hinge_all, violations
 from lib.model import registry
-from lib.model.engine import TiledEngine, autograd, make_engine, norms, tiles
+from lib.model.engine import Embedded, TiledEngine, autograd, make_engine, norms, tiles
 from lib.model.engine.norms import FactorNorm, GramNorm
 
 GOLDEN_PARAMETERS = {  # ours -> published
@@ -86,7 +86,7 @@ def tile(monkeypatch, tile_bytes=5000, block=5, few_pairs=-1):
 
 def summed(similarity, inputs, real=None, engine="tiled"):
     """The loss over all negatives, in the way that training takes it."""
-    return make_engine(engine, similarity).sum_over_negatives(partial(violations, margin=0.2), *inputs, real)
+    return make_engine(engine, similarity).sum_over_negatives(partial(violations, margin=0.2), Embedded(*inputs, real))
 
 
 @pytest.mark.parametrize("regime", ["init", "trained"])
@@ -233,7 +233,7 @@ def test_the_share_of_violations_is_about_that_of_the_exact_scores():
     for margin in (-0.5, -0.1, 0.0, 0.3, 2.0):
         loss = partial(violations, margin=margin)
         exact = (loss(scores, scores.diagonal()[:, None], scores.diagonal()) != 0).float().mean().item()
-        estimate = engine._share_of_violations(loss, *inputs, None, autograd.Shard(64))
+        estimate = engine._share_of_violations(loss, Embedded(*inputs), autograd.Shard(64))
         assert estimate == pytest.approx(exact, abs=0.15)
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lib.model.engine.norms import ContextNorm, DiagonalNorm, FactorNorm, Norm, differentiable_norm
-from lib.model.engine.plain import PairLoss, PlainEngine
+from lib.model.engine.plain import Embedded, PairLoss, PlainEngine
 from lib.model.engine.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
 from lib.model.layers import EPSILON
 from lib.model.shard import Shard
@@ -44,19 +44,12 @@ class TiledEngine(PlainEngine):
             norm = self._scoring_norm(dependency, dtype, once=True)
             return _AllPairs.apply(regions, words, *parameters, lengths, real, dtype, norm)
 
-    def sum_over_negatives(
-        self,
-        loss: PairLoss,
-        regions: Tensor,
-        words: Tensor,
-        lengths: Tensor,
-        real: Tensor | None = None,
-        shard: Shard | None = None,
-    ) -> Tensor:
+    def sum_over_negatives(self, loss: PairLoss, embedded: Embedded, shard: Shard | None = None) -> Tensor:
         """As PlainEngine's; differentiated while it is computed where most pairs count."""
+        regions, words, lengths, real = embedded
         shard = shard or Shard(len(lengths))
-        if self._share_of_violations(loss, regions, words, lengths, real, shard) <= FEW_PAIRS:
-            return super().sum_over_negatives(loss, regions, words, lengths, real, shard)
+        if self._share_of_violations(loss, embedded, shard) <= FEW_PAIRS:
+            return super().sum_over_negatives(loss, embedded, shard)
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
             _, *parameters = self._parameters(regions)
@@ -96,8 +89,9 @@ class TiledEngine(PlainEngine):
         return scoring_norm(dependency.detach(), dtype, once)
 
     @torch.no_grad()
-    def _share_of_violations(self, loss: PairLoss, regions, words, lengths, real, shard: Shard) -> float:
+    def _share_of_violations(self, loss: PairLoss, embedded: Embedded, shard: Shard) -> float:
         """The share of pairs whose loss is not zero, estimated from coarse scores of some of the images."""
+        regions, words, lengths, real = embedded
         scorer, images = self.scorer(coarse=True), torch.arange(len(regions))
         true = shard.gather(scorer.pairs(regions, words, lengths, images, images + shard.own.start, real), shard.sizes)
         some = slice(None, None, ONE_IN)

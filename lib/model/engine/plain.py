@@ -3,7 +3,7 @@ similarity.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,15 @@ from torch import Tensor
 from lib.model.shard import Shard
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Embedded(NamedTuple):
+    """What a similarity takes: own images (I, R, D), words of all captions (sum of W, D), lengths (C,), real (I, R)."""
+
+    regions: Tensor
+    words: Tensor
+    lengths: Tensor
+    real: Tensor | None = None
 
 
 class PlainEngine:
@@ -23,23 +32,15 @@ class PlainEngine:
         """Scores (I, C)."""
         return self.similarity(regions, words, lengths, real)
 
-    def sum_over_negatives(
-        self,
-        loss: PairLoss,
-        regions: Tensor,
-        words: Tensor,
-        lengths: Tensor,
-        real: Tensor | None = None,
-        shard: Shard | None = None,
-    ) -> Tensor:
+    def sum_over_negatives(self, loss: PairLoss, embedded: Embedded, shard: Shard | None = None) -> Tensor:
         """Sum of a loss over all wrong pairs, where image k belongs to caption k.
 
         loss: of scores (G, c), the true scores of their images (G, 1) and of their captions (c,); a number for each
         pair (G, c), differentiable. shard: the images are this process's pairs, the captions are all. Returns a scalar,
         differentiable, the same on all processes.
         """
-        shard = shard or Shard(len(lengths))
-        scores = shard.gather_outputs(self(regions, words, lengths, real), shard.sizes)
+        shard = shard or Shard(len(embedded.lengths))
+        scores = shard.gather_outputs(self(*embedded), shard.sizes)
         true = scores.diagonal()
         wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         return loss(scores, true[:, None], true).where(wrong, 0).sum()
