@@ -5,11 +5,25 @@ model = load("runs/demo")                       # a run folder, a checkpoint of 
 scores = model.score(regions, ["a red ball"])   # (images, captions)
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lib.evaluation.score import Matcher
+
 __version__ = "0.3.0"
 
 
-def load(checkpoint, **settings):
-    """Load a trained model; see `lib.evaluation.score.load` for arguments, result and errors."""
+def load(
+    checkpoint: str | Path, bert: str = "", device: str = "auto", precision: str = "", engine: str = "tiled"
+) -> "Matcher":
+    """Load a trained model; `score(regions, captions)` of the result scores.
+
+    checkpoint: a run folder (its best epoch), a checkpoint of this project or a published one. bert: name or folder of
+    the language model, for a published checkpoint that is not BERT-base; others carry it. device: auto, cpu, cuda or
+    cuda:N. precision: fp32, tf32 (CUDA) or bf16; empty: the device's default. engine: tiled, or plain for the formula
+    of lib/model/xdim.py. Raises InputError.
+    """
     from lib.evaluation import score  # importing torch takes seconds: only when asked for
 
-    return score.load(checkpoint, **settings)
+    return score.load(checkpoint, bert, device, precision, engine)

@@ -1,14 +1,8 @@
 """COCO's 5,000 test images by all that fits them, for most images fit captions of other images too (--eccv).
 
-COCO 1K, COCO 5K   the data set's own pairs, in the folds of the package eccv_caption and among all
-CxC                Crisscrossed Captions (Parekh et al. 2021): pairs that people rated 3 of 5 or better count as well
-ECCV Caption       1,261 images and 1,332 captions with all that fits them (Chun et al. 2022)
-PMRP               plausible matches (Chun et al. 2021), if cxc_annots/ holds pm_image_to_caption.json and
-                   pm_caption_to_image.json
-CxC i2i, t2t       images among images and captions among captions, if cxc_annots/ holds GPO's cxc_i2i.json and
-                   cxc_t2t.json or the official sis_test.csv and sts_test.csv
-
-cxc_annots/ lies in the data set's folder or beside it. All other right answers come with the package.
+COCO's own pairs, Crisscrossed Captions (CxC, Parekh et al. 2021) and ECCV Caption (Chun et al. 2022) come with the
+package eccv_caption. Plausible matches (PMRP, Chun et al. 2021) and CxC among images and among captions are read from
+cxc_annots/ in the data set's folder or beside it; docs/evaluation.md says which files and what counts.
 """
 
 import csv
@@ -16,11 +10,12 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lib.cli import InputError, refusing, with_bar
@@ -57,12 +52,13 @@ class Coco(NamedTuple):
         queries: by row. pooled: the embeddings of each single model, by `score.pool`; None for saved scores.
         """
         rows = {row: self._of_row(of_row) for row, of_row in queries.items()}
-        if not self.intra or None in pooled:
-            note = f"{self.note}\n{NOT_EMBEDDED}" if self.intra else self.note
-            return {"rows": rows, "intra": {}, "note": note}
-        models = [[one] for one in pooled] + ([pooled] if len(pooled) > 1 else [])
-        intra = {row: self.intra_metrics(some) for row, some in zip(rows, models, strict=True)}
-        return {"rows": rows, "intra": intra, "note": self.note}
+        known, intra, note = [one for one in pooled if one], {}, self.note
+        if self.intra and len(known) == len(pooled):
+            models = [[one] for one in known] + ([known] if len(known) > 1 else [])
+            intra = {row: self.intra_metrics(some) for row, some in zip(rows, models, strict=True)}
+        elif self.intra:
+            note += f"\n{NOT_EMBEDDED}"
+        return {"rows": rows, "intra": intra, "note": note}
 
     def _of_row(self, queries: Sequence[Query]) -> dict[str, dict]:
         """{protocol: {"i2t": {metric: percent}, "t2i": ..., "interval": {the same: both ends}}}."""
@@ -156,8 +152,8 @@ def _number_ids(split: Split, package: Any) -> tuple[Numbers, Numbers, str]:
         if len(ids) != len(split.captions) or (np.sort(ids.reshape(-1, CAPTIONS_PER_IMAGE)) != np.sort(captions)).any():
             raise InputError(f"--eccv: {path}: its ids are not those of the captions of {split.name}_ids.txt's images")
         captions, of_captions = ids.reshape(-1, CAPTIONS_PER_IMAGE).tolist(), path.name
-    numbers = ({one: k for k, one in enumerate(each)} for each in (images, np.concatenate(captions).tolist()))
-    return *numbers, f"{note}; {of_captions}"
+    numbers = [{one: k for k, one in enumerate(each)} for each in (images, np.concatenate(captions).tolist())]
+    return numbers[0], numbers[1], f"{note}; {of_captions}"
 
 
 def _protocol(name: str, metrics: tuple[str, ...], pairs: dict, images: Numbers, captions: Numbers) -> Protocol:
@@ -215,12 +211,12 @@ def _intra_positions(vectors: Sequence[Tensor], right: dict[int, np.ndarray]) ->
     queries = np.array(list(right))
     for first in with_bar(range(0, len(queries), QUERIES_AT_ONCE), "pooled"):
         some = queries[first : first + QUERIES_AT_ONCE]
-        cosines = sum((each[some] @ each.T).float() for each in vectors).numpy()
+        cosines = sum(((each[some] @ each.T).float() for each in vectors), torch.zeros(1)).numpy()
         cosines[np.arange(len(some)), some] = -np.inf  # a query is no answer to itself
         yield from (RankedList(row).positions(right[query]) for query, row in zip(some, cosines, strict=True))
 
 
-def _summarize(ways: dict[str, tuple[Iterable[np.ndarray], np.ndarray]], metrics: tuple[str, ...]) -> dict:
+def _summarize(ways: Mapping[str, tuple[Iterable[np.ndarray], np.ndarray]], metrics: tuple[str, ...]) -> dict:
     """{way: {metric: percent}, "interval": {way: {metric: both ends}}}.
 
     ways: by way the positions of each query's right items, and the image that each query belongs to.

@@ -87,16 +87,12 @@ def _difference(a: dict, b: dict, draws_a: dict, draws_b: dict) -> dict:
 
 
 def _table(results: dict) -> str:
-    images, number = results["images"], len(results["a"]["folds"])
-    blocks = {"": results}
-    if number:
-        full = {name: results[name]["full"] for name in ("a", "b", "difference")}
-        blocks = {f", mean of {number} folds of {images // number}": results, f", all {images} images": full}
-    rows = []
-    for suffix, one in blocks.items():
-        rows += [report.Row(f"A{suffix}", one["a"]), report.Row(f"B{suffix}", one["b"])]
-        rows += report.with_interval(f"B - A{suffix}", one["difference"], "+.1f")
-        rows.append(report.Row("  p", one["difference"]["p"], ".3f"))
+    size, rows = (results["images"], len(results["a"]["folds"])), []
+    a, b, difference = (report.named_parts(results[name], *size) for name in ("a", "b", "difference"))
+    for part in a:
+        rows += [report.Row(f"A{part}", a[part]), report.Row(f"B{part}", b[part])]
+        rows += report.with_interval(f"B - A{part}", difference[part], "+.1f")
+        rows.append(report.Row("  p", difference[part]["p"], ".3f"))
     return report.table(rows)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib import distributed
 from lib.cli import InputError, refusing
-from lib.config import SAVED_SCORES, EvaluationSettings, ScoringSettings
+from lib.config import SAVED_SCORES, EvaluationSettings, SplitSettings
 from lib.data.dataset import Split, open_split
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import coco, metrics, rankings, report, score
@@ -44,7 +44,7 @@ def evaluate(settings: EvaluationSettings) -> dict:
         queries: dict[str, list[rankings.Query]] = {}
         rerank = None
         if settings.rerank:
-            of_parts, rerank = rank_coarse_to_fine(job)
+            of_parts, rerank = rank_coarse_to_fine(job, settings.rerank)
             ranks[f"{sources[0].name}, best {rerank['k']} exact{sources[0].labels}"] = of_parts
         for row, scores, is_last in [] if settings.rerank else rows_of_scores(job):
             with clock("rank"):
@@ -121,7 +121,7 @@ class Clock(dict):
 class Source:
     """A checkpoint, or a .npy file of scores (images, captions) as --save_sims writes it. Raises InputError."""
 
-    def __init__(self, given: str, settings: ScoringSettings):
+    def __init__(self, given: str, settings: SplitSettings):
         self.path, self.name = given, "saved scores"  # name: in tables
         self.content: dict = {}  # the checkpoint's, without weights
         self.caveats: list[report.Caveat] = []
@@ -181,7 +181,7 @@ def _name_model(architecture: dict) -> str:
 class Job(NamedTuple):
     """What an evaluation works on, and the clock that measures it."""
 
-    settings: ScoringSettings
+    settings: SplitSettings
     clock: Clock
     compute: Compute
     sources: list[Source]
@@ -200,7 +200,7 @@ class Job(NamedTuple):
 
 
 @contextmanager
-def opened(given: Sequence[str], settings: ScoringSettings) -> Iterator[Job]:
+def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
     """Open checkpoints or files of scores and the split; the processes of a job can communicate within this context.
 
     Raises InputError.
@@ -219,7 +219,7 @@ def opened(given: Sequence[str], settings: ScoringSettings) -> Iterator[Job]:
         yield Job(settings, clock, compute, sources, split, parts)
 
 
-def _open_split(contents: Sequence[dict], settings: ScoringSettings) -> tuple[Split, str]:
+def _open_split(contents: Sequence[dict], settings: SplitSettings) -> tuple[Split, str]:
     """A split and its data set's name, as the flags say or else as the first checkpoint's training had it."""
     trained = contents[0]["settings"] if contents else {}
     data_path = settings.data_path or trained.get("data_path")
@@ -235,7 +235,7 @@ def _open_split(contents: Sequence[dict], settings: ScoringSettings) -> tuple[Sp
 
 def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
     """A row's name, its scores (images, captions) and whether it is the last: each source's, then the ensemble's."""
-    total, number = np.float32(0), len(job.sources)
+    total, number = np.zeros(1, np.float32), len(job.sources)
     for source in job.sources:
         scores = source.scores(job)
         yield source.name + source.labels, scores, number == 1
@@ -245,9 +245,9 @@ def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
         yield ", ".join([f"ensemble of {number}", *labels]), total / number, True
 
 
-def rank_coarse_to_fine(job: Job) -> tuple[list[Ranks], dict]:
+def rank_coarse_to_fine(job: Job, wanted: str) -> tuple[list[Ranks], dict]:
     """The ranks of each part by coarse scores of all pairs and exact ones of the best K; K and the number of pairs."""
-    (source,), wanted = job.sources, job.settings.rerank
+    source = job.sources[0]
     embeddings = source.embed(job)
     with job.clock("similarity"):
         coarse = score.score_all(source.matcher.scorer(coarse=True), embeddings)
@@ -270,7 +270,10 @@ def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
     """The table of all rows, and below it what a reader has to know."""
     lines, notes = [], [report.INTERVALS]
     for name, values in rows.items():
-        lines += report.metric_rows(name, values, results["images"], with_folds=name == results["row"])
+        if name == results["row"]:
+            lines += [report.Row(f"{name}, fold {k}", fold) for k, fold in enumerate(values["folds"], start=1)]
+        for part, of_part in report.named_parts(values, results["images"], len(values["folds"])).items():
+            lines += report.with_interval(name + part, of_part)
     if rerank := results["rerank"]:
         k, exact, pairs = rerank.values()
         notes.append(f"best {k} of each query by exact score: {exact} of {pairs} pairs ({100 * exact / pairs:.1f} %)")

@@ -51,25 +51,17 @@ def with_interval(name: str, metrics: dict, form: str = ".1f") -> list[Row]:
     return [Row(name, metrics, form), *ends]
 
 
-def metric_rows(name: str, metrics: dict, images: int, with_folds: bool) -> list[Row]:
-    """Rows of one evaluation: of folds each one (if asked for), their mean and the whole split."""
-    if not metrics["folds"]:
-        return with_interval(name, metrics)
-    number = len(metrics["folds"])
-    rows = [Row(f"{name}, fold {k}", fold) for k, fold in enumerate(metrics["folds"], start=1) if with_folds]
-    rows += with_interval(f"{name}, mean of {number} folds of {images // number}", metrics)
-    return rows + with_interval(f"{name}, all {images} images", metrics["full"])
+def named_parts(metrics: dict, images: int, folds: int) -> dict[str, dict]:
+    """Metrics by what follows a row's name: those of the folds' mean and of the whole split, or the only ones."""
+    mean = f", mean of {folds} folds of {images // max(1, folds)}"
+    return {mean: metrics, f", all {images} images": metrics["full"]} if folds else {"": metrics}
 
 
 def chance_rows(image_of_caption: np.ndarray, folds: int) -> list[Row]:
     """Rows of what random scores would give."""
-    whole = chance_metrics(image_of_caption)
-    if not folds:
-        return [Row("chance", whole)]
     images = int(image_of_caption[-1]) + 1
-    size = images // folds
-    of_fold = chance_metrics(image_of_caption[image_of_caption < size])
-    return [Row(f"chance, {size} images", of_fold), Row(f"chance, {images} images", whole)]
+    sizes = {f"chance, {size} images": size for size in (images // folds, images)} if folds else {"chance": images}
+    return [Row(name, chance_metrics(image_of_caption[image_of_caption < size])) for name, size in sizes.items()]
 
 
 def line(metrics: dict) -> str:

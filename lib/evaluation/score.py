@@ -129,16 +129,8 @@ class Matcher:
             return self.model.engine.scorer(coarse)
 
 
-def load(
-    checkpoint: str | Path, bert: str = "", device: str = "auto", precision: str = "", engine: str = "tiled"
-) -> Matcher:
-    """Load a trained model; `score(regions, captions)` of the result scores.
-
-    checkpoint: a run folder (its best epoch), a checkpoint of this project or a published one. bert: name or folder of
-    the language model, for a published checkpoint that is not BERT-base; others carry it. device: auto, cpu, cuda or
-    cuda:N. precision: fp32, tf32 (CUDA) or bf16; empty: the device's default. engine: tiled, or plain for the formula
-    of lib/model/xdim.py. Raises InputError.
-    """
+def load(checkpoint: str | Path, bert: str, device: str, precision: str, engine: str) -> Matcher:
+    """Load a trained model; see `lib.load`."""
     compute = choose_compute(device, precision)
     path = find_checkpoint(str(checkpoint))
     content = read_checkpoint(path, mapped=True)

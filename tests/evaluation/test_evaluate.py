@@ -18,7 +18,7 @@ from lib.checkpoints.native import build_model, read_checkpoint
 from lib.cli import InputError
 from lib.evaluation.metrics import rank_matrix, retrieval_metrics
 from lib.model.xdim import XDim, score_caption
-from tests.conftest import TINY_BERT, write_data
+from tests.conftest import write_data
 from tests.evaluation.test_metrics import five_each, sorted_ranks
 
 FLAGS = ["--device", "cpu", "--workers", "0", "--batch_size", "7"]
@@ -254,13 +254,6 @@ def test_splits_are_known_by_their_content_not_their_name(evaluate, trained_run,
     shutil.rmtree(copied)
     write_data(copied, {"train": 30, "dev": 12, "test": 12})
     assert evaluate("--checkpoint", trained_run, *where)[0]["row"] == "X-Dim, zero-shot"
-
-
-def test_evaluation_on_another_data_set_takes_its_path_and_name(trained_run, tmp_path, capsys):
-    write_data(tmp_path / "precomp", images={"dev": 5})
-    flags = ["--checkpoint", str(trained_run), "--data_path", str(tmp_path), "--data_name", "other", "--split", "dev"]
-    assert eval_program.main([*flags, "--bert", str(TINY_BERT), *FLAGS]) == 0
-    assert f"{tmp_path / 'precomp'} dev: 5 images, 25 captions" in capsys.readouterr().out
 
 
 # Wrong input
