@@ -83,8 +83,8 @@ def differences(one: Path, other: Path) -> list[str]:
         a, b = (read_checkpoint(folder / name) for folder in (one, other))
         found += [f"{key} of {name}" for key in a["model"] if not torch.equal(a["model"][key], b["model"][key])]
         found += [f"progress of {name}"] * (a["progress"] != b["progress"])
-        same = torch.equal(a["random_state"]["torch"], b["random_state"]["torch"])
-        found += [f"random state of {name}"] * (not same)
+    a, b = (read_checkpoint(folder / LAST)["random_state"]["torch"] for folder in (one, other))
+    found += ["the random state"] * (not torch.equal(a, b))
     return found
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from lib import collectives, distributed
 from lib.checkpoints.native import BEST, LAST, build_model, new_model
 from lib.checkpoints.record import RECORD, begin_record, describe_data
-from lib.cli import InputError, Interrupted, reason, with_bar
+from lib.cli import InputError, Interrupted, with_bar
 from lib.config import TrainSettings
 from lib.data.batches import Batch, EpochBatches, loader, on_device
 from lib.data.dataset import Split, open_split
@@ -29,43 +29,33 @@ from lib.model.registry import parse_part
 from lib.model.shard import Shard
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
+from lib.training import resume
 from lib.training.log import RunLog, StepFigures
-from lib.training.optim import build_optimizer, restore_optimizer, set_learning_rate
-from lib.training.resume import (
-    Origin,
-    all_random_states,
-    earlier_sessions,
-    refuse_changed_data,
-    refuse_disagreement,
-    refuse_used_folder,
-    restore_own_random_state,
-    seed_process,
-)
+from lib.training.optim import build_optimizer, set_learning_rate
+from lib.training.resume import Origin
 from lib.training.run_folder import Progress, RunFolder, command_to_resume
 from lib.training.signals import EndNow, Signals
 
 
 @dataclass
 class Run:
-    """The state of a training."""
+    """The state of a training. Only the job's first process writes: on the others `folder` and `log` write nothing."""
 
     settings: TrainSettings
     compute: Compute
     model: XDim
     tokenizer: Tokenizer
-    batch_loss: nn.Module  # BatchLoss of the model, shared by the job's processes
+    batch_loss: nn.Module  # BatchLoss of the model, whose gradients are averaged over the job's processes
     optimizer: torch.optim.Optimizer
-    train: Split
-    train_captions: TokenizedCaptions
-    dev: Split
-    dev_captions: TokenizedCaptions
+    train: tuple[Split, TokenizedCaptions]
+    dev: tuple[Split, TokenizedCaptions]
     resident: DeviceFeatures | None  # train's features, where they are kept on the device
     record: dict  # run.json, but for what changes in training
     progress: Progress
     folder: RunFolder
     log: RunLog
     figures: StepFigures
-    signals: Signals = field(default_factory=Signals)
+    signals: Signals
 
 
 def train(settings: TrainSettings, origin: Origin | None = None) -> None:
@@ -116,26 +106,6 @@ def train_epoch(run: Run) -> None:
             run.log.scalars(progress.step, "gate", run.model.similarity.figures())
         if run.signals.agree() or (settings.save_steps and progress.step % settings.save_steps == 0):
             save(run)
-    run.figures.read()
-
-
-def batches_left(run: Run) -> Iterator[Batch]:
-    """This process's part of each batch that is left of the epoch, on the device but for counts and lengths."""
-    settings, progress = run.settings, run.progress
-    part = collectives.divide(settings.batch_size, distributed.world_size())[distributed.rank()]
-    batches = EpochBatches(
-        run.train,
-        run.train_captions,
-        run.tokenizer,
-        settings.batch_size,
-        settings.seed,
-        progress.epoch,
-        part=part,
-        half=run.compute.half_features,
-        indexed=run.resident is not None,
-    )
-    left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
-    return on_device(with_bar(left, f"epoch {progress.epoch + 1}"), run.compute.device, run.resident)
 
 
 def loss_of(settings: TrainSettings, epoch: int) -> Loss:
@@ -147,6 +117,23 @@ def loss_of(settings: TrainSettings, epoch: int) -> Loss:
         raise InputError(str(error)) from None
 
 
+def batches_left(run: Run) -> Iterator[Batch]:
+    """This process's part of each batch that is left of the epoch, on the device but for counts and lengths."""
+    settings, progress = run.settings, run.progress
+    batches = EpochBatches(
+        *run.train,
+        run.tokenizer,
+        settings.batch_size,
+        settings.seed,
+        progress.epoch,
+        part=collectives.shard(settings.batch_size).own,
+        half=run.compute.half_features,
+        indexed=run.resident is not None,
+    )
+    left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
+    return on_device(with_bar(left, f"epoch {progress.epoch + 1}"), run.compute.device, run.resident)
+
+
 def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:
     """Forward, loss, backward, clip, step. The device may still be computing when this returns.
 
@@ -156,7 +143,7 @@ def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:
     with run.compute.autocast():
         loss, spread = run.batch_loss(batch, loss_function)
     run.optimizer.zero_grad(set_to_none=True)
-    (loss * distributed.world_size()).backward()  # a process's gradients are one part of a sum, but DDP averages
+    (loss * distributed.world_size()).backward()  # the gradients of the processes add up, but DDP averages them
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     run.optimizer.step()  # also where the loss is NaN: that is found before the next checkpoint is written
     return torch.stack([loss.detach(), norm, spread])
@@ -174,7 +161,7 @@ class BatchLoss(nn.Module):
         self.model, self.margin = model, margin
 
     def forward(self, batch: Batch, loss_function: Loss) -> tuple[Tensor, Tensor]:
-        """Returns the loss and the standard deviation of the scores, see batch_loss; the same on all processes."""
+        """The loss and the standard deviation of the scores, see batch_loss; the same on all processes."""
         shard = collectives.shard(len(batch.lengths))
         images = batch.images.to(torch.get_default_dtype())
         embedded = self.model.embed(images, batch.counts, batch.ids, batch.lengths, shard)
@@ -211,30 +198,14 @@ def average_gradients(batch_loss: BatchLoss) -> nn.Module:
     return DistributedDataParallel(batch_loss, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
-def evaluate_on_dev(run: Run) -> None:
-    """Recall on the whole of dev ends the epoch; the best rSum so far selects the model."""
-    progress, settings = run.progress, run.settings
-    try:
-        with run.signals.at_once():
-            dev = (run.dev, run.dev_captions, settings.batch_size, settings.workers)
-            metrics = measure_split(run.model, run.tokenizer, run.compute, *dev)
-    except EndNow:
-        save(run)  # raises Interrupted; the resumed run evaluates
-    progress.end_epoch({name: metrics[name] for name in ("rsum", "i2t", "t2i")})
-    best = " (best)" if progress.is_best else ""
-    run.log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{best}")
-    recalls = {f"{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
-    run.log.scalars(progress.step, "dev", {"rsum": metrics["rsum"], **recalls})
-
-
 def save(run: Run) -> None:
-    """Write a checkpoint that holds the whole state of training. Raises Interrupted, then, where a signal has come."""
-    run.figures.read()  # raises where the loss is NaN
-    random_state = all_random_states(run.compute.device)  # of all processes
+    """Write a checkpoint that holds the whole state of training; then end with Interrupted where a signal has come."""
+    run.figures.read()  # raises TrainingStopped where the loss is NaN
+    random_state = resume.all_random_states(run.compute.device)  # asks all processes
     run.folder.save({**state_of(run), "random_state": random_state}, run.progress)
     if signal := run.signals.agree():
-        resume = command_to_resume(run.folder.path)
-        raise Interrupted(f"{signal.name}: saved after step {run.progress.step}; continue with: {resume}", signal)
+        command = command_to_resume(run.folder.path)
+        raise Interrupted(f"{signal.name}: saved after step {run.progress.step}; continue with: {command}", signal)
 
 
 def state_of(run: Run) -> dict:
@@ -251,93 +222,102 @@ def state_of(run: Run) -> dict:
     }
 
 
+def evaluate_on_dev(run: Run) -> None:
+    """Recall on the whole of dev ends the epoch; the best rSum so far selects the model."""
+    progress, settings = run.progress, run.settings
+    run.figures.read()
+    try:
+        with run.signals.at_once():
+            sizes = settings.batch_size, settings.workers
+            metrics = measure_split(run.model, run.tokenizer, run.compute, *run.dev, *sizes)
+    except EndNow:
+        save(run)  # raises Interrupted; the resumed run evaluates
+    progress.end_epoch({name: metrics[name] for name in ("rsum", "i2t", "t2i")})
+    best = " (best)" if progress.is_best else ""
+    run.log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{best}")
+    recalls = {f"{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
+    run.log.scalars(progress.step, "dev", {"rsum": metrics["rsum"], **recalls})
+
+
 # Before the first step
 
 
 def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) -> Run:
     """Open the data and build model and optimiser, fresh or as a checkpoint left them."""
-    progress = origin.progress if origin else Progress()
-    refuse_disagreement(settings, progress)
+    progress, processes = origin.progress if origin else Progress(), distributed.world_size()
+    resume.refuse_disagreement(settings, progress)
     loss_of(settings, progress.epoch)  # refuses wrong options before anything is read
-    processes = distributed.world_size()
-    if settings.batch_size < processes:
-        raise InputError(f"--batch_size {settings.batch_size}: fewer pairs than the {processes} processes")
     if origin is None:
-        refuse_used_folder(Path(settings.model_name))
-    train_split = open_split(settings.data_path, settings.data_name, "train", settings.img_dim)
-    dev_split = open_split(settings.data_path, settings.data_name, "dev", settings.img_dim)
+        resume.refuse_used_folder(Path(settings.model_name))
+    train_split, dev_split = (
+        open_split(settings.data_path, settings.data_name, name, settings.img_dim) for name in ("train", "dev")
+    )
     pairs = len(train_split.captions)
-    if settings.batch_size > pairs:
-        raise InputError(f"--batch_size {settings.batch_size}: larger than the {pairs} pairs of train")
+    if not processes <= settings.batch_size <= pairs:
+        limit = f"fewer pairs than the {processes} processes"
+        if settings.batch_size > pairs:
+            limit = f"larger than the {pairs} pairs of train"
+        raise InputError(f"--batch_size {settings.batch_size}: {limit}")
     data = {split.name: describe_data(split) for split in (train_split, dev_split)}
-    if origin is not None:
-        refuse_changed_data(origin, data, settings.allow_changes)
+    if origin:
+        resume.refuse_changed_data(origin, data, settings.allow_changes)
 
     seed_everything(settings.seed)
     with distributed.local_main_first():  # the others find what the first one has fetched
-        if origin is None:
+        if origin:
+            model, tokenizer = build_model(origin.content, settings.bert)
+        else:
             model, tokenizer, note = new_model(asdict(settings))
             print(note)
-        else:
-            model, tokenizer = build_model(origin.content, settings.bert)
-    train_captions, dev_captions = tokenizer.tokenize(train_split.captions), tokenizer.tokenize(dev_split.captions)
-    seed_process(settings.seed, progress.step)
     model.image_encoder.mask_padding |= train_split.features.varies
     model.text_encoder.micro_batch = settings.micro_batch
     model.use_engine(settings.engine)
-    model.to(compute.device, torch.get_default_dtype())
-    batch_loss = average_gradients(BatchLoss(model, settings.margin))
+    model.to(compute.device)
     optimizer = build_optimizer(model, settings.learning_rate)
-    if origin is not None and origin.exact:
-        try:
-            restore_optimizer(optimizer, origin.content["optimizer"])
-            origin.notes += restore_own_random_state(origin.content["random_state"], compute.device)
-        except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
-            raise InputError(f"{origin.path}: its optimiser or random state does not fit ({reason(error)})") from None
-    if origin is not None:
-        origin.content = {}  # at full size gigabytes, which model and optimiser hold now
+    resume.seed_process(settings.seed, progress.step)
+    if origin:
+        resume.restore(origin, optimizer, compute.device)
 
-    log = RunLog(Path(settings.model_name), Path(settings.logger_name), progress.step)
-    start = origin.path if origin else None
-    record = begin_record(asdict(settings), data, str(compute), start, progress.step, earlier_sessions(origin))
+    path, start = Path(settings.model_name), origin.path if origin else None
+    log = RunLog(path, Path(settings.logger_name), progress.step)
+    sessions = resume.earlier_sessions(origin)
+    record = begin_record(asdict(settings), data, str(compute), start, progress.step, sessions)
     return Run(
         settings,
         compute,
         model,
         tokenizer,
-        batch_loss,
+        average_gradients(BatchLoss(model, settings.margin)),
         optimizer,
-        train_split,
-        train_captions,
-        dev_split,
-        dev_captions,
-        resident=DeviceFeatures(train_split.features, compute.device) if settings.device_features else None,
-        record=record,
-        progress=progress,
-        folder=RunFolder(Path(settings.model_name), settings.keep, log.say, record),
-        log=log,
-        figures=StepFigures(settings.margin, log, settings.model_name),
+        (train_split, tokenizer.tokenize(train_split.captions)),
+        (dev_split, tokenizer.tokenize(dev_split.captions)),
+        DeviceFeatures(train_split.features, compute.device) if settings.device_features else None,
+        record,
+        progress,
+        RunFolder(path, settings.keep, log.say, record),
+        log,
+        StepFigures(settings.margin, log, settings.model_name),
+        Signals(),
     )
 
 
 def introduce(run: Run, origin: Origin | None) -> None:
     """Say what is trained on what, from where, and where it is written; begin the record."""
-    settings, progress, features = run.settings, run.progress, run.train.features
-    counts = run.model.parameter_counts()
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    steps = len(run.train.captions) // settings.batch_size
+    settings, progress, (train_split, _), (dev_split, _) = run.settings, run.progress, run.train, run.dev
+    counts, features = run.model.parameter_counts(), train_split.features
     lines = [
-        f"data        {run.train.folder}: train {len(features)} images, {len(run.train.captions)} captions; "
-        f"dev {len(run.dev.features)} images, {len(run.dev.captions)} captions",
-        f"parameters  {sum(counts.values()):,}: {parts}",
-        f"steps       {settings.num_epochs} epochs of {steps}, batches of {settings.batch_size} pairs",
+        f"data        {train_split.folder}: train {len(features)} images, {len(train_split.captions)} captions; "
+        f"dev {len(dev_split.features)} images, {len(dev_split.captions)} captions",
+        f"parameters  {sum(counts.values()):,}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}",
+        f"steps       {settings.num_epochs} epochs of {len(train_split.captions) // settings.batch_size}, "
+        f"batches of {settings.batch_size} pairs",
         f"device      {run.compute}",
         f"written to  {settings.model_name} ({LAST}, {BEST}, {RECORD}, run.log), TensorBoard: {settings.logger_name}",
         f"settings    {' '.join(f'{name}={value}' for name, value in asdict(settings).items())}",
     ]
     if features.varies:
-        regions = f"{features.counts.min()} to {features.regions} of an image; padding is masked (--mask_padding)"
-        lines.insert(1, f"regions     {regions}")
+        regions = f"{features.counts.min()} to {features.regions} of an image"
+        lines.insert(1, f"regions     {regions}; padding is masked (--mask_padding)")
     if origin:
         lines += origin.notes
     if origin and origin.exact:

@@ -1,6 +1,6 @@
-"""What a run starts from: a checkpoint to continue, or another run's weights; which settings may differ then; random
-numbers and agreement of the job's processes."""
+"""What a run starts from: a checkpoint to continue, or another run's weights, and which settings may differ then."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,16 +11,16 @@ import torch.distributed as dist
 from lib import distributed
 from lib.checkpoints.native import find_checkpoint, read_checkpoint
 from lib.checkpoints.record import RECORD, read_record
-from lib.cli import InputError
+from lib.cli import InputError, reason
 from lib.config import ModelSettings, RecipeSettings, TrainSettings
 from lib.runtime import random_state, restore_random_state, seed_everything
-from lib.training.run_folder import Progress, checkpoints, step_files, step_of, trained_last_by_this_job
+from lib.training.optim import restore_optimizer
+from lib.training.run_folder import Progress, checkpoints, step_files, step_of
 
 OF_ONE_START = ("resume", "init_from", "allow_changes", "model_name", "logger_name")  # not taken from a checkpoint
-WITHOUT_WEIGHTS = ("bert", "mask_padding")  # of the model's settings: they do not shape its weights
-ARCHITECTURE = [name for name in ModelSettings.__annotations__ if name not in WITHOUT_WEIGHTS]
-RECIPE = [*RecipeSettings.__annotations__, "seed", "mask_padding", "precision", "engine", "device_features"]
-RECIPE.remove("num_epochs")
+ARCHITECTURE = ModelSettings.__annotations__.keys() - {"bert", "mask_padding"}  # what shapes the weights
+RECIPE = RecipeSettings.__annotations__.keys() | {"seed", "mask_padding", "precision", "engine", "device_features"}
+RECIPE -= {"num_epochs"}
 ORDER = ("batch_size", "seed")  # the order of pairs depends on them
 OF_A_NODE = ("data_path", "bert", "workers")  # may differ between the machines of a job
 
@@ -29,10 +29,10 @@ OF_A_NODE = ("data_path", "bert", "workers")  # may differ between the machines 
 class Origin:
     """A checkpoint that a run starts from.
 
-    defaults: its settings, in place of the program's defaults. progress: where the run stands. exact: whether it holds
-    optimiser and random state, to continue to the bit. in_run_folder: whether it lies in a run's folder; in_place:
-    whether the run stays there. damaged: newer checkpoints that cannot be read, with what is wrong. notes: what the
-    run's log says about it.
+    defaults: its settings, instead of the program's defaults, with `model_name` where it lies in a run's folder.
+    progress: where the run stands. exact: whether it holds optimiser and random state, to continue to the bit.
+    in_place: whether the run stays in its folder. damaged: newer checkpoints that cannot be read, with what is wrong.
+    notes: what the run's log says about it.
     """
 
     path: Path
@@ -40,10 +40,15 @@ class Origin:
     defaults: dict
     progress: Progress = field(default_factory=Progress)
     exact: bool = False
-    in_run_folder: bool = False
     in_place: bool = False
     damaged: dict[Path, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def begin_epoch_again(self) -> None:
+        """An unfinished epoch cannot be continued in another order of its pairs."""
+        if self.progress.batch:
+            self.notes.append(f"epoch {self.progress.epoch + 1} begins again: its pairs come in another order now")
+            self.progress.batch = 0
 
 
 def find_origin(settings: TrainSettings) -> Origin | None:
@@ -55,23 +60,31 @@ def find_origin(settings: TrainSettings) -> Origin | None:
     path = Path(settings.model_name if settings.resume == "auto" else settings.resume)
     if settings.resume == "auto" and not checkpoints(path):
         return None
-    return _newest_sound(path) if path.is_dir() else _checkpoint(find_checkpoint(str(path)), {})
+    return _newest_sound(path) if path.is_dir() else _checkpoint(find_checkpoint(str(path)))
 
 
 def find_own_checkpoint(settings: TrainSettings) -> Origin | None:
-    """The last checkpoint of a job that torchrun has restarted after a failure; None if it has saved none."""
+    """The last checkpoint of a job that torchrun has restarted after a failure; None if the job has saved none."""
     folder = Path(settings.model_name)
-    return _newest_sound(folder) if trained_last_by_this_job(folder) and checkpoints(folder) else None
+    try:
+        is_own = (read_record(folder) or {})["sessions"][-1]["job"] == distributed.job()
+    except (InputError, LookupError, TypeError):
+        return None
+    return _newest_sound(folder) if is_own and checkpoints(folder) else None
 
 
 def _newest_sound(folder: Path) -> Origin:
     """The newest checkpoint of a run folder that can be read. Raises InputError where there is none."""
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for path in checkpoints(folder):
         try:
-            return _checkpoint(path, damaged)
+            origin = _checkpoint(path)
         except InputError as error:
             damaged[path] = str(error)
+            continue
+        origin.damaged = damaged
+        origin.notes[:0] = [f"warning: {error}; continuing from {path.name}" for error in damaged.values()]
+        return origin
     if damaged:
         raise InputError(
             f"{folder}: none of its {len(damaged)} checkpoints can be read; {next(iter(damaged.values()))}"
@@ -79,34 +92,27 @@ def _newest_sound(folder: Path) -> Origin:
     raise InputError(f"{folder}: no checkpoint in it; --resume auto starts a run where there is none yet")
 
 
-def _checkpoint(path: Path, damaged: dict[Path, str]) -> Origin:
-    """A checkpoint to continue from: to the bit where it holds optimiser and random state."""
-    content = read_checkpoint(path)
-    folder, then = path.parent, content["settings"]
-    defaults, progress = _settings_of(content), Progress(**content["progress"])
-    exact = "optimizer" in content
-    in_run_folder = exact or (folder / RECORD).is_file()
-    notes = [f"warning: {error}; continuing from {path.name}" for error in damaged.values()]
-    notes += content["notes"]
+def _checkpoint(path: Path) -> Origin:
+    """A checkpoint to continue from. Raises InputError."""
+    content, folder = read_checkpoint(path), path.parent
+    progress, then = Progress(**content["progress"]), content["settings"]
+    defaults = {name: value for name, value in then.items() if name not in OF_ONE_START}
+    notes, exact = list(content["notes"]), "optimizer" in content
     if not exact:
         notes.append(f"{path} holds weights only: the optimiser starts fresh, at epoch {progress.epoch + 1}")
         progress.batch = 0
-    if in_run_folder:
+    if exact or (folder / RECORD).is_file():
         defaults["model_name"] = str(folder)
-        if then.get("model_name") == str(folder):  # which has not been moved
+        if then.get("model_name") == str(folder):  # the folder has not been moved
             defaults["logger_name"] = then.get("logger_name", "")
-    return Origin(path, content, defaults, progress, exact, in_run_folder, damaged=damaged, notes=notes)
+    return Origin(path, content, defaults, progress, exact, notes=notes)
 
 
 def _weights(path: Path) -> Origin:
     """Any checkpoint, of which a new run takes the weights."""
     content = read_checkpoint(path)
-    defaults = {name: value for name, value in _settings_of(content).items() if name in ARCHITECTURE}
+    defaults = {name: value for name, value in content["settings"].items() if name in ARCHITECTURE}
     return Origin(path, content, defaults, notes=[f"all weights start from {path}", *content["notes"]])
-
-
-def _settings_of(content: dict) -> dict:
-    return {name: value for name, value in content["settings"].items() if name not in OF_ONE_START}
 
 
 # What may differ from the checkpoint
@@ -119,60 +125,49 @@ def refuse_changes(settings: TrainSettings, origin: Origin) -> None:
     """
     changed = [name for name, then in origin.defaults.items() if getattr(settings, name) != then]
 
-    def named(names: list[str]) -> str:
-        return ", ".join(f"--{name} {getattr(settings, name)} (was {origin.defaults[name]})" for name in names)
+    def described(names: Iterable[str]) -> str:
+        changes = [f"--{name} {getattr(settings, name)} (was {origin.defaults[name]})" for name in changed]
+        return ", ".join(change for name, change in zip(changed, changes, strict=True) if name in names)
 
-    fixed = [*ARCHITECTURE, "bert"] if origin.exact else ARCHITECTURE
-    if refused := [name for name in changed if name in fixed]:
-        raise InputError(f"{origin.path}: its weights were made with other settings: {named(refused)}")
-    recipe = [name for name in changed if name in RECIPE]
+    if refused := described(ARCHITECTURE | {"bert"} if origin.exact else ARCHITECTURE):
+        raise InputError(f"{origin.path}: its weights were made with other settings: {refused}")
+    recipe = described(RECIPE)
     if recipe and not settings.allow_changes:
         raise InputError(
-            f"{origin.path}: these settings differ: {named(recipe)}; leave them as they were, "
+            f"{origin.path}: these settings differ: {recipe}; leave them as they were, "
             "or say --allow_changes to continue with the new ones"
         )
     if recipe:
-        origin.notes.append(f"changed settings: {named(recipe)}")
+        origin.notes.append(f"changed settings: {recipe}")
     if any(name in ORDER for name in changed):
-        _begin_epoch_again(origin)
+        origin.begin_epoch_again()
     _choose_folder(Path(settings.model_name), origin)
 
 
 def refuse_changed_data(origin: Origin, data: dict, allowed: bool) -> None:
     """Compare the splits' fingerprints with the checkpoint's. Raises InputError where they differ, unless allowed."""
     then = origin.content.get("data") or {}
-    changed = [
-        f"{split} in {now['folder']}"
-        for split, now in data.items()
-        if split in then and then[split]["fingerprint"] != now["fingerprint"]
-    ]
+    changed = [name for name in data if name in then and then[name]["fingerprint"] != data[name]["fingerprint"]]
+    where = ", ".join(f"{name} in {data[name]['folder']}" for name in changed)
     if changed and not allowed:
         raise InputError(
-            f"{origin.path}: was trained on other data than {' and '.join(changed)}; name the old data with "
+            f"{origin.path}: was trained on other data than {where}; name the old data with "
             "--data_path and --data_name, or say --allow_changes to continue with the new"
         )
     if changed:
-        origin.notes.append(f"changed data: {', '.join(changed)}")
-        _begin_epoch_again(origin)
-
-
-def _begin_epoch_again(origin: Origin) -> None:
-    """An unfinished epoch cannot be continued in another order."""
-    if origin.progress.batch:
-        origin.notes.append(f"epoch {origin.progress.epoch + 1} begins again: its pairs come in another order now")
-        origin.progress.batch = 0
+        origin.notes.append(f"changed data: {where}")
+        origin.begin_epoch_again()
 
 
 def _choose_folder(folder: Path, origin: Origin) -> None:
     """A run folder holds one line of checkpoints: no run starts over another one or over its own later steps."""
-    origin.in_place = origin.in_run_folder and origin.path.parent.resolve() == folder.resolve()
+    lies_in = origin.defaults.get("model_name")
+    origin.in_place = bool(lies_in) and Path(lies_in).resolve() == folder.resolve()
     if not origin.in_place:
         refuse_used_folder(folder)
         origin.progress.forget_best()
         if origin.exact:
-            origin.notes.append(
-                f"branches off {origin.path.parent} into {folder}; the best epoch is counted from here on"
-            )
+            origin.notes.append(f"branches off {lies_in} into {folder}; the best epoch is counted from here on")
         return
     later = [path for path in step_files(folder) if step_of(path) > origin.progress.step]
     if later := [path for path in later if path not in origin.damaged]:
@@ -192,7 +187,7 @@ def refuse_used_folder(folder: Path) -> None:
 
 def earlier_sessions(origin: Origin | None) -> list[dict]:
     """What run.json says of the earlier starts of a run that is continued in its folder."""
-    if not (origin and origin.in_place):
+    if origin is None or not origin.in_place:
         return []
     try:
         return (read_record(origin.path.parent) or {}).get("sessions", [])
@@ -201,27 +196,36 @@ def earlier_sessions(origin: Origin | None) -> list[dict]:
         return []
 
 
-# The processes of a job
+# Optimiser, random numbers and the processes of a job
 
 
-def refuse_disagreement(settings: TrainSettings, progress: Progress) -> None:
-    """Raises InputError where the processes were started with different flags, or found different checkpoints."""
-    if distributed.world_size() == 1:
+def restore(origin: Origin, optimizer: torch.optim.AdamW, device: torch.device) -> None:
+    """Bring optimiser and random numbers to where an exact checkpoint left them, and let go of its gigabytes.
+
+    Raises InputError where they do not fit.
+    """
+    content, origin.content = origin.content, {}
+    if not origin.exact:
         return
-    own = {name: value for name, value in asdict(settings).items() if name not in OF_A_NODE}
-    first, *others = _gather({**own, "step": progress.step})
-    for name, value in first.items():
-        different = [(rank, other[name]) for rank, other in enumerate(others, 1) if other[name] != value]
-        if different and name == "step":
-            raise InputError(
-                f"--resume: rank 0 found a checkpoint of step {value}, rank {different[0][0]} one of step "
-                f"{different[0][1]}; all nodes must see the same run folder"
-            )
-        if different:
-            raise InputError(
-                f"--{name}: {value!r} of rank 0 but {different[0][1]!r} of rank {different[0][0]}; start all processes "
-                "with the same flags"
-            )
+    try:
+        restore_optimizer(optimizer, content["optimizer"])
+        states = [content["random_state"], *content["random_state"].get("others", [])]
+        then, now = len(states), distributed.world_size()
+        if then == now or distributed.is_first():
+            restore_random_state(states[distributed.rank()], device)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{origin.path}: its optimiser or random state does not fit ({reason(error)})") from None
+    if then != now:
+        origin.notes.append(
+            f"number of processes: {then} before, {now} now, so dropout draws other random numbers; batches, their "
+            "order and augmentation stay the same"
+        )
+
+
+def all_random_states(device: torch.device) -> dict:
+    """The first process's state of all generators; `others` lists those of the other processes."""
+    first, *others = _all_gather(random_state(device))
+    return {**first, "others": others} if others else first
 
 
 def seed_process(seed: int, step: int) -> None:
@@ -235,30 +239,22 @@ def seed_process(seed: int, step: int) -> None:
         seed_everything(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 
 
-def all_random_states(device: torch.device) -> dict:
-    """The first process's state of all generators; `others` lists those of the other processes."""
-    own = random_state(device)
+def refuse_disagreement(settings: TrainSettings, progress: Progress) -> None:
+    """Raises InputError where the processes were started with different flags, or found different checkpoints."""
+    own = {f"--{name}": value for name, value in asdict(settings).items() if name not in OF_A_NODE}
+    first, *others = _all_gather({**own, "step of the checkpoint": progress.step})
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise InputError(
+                    f"{name}: {value!r} of rank 0 but {other[name]!r} of rank {rank}; start all processes with the "
+                    "same flags, and a run folder that all of them see"
+                )
+
+
+def _all_gather(own: dict) -> list[dict]:
     if distributed.world_size() == 1:
-        return own
-    first, *others = _gather(own)
-    return {**first, "others": others}
-
-
-def restore_own_random_state(states: dict, device: torch.device) -> list[str]:
-    """Restore this process's generators. Returns a note where the number of processes was another then."""
-    of_processes = [states, *states.get("others", [])]
-    then, now = len(of_processes), distributed.world_size()
-    if then == now or distributed.is_first():
-        restore_random_state(of_processes[distributed.rank()], device)
-    if then == now:
-        return []
-    return [
-        f"number of processes: {then} before, {now} now, so dropout draws other random numbers; batches, their order "
-        "and augmentation stay the same"
-    ]
-
-
-def _gather(own: dict) -> list[dict]:
-    everybody = [{}] * distributed.world_size()
-    dist.all_gather_object(everybody, own)
-    return everybody
+        return [own]
+    gathered = [{}] * distributed.world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered

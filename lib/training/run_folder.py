@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from lib import distributed
 from lib.checkpoints.native import BEST, LAST, OLD_BEST, find_checkpoint, verify, write_state, write_weights
-from lib.checkpoints.record import read_record, record_now, write_record
+from lib.checkpoints.record import record_now, write_record
 from lib.cli import InputError, TrainingStopped
 from lib.files import TEMPORARY, replacing, sync_folder
 
@@ -77,14 +77,6 @@ def checkpoints(folder: Path) -> list[Path]:
 def command_to_resume(folder: Path) -> str:
     """What to type to continue a run."""
     return f"python train.py --resume {shlex.quote(str(folder))}"
-
-
-def trained_last_by_this_job(folder: Path) -> bool:
-    """Whether the run's last session was this job's, before torchrun restarted its processes."""
-    try:
-        return (read_record(folder) or {})["sessions"][-1]["job"] == distributed.job()
-    except (InputError, LookupError, TypeError):
-        return False
 
 
 class RunFolder:
@@ -146,7 +138,11 @@ class RunFolder:
                 return self._write(state, progress)
             except InputError as error:
                 if wait is None:
-                    raise TrainingStopped(f"{error}; {self._advice()}") from None
+                    advice = "repair that and start again: there is no checkpoint yet"
+                    if left := checkpoints(self.path):
+                        resume = command_to_resume(self.path)
+                        advice = f"{left[0]} is intact: repair that, then continue with: {resume}"
+                    raise TrainingStopped(f"{error}; {advice}") from None
                 self._say(f"warning: {error}; trying again in {wait} seconds")
                 time.sleep(wait)
 
@@ -163,12 +159,6 @@ class RunFolder:
         if progress.is_best:
             write_weights(self.path / BEST, state)
         _link(newest, self.path / LAST)
-
-    def _advice(self) -> str:
-        left = checkpoints(self.path)
-        if not left:
-            return f"no checkpoint has been written; repair that and start again with --model_name {self.path}"
-        return f"{left[0]} is intact: repair that, then continue with: {command_to_resume(self.path)}"
 
 
 def _link(file: Path, name: Path) -> None:

@@ -161,8 +161,8 @@ def test_processes_with_different_flags_and_fewer_pairs_than_processes_are_refus
     flags = [*tiny_flags, "--model_name", str(tmp_path / "run")]
     ranks = run_ranks(run_with_own_seed, 2, flags)
     assert [rank.value for rank in ranks] == [2, 2]
-    said = "error: rank 0: --seed: 0 of rank 0 but 1 of rank 1; start all processes with the same flags\n"
-    assert ranks[0].err == said
+    said = "error: rank 0: --seed: 0 of rank 0 but 1 of rank 1; start all processes with"
+    assert ranks[0].err.startswith(said)
     ranks = run_ranks(run_program, 3, [*flags, "--batch_size", "2"])
     assert [rank.value for rank in ranks] == [2, 2, 2]
     assert "--batch_size 2: fewer pairs than the 3 processes" in ranks[0].err
