@@ -1,5 +1,5 @@
 #!/bin/sh
-# Linter and tests, on all cores, in the environment of setup_env.sh; further arguments go to pytest.
+# Linter, type checker and tests, on all cores, in the environment of setup_env.sh; further arguments go to pytest.
 set -eu
 cd "$(dirname "$0")"
 REQUIREMENTS="requirements.txt requirements-dev.txt"
@@ -7,4 +7,5 @@ REQUIREMENTS="requirements.txt requirements-dev.txt"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest -n auto --dist loadfile "$@"
