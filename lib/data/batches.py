@@ -200,6 +200,8 @@ def on_device(
         return
     copies, ahead = _copy_stream(device), None
     copies.wait_stream(torch.cuda.current_stream(device))  # which may still be filling `resident`
+    if resident:
+        resident.rows.record_stream(copies)
     for batch in batches:
         with torch.cuda.stream(copies):
             moved = _move(batch, device, resident), copies.record_event()

@@ -206,18 +206,18 @@ class DeviceFeatures:
         """Read the whole file once. Raises InputError where memory is short, on NaN, and on values beyond float16."""
         shape = int(features.starts[-1]), features.img_dim
         try:
-            self._rows = torch.empty(shape, dtype=torch.float16, device=device)
+            self.rows = torch.empty(shape, dtype=torch.float16, device=device)
         except RuntimeError:  # torch.OutOfMemoryError is one
             raise InputError(
                 f"--device_features: the features of {features.path} take {2 * math.prod(shape) / 1e9:.1f} GB, more "
                 f"than {device} has free; train without it"
             ) from None
         step = max(1, UPLOAD_BYTES // (2 * features.img_dim))
-        for start in with_bar(range(0, len(self._rows), step), "features"):
-            rows = np.arange(start, min(start + step, len(self._rows)))
+        for start in with_bar(range(0, len(self.rows), step), "features"):
+            rows = np.arange(start, min(start + step, len(self.rows)))
             block = features.read_rows(rows, out=np.empty((len(rows), features.img_dim), np.float16))
-            self._rows[start : start + len(rows)] = torch.from_numpy(block)
+            self.rows[start : start + len(rows)] = torch.from_numpy(block)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Features (n, img_dim) in float16 of rows (n,), given on the device, numbered as in FeatureFile."""
-        return self._rows.index_select(0, rows)
+        return self.rows.index_select(0, rows)

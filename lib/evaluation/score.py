@@ -97,7 +97,7 @@ class Matcher:
         """A block of each batch of images, in order. first: number of the first image."""
         blocks = []
         for images, counts in with_bar(batches, "images"):
-            images = images.to(self.compute.device, torch.get_default_dtype(), non_blocking=True)
+            images = images.to(self.compute.device, non_blocking=True).to(torch.get_default_dtype())
             with self.compute.autocast():
                 regions, counts = self.model.encode_images(images, counts)
             blocks.append(Block(slice(first, first := first + len(counts)), regions, real_rows(counts, regions.device)))
