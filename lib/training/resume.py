@@ -161,7 +161,7 @@ def refuse_changed_data(origin: Origin, data: dict, allowed: bool) -> None:
 
 def _choose_folder(folder: Path, origin: Origin) -> None:
     """A run folder holds one line of checkpoints: no run starts over another one or over its own later steps."""
-    lies_in = origin.defaults.get("model_name")
+    lies_in = origin.defaults.get("model_name", "")
     origin.in_place = bool(lies_in) and Path(lies_in).resolve() == folder.resolve()
     if not origin.in_place:
         refuse_used_folder(folder)
