@@ -1,7 +1,7 @@
 """Variants of the model x seeds: trained one after the other, evaluated on one split, compared on the same queries.
 
-FOLDER/VARIANT-seedN/     the run folders; a rerun goes on with what is not finished
-FOLDER/table.json         what the table says     FOLDER/curves.csv   rSum on dev after each epoch of each run
+FOLDER/VARIANT-seedN/     the run folders; a rerun continues what is not finished
+FOLDER/table.json         the table               FOLDER/curves.csv   rSum on dev after each epoch of each run
 """
 
 import csv
@@ -47,22 +47,22 @@ class Run(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a run has come to on the split."""
+    """The result of a run on the split."""
 
     rsum: float
     draws: np.ndarray  # rSum of each draw of the bootstrap
-    step_ms: float  # the median over the lines of its log
+    step_ms: float  # median over the lines of its log
 
 
 def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
     """Train and evaluate what is not done yet, print the table, write it and the curves. flags: for train.py.
 
-    A run that stops (its loss is no number, say) is left out of the table, which says so. Returns the table's content.
-    Raises InputError, or TrainingStopped where nothing is left to compare.
+    A run that stops (with a NaN loss, say) is left out of the table, which says so. Returns the table's content. Raises
+    InputError, or TrainingStopped where nothing is left to compare with.
     """
-    folder = Path(settings.folder)
+    folder, reference = Path(settings.folder), settings.variants[0]
     runs = [
-        Run(variant, seed, folder / f"{_file_name(variant)}-seed{seed}")
+        Run(variant, seed, folder / "-".join([*re.findall(r"[\w.]+", variant), f"seed{seed}"]))
         for seed in settings.seeds
         for variant in settings.variants
     ]
@@ -71,25 +71,22 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
             describe(vars(parse(TrainSettings, "", [*flags, *run.flags()], command="train.py")))
         except ValueError as error:
             raise InputError(f"--variants {run.variant}: {error}") from None
-    outcomes = {run: _evaluate(run.folder, settings.split) for run in runs if _train(run, flags)}
-    stopped = [f"{run.variant} seed {run.seed}" for run in runs if run not in outcomes]
-    if not any(run.variant == settings.variants[0] for run in outcomes):
-        raise TrainingStopped(f"no run of {settings.variants[0]} has come to its end: there is nothing to compare with")
-    table = {
-        variant: _summarize([outcomes[run] for run in outcomes if run.variant == variant], _first(settings, outcomes))
-        for variant in settings.variants
-        if any(run.variant == variant for run in outcomes)
-    }
+    outcomes: dict[str, list[Outcome]] = {variant: [] for variant in settings.variants}
+    stopped, finished = [], []
+    for run in runs:
+        if _train(run, flags):
+            outcomes[run.variant].append(_evaluate(run.folder, settings.split))
+            finished.append(run)
+        else:
+            stopped.append(f"{run.variant} seed {run.seed}")
+    if not outcomes[reference]:
+        raise TrainingStopped(f"no run of {reference} has come to its end: there is nothing to compare with")
+    table = {variant: _summarize(some, outcomes[reference]) for variant, some in outcomes.items() if some}
     results = {"split": settings.split, "flags": list(flags), "variants": table, "stopped": stopped}
     print(f"\n{_show(results)}")
     write_json(str(folder / "table.json"), results)
-    _write_curves(folder / "curves.csv", outcomes)
+    _write_curves(folder / "curves.csv", finished)
     return results
-
-
-def _file_name(variant: str) -> str:
-    """A variant as a part of a folder's name: its words and numbers, joined."""
-    return "-".join(re.findall(r"[\w.]+", variant))
 
 
 def _train(run: Run, flags: Sequence[str]) -> bool:
@@ -114,42 +111,37 @@ def _evaluate(folder: Path, split_name: str) -> Outcome:
     return Outcome(retrieval_metrics(ranks)["rsum"], bootstrap(ranks, split.image_of_caption)["rsum"], step)
 
 
-def _first(settings: AblationSettings, outcomes: dict[Run, Outcome]) -> list[Outcome]:
-    return [outcome for run, outcome in outcomes.items() if run.variant == settings.variants[0]]
-
-
-def _summarize(outcomes: Sequence[Outcome], first: Sequence[Outcome]) -> dict:
-    """Mean and spread over seeds, and the difference from the first variant on the same draws of queries."""
+def _summarize(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> dict:
+    """Mean and spread over seeds, and the difference from the reference on the same draws of queries."""
     rsums = [outcome.rsum for outcome in outcomes]
-    draws = [np.mean([outcome.draws for outcome in some], axis=0) for some in (outcomes, first)]
+    ours, theirs = (np.mean([outcome.draws for outcome in some], axis=0) for some in (outcomes, reference))
     return {
         "rsum": statistics.mean(rsums),
         "spread": statistics.stdev(rsums) if len(rsums) > 1 else None,
         "rsums": rsums,
         "step_ms": statistics.median(outcome.step_ms for outcome in outcomes),
-        "difference": statistics.mean(rsums) - statistics.mean(outcome.rsum for outcome in first),
-        "interval": interval(draws[0] - draws[1]),
-        "p": p_value(draws[0] - draws[1]),
+        "difference": statistics.mean(rsums) - statistics.mean(outcome.rsum for outcome in reference),
+        "interval": interval(ours - theirs),
+        "p": p_value(ours - theirs),
     }
 
 
 def _show(results: dict) -> str:
     """The table; differences are from its first row."""
     names = max(map(len, results["variants"])) + 2
-    lines = [
-        f"{'':<{names}}{'rSum':>7}{'spread':>8}{'ms a step':>11}{'difference':>12}{'95 %':>18}{'p':>8}  of each seed"
-    ]
+    columns = f"{'rSum':>7}{'spread':>8}{'ms a step':>11}{'difference':>12}{'95 %':>18}{'p':>8}  of each seed"
+    lines = [" " * names + columns]
     for name, row in results["variants"].items():
         spread = "" if row["spread"] is None else f"{row['spread']:.1f}"
-        apart = f"{'':>12}{'':>18}{'':>8}"
+        difference = ""
         if len(lines) > 1:
             ends = "{:+.1f} to {:+.1f}".format(*row["interval"])
-            apart = f"{row['difference']:>+12.1f}{ends:>18}{row['p']:>8.3f}"
+            difference = f"{row['difference']:>+12.1f}{ends:>18}{row['p']:>8.3f}"
         rsums = " ".join(f"{rsum:.1f}" for rsum in row["rsums"])
-        lines.append(f"{name:<{names}}{row['rsum']:>7.1f}{spread:>8}{row['step_ms']:>11.0f}{apart}  {rsums}")
+        lines.append(f"{name:<{names}}{row['rsum']:>7.1f}{spread:>8}{row['step_ms']:>11.0f}{difference:38}  {rsums}")
     lines += [
         "",
-        f"rSum on {results['split']}; spread: standard deviation over seeds; 95 % and p: by bootstrap over images",
+        f"rSum on {results['split']}; spread: standard deviation over seeds; 95 % and p: bootstrap over images",
     ]
     if results["stopped"]:
         lines.append(f"stopped before the end, not counted: {', '.join(results['stopped'])}")

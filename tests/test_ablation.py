@@ -4,12 +4,14 @@ import csv
 import json
 import statistics
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import ablate
 import eval as eval_program
+import train
 from lib import ablation
 from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics
 
@@ -22,56 +24,70 @@ def flags_of(folder):
     return ["--folder", str(folder), "--variants", *VARIANTS, "--seeds", *map(str, SEEDS)]
 
 
+def train_here(command):
+    """What subprocess.run does with train.py, within this process."""
+    return subprocess.CompletedProcess(command, train.main(command[2:]))
+
+
 @pytest.fixture(scope="module")
 def ablated(tiny_flags, tmp_path_factory):
     """The folder of two variants with two seeds each."""
     folder = tmp_path_factory.mktemp("runs") / "ablation"
-    assert ablate.main([*flags_of(folder), "--", *tiny_flags]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "subprocess", SimpleNamespace(run=train_here))
+        assert ablate.main([*flags_of(folder), "--", *tiny_flags]) == 0
     return folder
 
 
-@pytest.fixture(scope="module")
-def alone(ablated, tmp_path_factory):
-    """Ranks on dev of each run's best checkpoint: {variant: [of each seed]}."""
-    scores, ranks = tmp_path_factory.mktemp("scores") / "sims.npy", {}
-    for variant in VARIANTS:
-        ranks[variant] = []
-        for seed in SEEDS:
-            run = ablated / f"{FOLDERS[variant]}-seed{seed}"
-            flags = ["--split", "dev", "--save_sims", str(scores), "--device", "cpu", "--workers", "0"]
-            assert eval_program.main(["--checkpoint", str(run), *flags]) == 0
-            ranks[variant].append(rank_matrix(np.load(scores), IMAGE_OF_CAPTION))
-    return ranks
+def ranks_alone(run, scores):
+    """Ranks on dev of a run's best checkpoint, by eval.py."""
+    flags = ["--split", "dev", "--save_sims", str(scores), "--device", "cpu", "--workers", "0"]
+    assert eval_program.main(["--checkpoint", str(run), *flags]) == 0
+    return rank_matrix(np.load(scores), IMAGE_OF_CAPTION)
 
 
-def test_the_table_holds_mean_spread_and_paired_difference_of_the_runs(ablated, alone):
+def test_the_table_holds_mean_spread_and_paired_difference_of_the_runs(ablated, tmp_path):
     table = json.loads((ablated / "table.json").read_text())
     assert (table["split"], table["stopped"]) == ("dev", [])
-    drawn = {
-        variant: np.mean([bootstrap(one, IMAGE_OF_CAPTION)["rsum"] for one in ranks], axis=0)
-        for variant, ranks in alone.items()
+    ranks = {
+        variant: [ranks_alone(ablated / f"{folder}-seed{seed}", tmp_path / "sims.npy") for seed in SEEDS]
+        for variant, folder in FOLDERS.items()
     }
-    first = [retrieval_metrics(ranks)["rsum"] for ranks in alone[VARIANTS[0]]]
-    for variant, ranks in alone.items():
-        row, rsums = table["variants"][variant], [retrieval_metrics(one)["rsum"] for one in ranks]
-        assert row["rsums"] == pytest.approx(rsums)
-        assert row["rsum"] == pytest.approx(statistics.mean(rsums))
-        assert row["spread"] == pytest.approx(statistics.stdev(rsums))
-        assert row["difference"] == pytest.approx(statistics.mean(rsums) - statistics.mean(first))
-        differences = drawn[variant] - drawn[VARIANTS[0]]
+    drawn = {name: np.mean([bootstrap(one, IMAGE_OF_CAPTION)["rsum"] for one in ranks[name]], axis=0) for name in ranks}
+    rsums = {name: [retrieval_metrics(one)["rsum"] for one in ranks[name]] for name in ranks}
+    for name in VARIANTS:
+        row, differences = table["variants"][name], drawn[name] - drawn[VARIANTS[0]]
+        assert row["rsums"] == pytest.approx(rsums[name])
+        assert row["rsum"] == pytest.approx(statistics.mean(rsums[name]))
+        assert row["spread"] == pytest.approx(statistics.stdev(rsums[name]))
+        assert row["difference"] == pytest.approx(row["rsum"] - statistics.mean(rsums[VARIANTS[0]]))
         assert row["interval"] == pytest.approx(interval(differences))
         assert row["p"] == p_value(differences)
         assert row["step_ms"] > 0
     assert table["variants"][VARIANTS[0]]["p"] == 1
 
 
-def test_a_rerun_trains_nothing_again_and_says_the_same(ablated, tiny_flags, capfd):
-    before = {path: path.stat().st_mtime_ns for path in ablated.glob("*/*.pt")}
+def test_curves_hold_every_epoch_of_every_run_and_a_variants_own_flags_reach_its_runs_alone(ablated):
+    records = {path.parent.name: json.loads(path.read_text()) for path in ablated.glob("*/run.json")}
+    margins = {f"{FOLDERS[v]}-seed{s}": 0.3 if "--margin" in v else 0.2 for v in VARIANTS for s in SEEDS}
+    assert {name: record["settings"]["margin"] for name, record in records.items()} == margins
+    with open(ablated / "curves.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["variant"], int(row["seed"])) for row in rows} == {(v, s) for v in VARIANTS for s in SEEDS}
+    for row in rows:
+        (epoch,) = records[f"{FOLDERS[row['variant']]}-seed{row['seed']}"]["history"]
+        assert (int(row["epoch"]), int(row["step"])) == (epoch["epoch"], epoch["step"]) == (1, 15)
+        assert float(row["dev_rsum"]) == epoch["dev"]["rsum"]
+
+
+def test_a_rerun_trains_nothing_again_and_says_the_same(ablated, tiny_flags, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=train_here))
+    before = {path: path.stat().st_mtime_ns for path in ablated.glob("*/step-*.pt")}
     table = (ablated / "table.json").read_text()
     assert ablate.main([*flags_of(ablated), "--", *tiny_flags]) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in ablated.glob("*/*.pt")}
+    assert before == {path: path.stat().st_mtime_ns for path in ablated.glob("*/step-*.pt")}
     assert (ablated / "table.json").read_text() == table
-    out = capfd.readouterr().out
+    out = capsys.readouterr().out
     assert out.count("all 1 epochs are done") == 4
     lines = out[out.rindex("rSum  spread") :].splitlines()
     assert [line.startswith(variant) for line, variant in zip(lines[1:3], VARIANTS, strict=True)] == [True, True]
@@ -80,54 +96,20 @@ def test_a_rerun_trains_nothing_again_and_says_the_same(ablated, tiny_flags, cap
     assert lines[2].endswith(" ".join(f"{rsum:.1f}" for rsum in row["rsums"]))
 
 
-def test_curves_hold_every_epoch_of_every_run(ablated):
-    with open(ablated / "curves.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {(row["variant"], int(row["seed"])) for row in rows} == {(v, s) for v in VARIANTS for s in SEEDS}
-    for row in rows:
-        record = json.loads((ablated / f"{FOLDERS[row['variant']]}-seed{row['seed']}/run.json").read_text())
-        assert (int(row["epoch"]), int(row["step"])) == (1, 15)
-        assert float(row["dev_rsum"]) == record["history"][0]["dev"]["rsum"]
-
-
 def test_a_run_that_stops_is_left_out_and_said(ablated, tiny_flags, monkeypatch, capsys):
-    started = []
+    def start(command):
+        stops = "independent" in command and command[command.index("--seed") + 1] == "1"
+        return subprocess.CompletedProcess(command, int(stops))
 
-    def start(command, run=subprocess.run):
-        started.append(command)
-        stops = command[command.index("--similarity") + 1] == "independent" and "1" in command
-        return subprocess.CompletedProcess(command, int(stops and command[command.index("--seed") + 1] == "1"))
-
-    monkeypatch.setattr(ablation.subprocess, "run", start)
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=start))
     before = (ablated / "table.json").read_text()
     assert ablate.main([*flags_of(ablated), "--", *tiny_flags]) == 0
-    assert len(started) == 4
     table = json.loads((ablated / "table.json").read_text())
     (ablated / "table.json").write_text(before)
     assert table["stopped"] == [f"{VARIANTS[1]} seed 1"]
     assert len(table["variants"][VARIANTS[1]]["rsums"]) == 1
     assert table["variants"][VARIANTS[1]]["spread"] is None
     assert f"stopped before the end, not counted: {VARIANTS[1]} seed 1" in capsys.readouterr().out
-
-
-def test_a_variants_own_flags_reach_its_runs_alone(ablated):
-    margins = {
-        path.parent.name: json.loads(path.read_text())["settings"]["margin"] for path in ablated.glob("*/run.json")
-    }
-    assert margins == {f"{FOLDERS[v]}-seed{s}": 0.3 if "--margin" in v else 0.2 for v in VARIANTS for s in SEEDS}
-
-
-@pytest.mark.parametrize("flags", [["--batch_size", "1"], ["--no_such_flag"]])
-def test_a_later_variants_wrong_flags_are_refused_before_anything_is_trained(flags, tmp_path, capfd):
-    folder = tmp_path / "runs"
-    try:
-        code = ablate.main(["--folder", str(folder), "--variants", "xdim", f"gpo {' '.join(flags)}"])
-    except SystemExit as ended:
-        code = ended.code
-    assert code == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert " ".join(flags) in line
-    assert not folder.exists()
 
 
 def test_what_train_refuses_ends_the_ablation_with_its_one_line(tmp_path, capfd):
@@ -143,17 +125,20 @@ def test_what_train_refuses_ends_the_ablation_with_its_one_line(tmp_path, capfd)
     [
         (["--variants", "cosine"], "--similarity cosine: expected xdim, independent, gpo"),
         (["--variants", "gpo:dense"], "--variants gpo:dense: --gate dense: "),
+        (["--variants", "xdim", "gpo --batch_size 1"], "--batch_size 1"),
+        (["--variants", "xdim", "gpo --no_such_flag"], "--no_such_flag"),
         (["--variants", ""], "--variants: one is empty"),
-        (["--variants", "xdim", "xdim"], "--variants xdim xdim: one is there twice"),
         (["--seeds", "1", "1"], "--seeds 1 1: one is there twice"),
         (["--batch_size", "3"], "unrecognized arguments"),
     ],
 )
-def test_wrong_flags_are_refused(flags, complaint, capsys):
+def test_wrong_flags_are_refused_before_anything_is_trained(flags, complaint, tmp_path, capsys):
+    folder = tmp_path / "runs"
     try:
-        code = ablate.main(flags)
+        code = ablate.main(["--folder", str(folder), *flags])
     except SystemExit as ended:
         code = ended.code
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert complaint in line
+    assert not folder.exists()
