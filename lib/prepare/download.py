@@ -10,13 +10,11 @@ import os
 import re
 from pathlib import Path
 
-from lib.cli import InputError, one_line, reason
+from lib.cli import InputError, refusing
 from lib.files import check_space, writing_to
 
 HANDLE = "kuanghueilee/scan-features"
-# Rows of 36 x 2,048 float32: train, five times dev and test of Flickr30K; train, five times dev, test, testall of COCO
-ROWS = 29_000 + 5 * (1_014 + 1_000) + 113_287 + 5 * (1_000 + 1_000 + 5_000)
-NEEDED_BYTES = 2 * ROWS * 36 * 2048 * 4  # the archive, hardly compressed, stays until all of it is extracted
+NEEDED_BYTES = 111 * 10**9  # half of it the archive, hardly compressed, which stays until all of it is extracted
 
 FILE = re.compile(r"(train|dev|test|testall)_(ims\.npy|caps\.txt|ids\.txt)")
 FOLDER = re.compile("f30k|flickr(?!8)|coco")  # the last of these in a path says of which data set a file is
@@ -48,25 +46,18 @@ def _needed(data_set: str) -> list[str]:
 
 
 def _download() -> Path:
-    """Fetch the archive, or what of it is not there yet. Returns its folder. Raises InputError."""
-    try:
+    """Fetch the archive, or what of it is not there yet. Returns its folder."""
+    with refusing("no kagglehub: pip install kagglehub, and run this again"):
         import kagglehub  # here: an optional dependency
-    except ImportError as error:
-        raise InputError(f"no kagglehub ({reason(error)}): pip install kagglehub, and run this again") from None
     cache = Path(os.environ.get("KAGGLEHUB_CACHE") or Path.home() / ".cache" / "kagglehub")
-    there = cache / "datasets" / HANDLE
-    if not any(there.glob("*.complete")):
-        written = sum(path.stat().st_size for path in there.rglob("*") if path.is_file())
-        check_space(cache, NEEDED_BYTES - written, "the archive and its files (KAGGLEHUB_CACHE names another folder)")
-    try:
-        return Path(kagglehub.dataset_download(HANDLE))
-    except Exception as error:  # requests', kagglehub's own, the system's
-        said = one_line(" ".join(str(error).split())) or repr(error)
-        raise InputError(
-            f"the Kaggle data set {HANDLE} could not be downloaded ({said}); look at the network and at your Kaggle "
-            "credentials (https://www.kaggle.com/settings, API; then ~/.kaggle/kaggle.json), and run this again: "
-            "kagglehub goes on where it was"
-        ) from None
+    if not (cache / "datasets" / HANDLE).exists():  # else a download goes on, or is complete
+        check_space(cache, NEEDED_BYTES, "the archive and its files (KAGGLEHUB_CACHE names another folder)")
+    with refusing(
+        f"the Kaggle data set {HANDLE} could not be downloaded; look at the network and at your Kaggle credentials "
+        "(https://www.kaggle.com/settings, API; then ~/.kaggle/kaggle.json), and run this again: kagglehub goes on "
+        "where it was"
+    ):
+        return Path(kagglehub.dataset_download(HANDLE)).absolute()
 
 
 def _find(data_set: str, root: Path) -> dict[str, Path]:
@@ -88,13 +79,12 @@ def _find(data_set: str, root: Path) -> dict[str, Path]:
 
 
 def _link(files: dict[str, Path], folder: Path) -> None:
-    """Make links to files. Raises InputError, before any is made, where something else has that name."""
-    links = {folder / name: path.absolute() for name, path in files.items()}
-    for link, path in links.items():
-        if os.path.lexists(link) and not (link.is_symlink() and Path(os.readlink(link)) == path):
-            raise InputError(f"{link} is already there and something else; move it away, or choose another --data_path")
+    """Make links to files, but for those that are there. Raises InputError where something else has such a name."""
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for link, path in links.items():
-            if not link.is_symlink():
-                link.symlink_to(path)
+        for link, path in ((folder / name, path) for name, path in files.items()):
+            if link.is_symlink() and link.readlink() == path:
+                continue
+            if os.path.lexists(link):
+                raise InputError(f"{link} is there and is something else; move it away, or choose another --data_path")
+            link.symlink_to(path)

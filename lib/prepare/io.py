@@ -4,13 +4,13 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import DTypeLike
 
-from lib.cli import InputError, reason
+from lib.cli import InputError, refusing
 from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, find_folder, open_split
 from lib.data.features import FeatureFile
 
@@ -42,14 +42,6 @@ def add_data_flags(flags: argparse.ArgumentParser, default: str | None = None) -
     flags.add_argument("--data_name", default=default, required=not default, help=f"name of {what}, a folder in there")
 
 
-def target_folder(args: argparse.Namespace, flag: str = "--data_name") -> Path:
-    """Where the new data set goes. Raises InputError where its name leads out of --data_path."""
-    name = Path(getattr(args, flag.removeprefix("--")))
-    if name.is_absolute() or ".." in name.parts or not name.name:
-        raise InputError(f"{flag} {name}: must be a folder below --data_path, without '..'")
-    return args.data_path / name
-
-
 # Writing
 
 
@@ -60,28 +52,26 @@ def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeL
     stand one after the other, with {split}_offsets.npy. Raises InputError, with the image's origin, where its features
     cannot be used, and where there are no images.
     """
-    written: list[Image] = []  # all but features and boxes, which are in the files
-    counts, img_dim, all_boxes, boxes_path = [], 0, True, folder / f"{split}_boxes.npy"
-    with open(folder / f"{split}{FEATURES}", "wb") as features_file, open(boxes_path, "wb") as boxes_file:
-        for file in (features_file, boxes_file):
-            file.write(bytes(HEADER_BYTES))
+    written, counts, img_dim = [], [], 0  # features go to the file, the rest stays in memory
+    with open(folder / f"{split}{FEATURES}", "wb") as file:
+        file.write(bytes(HEADER_BYTES))
         for image in images:
             _check(image, img_dim, np.dtype(dtype))
             counts.append(len(image.features))
             img_dim = image.features.shape[1]
-            features_file.write(np.ascontiguousarray(image.features, dtype).data)
-            if image.boxes is not None:
-                boxes_file.write(np.ascontiguousarray(image.boxes, np.float32).data)
-            all_boxes = all_boxes and image.boxes is not None
-            written.append(image._replace(features=np.empty(0), boxes=None))
+            file.write(np.ascontiguousarray(image.features, dtype).data)
+            written.append(image._replace(features=np.empty(0)))
         if not written:
             raise InputError(f"no images for the split {split}")
         varies = len(set(counts)) > 1
         shape = (sum(counts),) if varies else (len(counts), counts[0])
-        _write_header(features_file, (*shape, img_dim), dtype)
-        _write_header(boxes_file, (*shape, BOX), np.float32)
-    if not all_boxes:
-        boxes_path.unlink()
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (*shape, img_dim)}
+        file.seek(0)
+        npy.write_array_header_1_0(file, header)
+        assert file.tell() == HEADER_BYTES
+    boxes = [image.boxes for image in written if image.boxes is not None]
+    if len(boxes) == len(written):
+        np.save(folder / f"{split}_boxes.npy", np.concatenate(boxes, dtype=np.float32).reshape(*shape, BOX))
     if varies:
         np.save(folder / f"{split}_offsets.npy", np.cumsum([0, *counts], dtype=np.int64))
     write_lines(folder / f"{split}_ids.txt", (image.id for image in written))
@@ -115,12 +105,6 @@ def _check(image: Image, img_dim: int, dtype: np.dtype) -> None:
         raise InputError(f"{image.origin or f'image {image.id!r}'}: {problem}")
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-    file.seek(0)
-    npy.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
-    assert file.tell() == HEADER_BYTES
-
-
 # Reading
 
 
@@ -142,14 +126,6 @@ def open_features(folder: Path, name: str) -> Split:
     return Split(name, folder, FeatureFile(folder / f"{name}{FEATURES}"), [], np.zeros(0, np.int64))
 
 
-def read_json(path: Path) -> Any:
-    """Raises InputError where the file is not JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not JSON ({reason(error)}); copy or download it again") from None
-
-
 def read_boxes(split: Split) -> np.ndarray | None:
     """Boxes (regions of all images, 4) from {split}_boxes.npy; None where there is no such file.
 
@@ -159,26 +135,39 @@ def read_boxes(split: Split) -> np.ndarray | None:
     path, features = split.folder / f"{split.name}_boxes.npy", split.features
     if not path.is_file():
         return None
-    regions = int(features.starts[-1])
-    try:
+    size = int(features.starts[-1]) * BOX
+    with refusing(f"{path}: no boxes of these features; delete it, or make it again"):
         boxes = np.load(path, allow_pickle=False)
-        if boxes.shape[-1] != BOX or boxes.size not in (regions * BOX, regions * BOX * features.repeats):
-            raise ValueError(f"{BOX} numbers for each of {regions} regions expected, shape {boxes.shape} found")
+        if boxes.shape[-1] != BOX or boxes.size not in (size, size * features.repeats):
+            raise ValueError(f"{BOX} numbers for each of {size // BOX} regions expected, shape {boxes.shape} found")
         if not np.isfinite(boxes).all():
             raise ValueError("NaN or infinite")
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: no boxes of these features ({reason(error)}); delete it, or make it again") from None
-    if boxes.size > regions * BOX:
+    if boxes.size > size:
         boxes = boxes.reshape(len(features), features.repeats, -1, BOX)[:, 0]
     return boxes.reshape(-1, BOX)
+
+
+def read_image(split: Split, boxes: np.ndarray | None, place: int, image_id: str) -> Image:
+    """The image at a place of a split; boxes: those of all its images."""
+    first, last = split.features.starts[place : place + 2]
+    of_image = boxes[first:last] if boxes is not None else None
+    origin = f"{split.features.path}: image {image_id}"
+    return Image(image_id, split.features.read(np.array([place])), of_image, origin=origin)
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError where the file is not JSON."""
+    with refusing(f"{path}: not JSON; copy or download it again"):
+        return json.loads(path.read_bytes())
 
 
 # Printing
 
 
-def name_some(names: Sequence[object]) -> str:
-    """The first few, for a message."""
-    return ", ".join([*map(str, names[:NAMED]), *(["..."] if len(names) > NAMED else [])])
+def some(names: Sequence[object], what: str) -> str:
+    """ "2 rows (3, 5)": how many there are, and the first few."""
+    first = ", ".join([*map(str, names[:NAMED]), *(["..."] if len(names) > NAMED else [])])
+    return f"{len(names):,} {what}{'s' * (len(names) != 1)} ({first})"
 
 
 def span(numbers: Sequence[int] | np.ndarray) -> str:

@@ -6,22 +6,22 @@ need not stand together. A run that was interrupted begins again."""
 import argparse
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lib.cli import InputError, reason
 from lib.files import read_lines
 from lib.prepare import assemble
-from lib.prepare.assemble import Captioned, clean_caption, write_dataset
-from lib.prepare.io import read_json, target_folder
-from lib.prepare.sources import Features
+from lib.prepare.assemble import Features, clean_caption, write_dataset
+from lib.prepare.io import read_json
 
 SPLITS = ("train", "dev", "test")
 
-Rows = Iterator[tuple[str, dict]]  # where a caption stands in its file, and its fields
+Rows = Iterable[tuple[str, Any]]  # where a caption stands in its file, and its fields: a dict, or JSON that holds one
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -33,14 +33,14 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = target_folder(args)
     captions, given = read_captions(args.captions)
     split_of = given or draw_splits(captions, args.dev, args.test, args.seed)
     features = Features(args.features)
-    splits: dict[str, list[Captioned]] = {split: [] for split in SPLITS if split in split_of.values()}
+    splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS if split in split_of.values()}
     for image_id, of_image in captions.items():
-        splits[split_of[image_id]].append(Captioned(image_id, features.find(image_id), of_image))
-    write_dataset(folder, splits, features)
+        splits[split_of[image_id]][image_id] = of_image
+    found = {image_id: features.find(image_id) for image_id in captions}
+    write_dataset(args.data_path / args.data_name, splits, found, features)
 
 
 def read_captions(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -52,9 +52,9 @@ def read_captions(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     splits: dict[str, str] = {}
     if path.suffix not in READERS:
         raise InputError(f"{path}: expected a file that ends in {', '.join(READERS)}")
-    for place, fields in READERS[path.suffix](path):
+    for place, row in READERS[path.suffix](path):
         try:
-            image_id, caption, split = _fields(fields)
+            image_id, caption, split = _fields(row)
             if bool(split) != bool(next(iter(splits.values()), split)):
                 raise ValueError("every caption must have a split, or none")
             if splits.setdefault(image_id, split) != split:
@@ -72,18 +72,14 @@ def draw_splits(image_ids: Iterable[str], dev: float, test: float, seed: int) ->
 
     Raises InputError where no image would be left for train.
     """
+    if not (0 < dev < 1 and 0 < test < 1 and seed >= 0):
+        raise InputError(f"--dev {dev} --test {test} --seed {seed}: expected parts from 0 to 1, a seed from 0 on")
     ids = sorted(image_ids)
-    for flag, value, sound in (("dev", dev, 0 < dev < 1), ("test", test, 0 < test < 1), ("seed", seed, seed >= 0)):
-        if not sound:
-            raise InputError(f"--{flag} {value}: expected {'0 or more' if flag == 'seed' else 'a part, 0 to 1'}")
     names = ["dev"] * max(1, round(dev * len(ids))) + ["test"] * max(1, round(test * len(ids)))
     if len(names) >= len(ids):
         raise InputError(f"{len(ids)} images are too few: --dev {dev} and --test {test} leave none for train")
     drawn = np.random.default_rng(seed).permutation(len(ids))
     return {**dict.fromkeys(ids, "train"), **{ids[place]: name for place, name in zip(drawn, names, strict=False)}}
-
-
-# A reader for each kind of captions file
 
 
 def _read_table(path: Path, delimiter: str) -> Rows:
@@ -93,25 +89,18 @@ def _read_table(path: Path, delimiter: str) -> Rows:
     try:
         if not {"image_id", "caption"} <= set(reader.fieldnames or ()):
             raise InputError(f"{path}: the first line must name the columns, image_id and caption among them")
-        for fields in reader:
-            if None in fields or None in fields.values():
-                raise csv.Error("not as many columns as the header; put captions into quotes")
-            yield f"line {reader.reader.line_num}", fields
+        for row in reader:
+            yield f"line {reader.reader.line_num}", row
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.reader.line_num}: {reason(error)}") from None
 
 
 def _read_jsonl(path: Path) -> Rows:
-    for number, line in read_lines(path):
-        try:
-            if line.strip():
-                yield f"line {number}", json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}: line {number}: not JSON ({reason(error)})") from None
+    return ((f"line {number}", line) for number, line in read_lines(path) if line.strip())
 
 
 def _read_json(path: Path) -> Rows:
-    return ((f"entry {number} (counted from 0)", fields) for number, fields in enumerate(read_json(path)))
+    return ((f"entry {number} (counted from 0)", row) for number, row in enumerate(read_json(path)))
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -122,10 +111,13 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-def _fields(fields: dict) -> tuple[str, str, str]:
+def _fields(row: Any) -> tuple[str, str, str]:
     """image_id, caption and split (empty where none is given). Raises ValueError where one is not what it should be."""
+    fields = json.loads(row) if isinstance(row, str) else row
     if not isinstance(fields, dict):
         raise ValueError('expected {"image_id": ..., "caption": ...}')
+    if None in fields:
+        raise ValueError("more columns than the header; put captions into quotes")
     image_id, caption, split = fields.get("image_id"), fields.get("caption"), fields.get("split") or ""
     if type(image_id) not in (int, str) or not str(image_id).strip() or not str(image_id).strip().isprintable():
         raise ValueError("image_id must be a number or printable text")

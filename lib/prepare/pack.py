@@ -20,11 +20,11 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     folder, names = io.find_splits(args)
-    args.to = args.to or f"{args.data_name}_packed"
-    target, rows = io.target_folder(args, "--to"), []
+    target, rows = args.data_path / (args.to or f"{args.data_name}_packed"), []
     splits = [io.open_features(folder, name) for name in names]
     with new_folder(target, "--to") as temporary:
-        check_space(target, sum(map(_packed_bytes, splits)), "the packed data set")
+        numbers = sum(int(split.features.starts[-1]) * split.features.img_dim for split in splits)
+        check_space(target, 2 * numbers, "the packed data set")
         for split in splits:
             io.write_split(temporary, split.name, _halve(split), np.float16)
             sizes = [os.path.getsize(at / split.features.path.name) / 1e9 for at in (folder, temporary)]
@@ -32,25 +32,18 @@ def run(args: argparse.Namespace) -> None:
     print(f"{target}: float16, one row an image\n\n{io.table(('split', 'images', 'GB before', 'GB after'), rows)}")
 
 
-def _packed_bytes(split: Split) -> int:
-    """What a split takes once it is packed, but for its small files."""
-    region = split.features.img_dim * np.dtype(np.float16).itemsize + io.BOX * np.dtype(np.float32).itemsize
-    return int(split.features.starts[-1]) * region
-
-
 def _halve(split: Split) -> Iterator[io.Image]:
     """The images in float16. Raises InputError on NaN and on what float16 cannot hold, with the row in the file."""
     features, boxes = split.features, io.read_boxes(split)
     ids = read_ids(split) or list(map(str, range(len(features))))
     ends = np.searchsorted(split.image_of_caption, np.arange(len(features) + 1))
-    for image, image_id in enumerate(with_bar(ids, split.name, len(ids))):
-        first, last = features.starts[image : image + 2]
+    for place, image_id in enumerate(with_bar(ids, split.name)):
+        image = io.read_image(split, boxes, place, image_id)
         with np.errstate(over="ignore"):  # refused below
-            half = features.read(np.array([image])).astype(np.float16)
+            half = image.features.astype(np.float16)
         if not np.isfinite(half).all():
             raise InputError(
-                f"{features.path}: row {features.row_of(first)} holds a feature beyond float16's largest number, "
-                f"{np.finfo(np.float16).max:.0f}; this data set has to stay in float32"
+                f"{features.path}: row {features.row_of(features.starts[place])} holds a feature beyond float16's "
+                "largest number, 65504; this data set has to stay in float32"
             )
-        of_image = boxes[first:last] if boxes is not None else None
-        yield io.Image(image_id, half, of_image, split.captions[ends[image] : ends[image + 1]], str(features.path))
+        yield image._replace(features=half, captions=split.captions[ends[place] : ends[place + 1]])

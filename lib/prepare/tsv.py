@@ -5,8 +5,7 @@ that was interrupted begins again."""
 
 import argparse
 import base64
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +13,16 @@ import numpy as np
 from lib.cli import InputError, progress_bar, reason
 from lib.data.features import FeatureFile
 from lib.files import check_space, new_folder
-from lib.prepare.io import BOX, FEATURES, Image, add_data_flags, span, target_folder, write_split
+from lib.prepare.io import BOX, FEATURES, Image, add_data_flags, span, write_split
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("files", type=Path, nargs="+", metavar="FILE", help="TSV files, all parts of them at once")
     add_data_flags(flags)
-    flags.add_argument("--split", default="all", help="name of the store's files: SPLIT_ims.npy and so on")
 
 
 def run(args: argparse.Namespace) -> None:
-    folder, seen = target_folder(args), Counter()
-    if not args.split or Path(args.split).name != args.split:
-        raise InputError(f"--split {args.split!r}: must be a name without '/'")
+    folder, repeated = args.data_path / args.data_name, []
     for file in args.files:
         if not file.is_file():
             raise InputError(f"{file}: no such file")
@@ -34,20 +30,30 @@ def run(args: argparse.Namespace) -> None:
         size = sum(file.stat().st_size for file in args.files)
         check_space(folder, size * 3 // 4, "the store")  # base64 takes 4 bytes for 3
         with progress_bar("read", size, unit="B") as bar:
-            images = (image for file in args.files for image in read_tsv(file, bar.update))
-            counts = write_split(temporary, args.split, _new(images, seen))
-    features = FeatureFile(folder / f"{args.split}{FEATURES}")
+            counts = write_split(temporary, "all", _read(args.files, bar.update, repeated))
+    features = FeatureFile(folder / f"all{FEATURES}")
     print(f"{features.path}: {len(counts):,} images, {span(counts)} regions, img_dim {features.img_dim}")
-    print(f"repeated image ids left out: {seen.total() - len(seen):,}")
+    print(f"repeated image ids left out: {len(repeated):,}")
 
 
-def read_tsv(path: Path, read: Callable[[int], object] = int) -> Iterator[Image]:
-    """The images of a TSV file; `read` is told the bytes of each line. Raises InputError with file and line."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            read(len(line))
-            if line.strip():
-                yield _read_row(line, f"{path}: line {number}")
+def _read(paths: Sequence[Path], read: Callable[[int], object], repeated: list[str]) -> Iterator[Image]:
+    """The images of TSV files; an id that was there before goes to `repeated`. `read` is told the bytes of each line.
+
+    Raises InputError with file and line.
+    """
+    seen: set[str] = set()
+    for path in paths:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                read(len(line))
+                if not line.strip():
+                    continue
+                image = _read_row(line, f"{path}: line {number}")
+                if image.id in seen:
+                    repeated.append(image.id)
+                else:
+                    seen.add(image.id)
+                    yield image
 
 
 def _read_row(line: bytes, origin: str) -> Image:
@@ -65,11 +71,3 @@ def _read_row(line: bytes, origin: str) -> Image:
 
 def _floats(field: bytes) -> np.ndarray:
     return np.frombuffer(base64.b64decode(field, validate=True), "<f4")
-
-
-def _new(images: Iterable[Image], seen: Counter[str]) -> Iterator[Image]:
-    """The images whose id was not there before. seen: how often each id was."""
-    for image in images:
-        seen[image.id] += 1
-        if seen[image.id] == 1:
-            yield image

@@ -13,7 +13,7 @@ import numpy as np
 from lib.cli import InputError, with_bar
 from lib.data.dataset import Split, read_ids
 from lib.data.features import FeatureFile
-from lib.prepare import io
+from lib.prepare.io import KNOWN_SPLITS, add_data_flags, find_splits, open_features, read_boxes, some, span, table
 
 # A collection of photographs may hold a few of them twice; where more images than this are alike, something is wrong.
 MAY_BE_ALIKE = 0.001
@@ -38,10 +38,6 @@ class Findings(NamedTuple):
             self.faults.append(str(error))
             return None
 
-    def alike(self, text: str, images: int, of: int) -> None:
-        """Some of the images are the same: a fault where they are many."""
-        (self.faults if images > MAY_BE_ALIKE * of else self.notes).append(text)
-
 
 class Contents(NamedTuple):
     """What identifies the images of a split. digests: of an image's features -> the first image that has them."""
@@ -52,11 +48,11 @@ class Contents(NamedTuple):
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    io.add_data_flags(flags, "f30k_precomp")
+    add_data_flags(flags, "f30k_precomp")
 
 
 def run(args: argparse.Namespace) -> None:
-    folder, names = io.find_splits(args)
+    folder, names = find_splits(args)
     found, contents = Findings([], []), {}
     for name in names:
         if each := found.read(_check_split, folder, name, found):
@@ -66,24 +62,23 @@ def run(args: argparse.Namespace) -> None:
         found.faults.append(f"features of different size, no model takes both: {sizes}")
     for one, other in APART:
         if one in contents and other in contents:
-            _check_apart(one, other, contents, found)
-    print(io.table(HEADER, [_describe(each.split) for each in contents.values()]), end="\n\n")
-    for kind, texts in found._asdict().items():
-        for text in texts:
-            print(f"{kind.removesuffix('s')}  {text}")
+            _check_apart(contents[one], contents[other], found)
+    print(table(HEADER, [_describe(each.split) for each in contents.values()]), end="\n\n")
+    for text in (*(f"fault  {fault}" for fault in found.faults), *(f"note  {note}" for note in found.notes)):
+        print(text)
     if found.faults:
-        raise InputError(f"{folder}: {_count(len(found.faults), 'fault')}")
+        raise InputError(f"{folder}: {len(found.faults)} fault{'s' * (len(found.faults) > 1)}")
     print(f"{folder}: no faults")
 
 
 def _check_split(folder: Path, name: str, found: Findings) -> Contents:
     """Raises InputError where the split cannot be read at all."""
-    split = io.open_features(folder, name)
-    if not split.captions and name in io.KNOWN_SPLITS:
+    split = open_features(folder, name)
+    if not split.captions and name in KNOWN_SPLITS:
         raise InputError(f"{folder / name}_caps.txt is missing")
     digests = _check_features(split, found)
     ids = found.read(read_ids, split)
-    found.read(io.read_boxes, split)
+    found.read(read_boxes, split)
     if not split.captions:
         found.notes.append(f"{name}: no captions; features to make splits from")
     if repeated := len(split.captions) - len(set(split.captions)):
@@ -91,7 +86,7 @@ def _check_split(folder: Path, name: str, found: Findings) -> Contents:
     if not (folder / f"{name}_ids.txt").exists():
         found.notes.append(f"{name}: no {name}_ids.txt, so nobody knows which images these are")
     if twice := [one for one, times in Counter(ids).items() if times > 1]:
-        found.faults.append(f"{name}_ids.txt: {_count(len(twice), 'id')} more than once: {io.name_some(twice)}")
+        found.faults.append(f"{name}_ids.txt: {some(twice, 'id')} more than once")
     only_numbers = ids == list(map(str, range(len(split.features))))
     return Contents(split, digests, [] if only_numbers else ids or [])
 
@@ -107,17 +102,16 @@ def _check_features(split: Split, found: Findings) -> dict[bytes, int]:
             not_finite += (first + np.flatnonzero(~finite)).tolist()
             continue
         if not (rows[1:] == rows[0]).all():
-            unequal.append(f"{first} to {first + features.repeats - 1}")
+            unequal.append(f"rows {first} to {first + features.repeats - 1}")
         if digests.setdefault(hashlib.blake2b(rows[0], digest_size=16).digest(), image) != image:
             alike.append(first)
     if not_finite:
-        bad = f"{_count(len(not_finite), 'row')}: {io.name_some(not_finite)}"
-        found.faults.append(f"{name}: NaN or infinite features in {bad}")
+        found.faults.append(f"{name}: NaN or infinite features in {some(not_finite, 'row')}")
     if unequal:
-        found.faults.append(f"{name}: holds each image five times, but these rows differ: {io.name_some(unequal)}")
+        found.faults.append(f"{name}: holds each image five times, but not the same in {some(unequal, 'place')}")
     if alike:
-        same = f"{_count(len(alike), 'image')} with the features of an image before, in rows {io.name_some(alike)}"
-        found.alike(f"{name}: {same}", len(alike), len(features))
+        kind = found.faults if len(alike) > MAY_BE_ALIKE * len(features) else found.notes
+        kind.append(f"{name}: {some(alike, 'row')} with the features of an image before")
     return digests
 
 
@@ -130,16 +124,14 @@ def _stored_images(features: FeatureFile) -> Iterator[np.ndarray]:
             yield np.fromfile(file, features.dtype, size).reshape(features.repeats, -1)
 
 
-def _check_apart(one: str, other: str, contents: dict[str, Contents], found: Findings) -> None:
+def _check_apart(one: Contents, other: Contents, found: Findings) -> None:
     """That no image is in both splits, by its id or by its features."""
-    images, others = contents[one], contents[other]
-    ids = sorted(set(images.ids).intersection(others.ids))
-    numbers = sorted(images.digests[same] for same in images.digests.keys() & others.digests.keys())
-    if ids:
-        found.faults.append(f"{one} and {other} share {_count(len(ids), 'image')}, by id: {io.name_some(ids)}")
-    elif numbers:
-        shared = f"{_count(len(numbers), 'image')}, by features: images {io.name_some(numbers)} of {one}"
-        found.alike(f"{one} and {other} share {shared}", len(numbers), len(others.digests))
+    share = f"{one.split.name} and {other.split.name} share"
+    if ids := sorted(set(one.ids).intersection(other.ids)):
+        found.faults.append(f"{share} {some(ids, 'image')} by id")
+    elif numbers := sorted(one.digests[same] for same in one.digests.keys() & other.digests.keys()):
+        kind = found.faults if len(numbers) > MAY_BE_ALIKE * len(other.digests) else found.notes
+        kind.append(f"{share} {some(numbers, 'image')} by features, as numbered in {one.split.name}")
 
 
 def _describe(split: Split) -> list[str]:
@@ -149,10 +141,6 @@ def _describe(split: Split) -> list[str]:
         fingerprint = split.fingerprint()
     except InputError:  # NaN, which is among the faults
         fingerprint = "-"
-    images, form = f"{len(features):,}", (features.repeats, io.span(features.counts), features.img_dim, features.dtype)
+    form = map(str, (features.repeats, span(features.counts), features.img_dim, features.dtype))
     size = f"{os.path.getsize(features.path) / 1e9:.2f}"
-    return [split.name, images, *map(str, form), f"{len(split.captions):,}", io.span(captions), size, fingerprint]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
+    return [split.name, f"{len(features):,}", *form, f"{len(split.captions):,}", span(captions), size, fingerprint]

@@ -121,15 +121,6 @@ def test_a_data_set_that_is_there_stays_as_it_is(tmp_path, capsys, command):
     assert contents(folder) == {"train_ims.npy": b"mine"}
 
 
-@pytest.mark.parametrize("name", ["../other", "/etc", "a/../../b", ""])
-def test_a_name_that_leads_out_of_the_data_path_is_refused(tmp_path, capsys, command, name):
-    flag = "--to" if command[0] == "pack" else "--data_name"
-    if name or flag == "--data_name":
-        code, _, error = prepare(capsys, *command, flag, name)
-        assert code == 2
-        assert error.startswith(f"error: {flag} ")
-
-
 def test_a_second_process_is_refused(tmp_path, capsys, command):
     with ExitStack() as first:
         folder = first.enter_context(new_folder(tmp_path / "data" / "new", "--data_name"))

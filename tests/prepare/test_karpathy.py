@@ -119,7 +119,7 @@ def test_images_without_features_are_counted_named_and_listed(tmp_path, run, ent
     folder = tmp_path / "data" / "new"
     check_split(folder, "train", in_splits(images, "train", "restval"))
     assert {split: figures[-1] for split, figures in table(out).items()} == {"train": "2", "dev": "3", "test": "0"}
-    assert f"no features for train: 2 images, 0, 2; all are in {folder / 'train_missing.txt'}" in out
+    assert f"no features for train: 2 images (0, 2); all are in {folder / 'train_missing.txt'}" in out
     assert (folder / "train_missing.txt").read_text() == "0\n2\n"
     assert (folder / "dev_missing.txt").read_text() == "1\n5\n9\n"
     assert not (folder / "dev_ims.npy").exists()
@@ -130,7 +130,7 @@ def test_features_of_other_images_are_refused_with_names_of_both(tmp_path, run, 
     write_karpathy(tmp_path / "dataset.json", entries)
     code, _, error = run(write_store(tmp_path / "store", make_images("xyz")))
     assert code == 2
-    assert "none of the images is there; the captions are of 0, 2, 4, 6, 8, ..., the features of x, y, z" in error
+    assert "captions are of 12 images (0, 2, 4, 6, 8, ...), the features of 3 images (x, y, z): none in common" in error
 
 
 @pytest.mark.parametrize("content", [b"images", b"", b'{"images": [', b"[]", b'{"dataset": "coco"}', b"\xff"])

@@ -4,13 +4,15 @@ import tracemalloc
 
 import pytest
 
+from tests.prepare import samples
 from tests.prepare.samples import make_images, prepare, write_captions, write_store, write_tsv
 
-IMAGES, REGIONS = 150, 2_000  # of 5 numbers each: 6 MB
+IMAGES, REGIONS, IMG_DIM = 150, 100, 100  # 6 MB
 
 
 @pytest.mark.parametrize("command", ["tsv", "own", "pack", "verify"])
-def test_memory_stays_below_a_quarter_of_the_features(tmp_path, capsys, command):
+def test_memory_stays_below_a_quarter_of_the_features(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(samples, "IMG_DIM", IMG_DIM)
     images = make_images(range(1_000, 1_000 + IMAGES), (REGIONS,))
     store = write_store(tmp_path / "old", images, "train", boxes=False)
     rows = [{"image_id": image_id, "caption": f"a dog {k}"} for image_id in images for k in range(5)]

@@ -110,11 +110,11 @@ def test_a_few_images_still_give_one_to_dev_and_one_to_test():
 @pytest.mark.parametrize(
     ("dev", "test", "seed", "words"),
     [
-        (0, 0.1, 0, "--dev 0: expected a part, 0 to 1"),
-        (0.1, 1, 0, "--test 1: expected a part, 0 to 1"),
-        (float("nan"), 0.1, 0, "--dev nan: expected a part"),
+        (0, 0.1, 0, "--dev 0 --test 0.1 --seed 0: expected parts from 0 to 1"),
+        (0.1, 1, 0, "expected parts from 0 to 1"),
+        (float("nan"), 0.1, 0, "expected parts from 0 to 1"),
         (0.5, 0.5, 0, "8 images are too few: --dev 0.5 and --test 0.5 leave none for train"),
-        (0.1, 0.1, -1, "--seed -1: expected 0 or more"),
+        (0.1, 0.1, -1, "a seed from 0 on"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(dev, test, seed, words):
@@ -128,9 +128,9 @@ def test_what_has_no_features_or_no_captions_is_counted_named_and_listed(tmp_pat
     folder = tmp_path / "data" / "new"
     ids = {split: (folder / f"{split}_ids.txt").read_text().splitlines() for split in SPLITS}
     assert ids == {"train": ["image 6"], "dev": ["image 1", "image 7"], "test": ["image 2", "image 5"]}
-    assert f"no features for train: 2 images, image 0, image 3; all are in {folder / 'train_missing.txt'}\n" in out
+    assert f"no features for train: 2 images (image 0, image 3); all are in {folder / 'train_missing.txt'}\n" in out
     assert (folder / "train_missing.txt").read_text() == "image 0\nimage 3\n"
-    assert f"no captions: 3 images, x, y, z; all are in {folder / 'without_captions.txt'}\n" in out
+    assert f"no captions: 3 images (x, y, z); all are in {folder / 'without_captions.txt'}\n" in out
     assert (folder / "without_captions.txt").read_text() == "x\ny\nz\n"
 
 
@@ -155,8 +155,8 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
     ("suffix", "content", "words"),
     [
         (".csv", CSV + b"b,caf\xe9,dev\n", "line 3 is not UTF-8"),
-        (".csv", CSV + b"b,A cat\n", "line 3: not as many columns as the header"),
-        (".csv", CSV + b"b,A cat, a dog,dev\n", "line 3: not as many columns as the header; put captions into quotes"),
+        (".csv", CSV + b"b,A cat\n", "line 3: every caption must have a split, or none"),
+        (".csv", CSV + b"b,A cat, a dog,dev\n", "line 3: more columns than the header; put captions into quotes"),
         (".csv", CSV + b'b,"A cat,dev\nc,A dog,dev\n', "line 4: unexpected end of data"),
         (".csv", CSV + b" ,A cat,dev\n", "line 3: image_id must be"),
         (".csv", CSV + b"b, ,dev\n", "line 3: caption must be text"),
@@ -167,7 +167,7 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
         (".csv", b"image_id;caption\n1;a\n", "the first line must name the columns"),
         (".csv", "image_id,caption\n1,a\n".encode("utf-16"), "line 1 is not UTF-8"),
         (".csv", CSV + b"x" * 2**17, "line 3 is longer than"),
-        (".jsonl", JSONL + b"b,A dog\n", "line 2: not JSON"),
+        (".jsonl", JSONL + b"b,A dog\n", "line 2: Expecting value"),
         (".jsonl", JSONL + b'["b", "A dog"]\n', 'line 2: expected {"image_id"'),
         (".jsonl", JSONL + b'{"image_id": true, "caption": "A cat"}\n', "line 2: image_id must be"),
         (".jsonl", JSONL + b'{"image_id": 1, "caption": ["A cat"]}\n', "line 2: caption must be text"),

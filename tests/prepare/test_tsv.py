@@ -71,10 +71,6 @@ def test_a_damaged_line_is_named_with_its_file_and_nothing_stays(tmp_path, run, 
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_a_split_that_is_a_path_is_refused(tmp_path, run):
-    assert "--split '../all'" in run(write_tsv(tmp_path / "a.tsv", make_images("ab")), "--split", "../all")[2]
-
-
 @pytest.mark.parametrize(("content", "words"), [(b"\n\r\n", "no images"), (None, "no such file")])
 def test_a_file_without_images_is_refused(tmp_path, run, content, words):
     if content is not None:

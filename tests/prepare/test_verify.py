@@ -121,7 +121,7 @@ def test_a_picture_or_two_in_very_many_is_no_fault(folder, run):
     out, err = run()
     assert err == ""
     (note,) = findings(out, "note")
-    assert note == "train_ims.npy: 1 image with the features of an image before, in rows 1999"
+    assert note == "train_ims.npy: 1 row (1999) with the features of an image before"
 
 
 # Faults
@@ -151,33 +151,36 @@ def raw(name, content):
 
 
 FAULTS = {
-    "NaN": (array("train_ims", poke([3, 5], np.nan)), "train_ims.npy: NaN or infinite features in 2 rows: 3, 5"),
-    "NaN in a repeated row": (array("testall_ims", poke((8, 0, 0), np.nan)), "infinite features in 1 row: 8"),
+    "NaN": (array("train_ims", poke([3, 5], np.nan)), "train_ims.npy: NaN or infinite features in 2 rows (3, 5)"),
+    "NaN in a repeated row": (array("testall_ims", poke((8, 0, 0), np.nan)), "infinite features in 1 row (8)"),
     "repeated rows that differ": (
         array("testall_ims", poke((11, 0, 0), 1)),
-        "testall_ims.npy: holds each image five times, but these rows differ: 10 to 14",
+        "testall_ims.npy: holds each image five times, but not the same in 1 place (rows 10 to 14)",
     ),
     "images alike": (
         array("train_ims", lambda rows: poke(slice(4, 6), rows[0])(rows)),
-        "train_ims.npy: 2 images with the features of an image before, in rows 4, 5",
+        "train_ims.npy: 2 rows (4, 5) with the features of an image before",
     ),
     "too few ids": (lines("train_ids.txt", lambda ids: ids[:11]), "train_ids.txt: 11 ids do not fit 12 images"),
-    "an id twice": (lines("train_ids.txt", lambda ids: [*ids[:11], ids[3]]), "train_ids.txt: 1 id more than once: 103"),
+    "an id twice": (
+        lines("train_ids.txt", lambda ids: [*ids[:11], ids[3]]),
+        "train_ids.txt: 1 id (103) more than once",
+    ),
     "ids not in fives": (
         lines("dev_ids.txt", lambda ids: [*np.repeat(ids, 5)[:19], "9"]),
         "dev_ids.txt: line 20 differs",
     ),
     "train in dev": (
         lines("dev_ids.txt", lambda ids: [*ids[:3], "105"]),
-        "train and dev share 1 image, by id: 105",
+        "train and dev share 1 image (105) by id",
     ),
     "train in dev under other ids": (
         lambda folder: np.save(folder / "dev_ims.npy", np.load(folder / "train_ims.npy")[[2, 3, 9, 4]]),
-        "train and dev share 4 images, by features: images 2, 3, 4, 9 of train",
+        "train and dev share 4 images (2, 3, 4, 9) by features, as numbered in train",
     ),
     "boxes that are NaN": (
         array("dev_boxes", poke((0, 0, 0), np.nan)),
-        "dev_boxes.npy: no boxes of these features (NaN",
+        "make it again (NaN or infinite)",
     ),
     "boxes of half the images": (
         array("dev_boxes", lambda boxes: boxes[:2]),

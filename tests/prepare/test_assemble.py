@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from lib.prepare.assemble import Features
 from lib.prepare.io import write_split
-from lib.prepare.sources import Features
 from tests.prepare.samples import IMG_DIM, make_images, refusal, write_image_files, write_store
 
 
