@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything from nothing: environment, data set, training, evaluation. A few minutes on two CPU cores, no download of
-# data or weights. RUN=folder names the run folder.
+# data or weights. RUN=folder names the run folder. The table to expect is in README.md.
 set -eu
 cd "$(dirname "$0")"
 . ./setup_env.sh

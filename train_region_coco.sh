@@ -1,7 +1,11 @@
 #!/bin/sh
-# The published recipe for MS-COCO. DATA_PATH=folder says where coco_precomp/ is; further flags are passed on:
-#     DATA_PATH=/data sh train_region_coco.sh --batch_size 64
-# NPROC=4 trains on four GPUs of this machine.
+# The published recipe for MS-COCO.
+#
+#     DATA_PATH=/data sh train_region_coco.sh [flags of train.py]   # coco_precomp/ lies in DATA_PATH (default: data)
+#     NPROC=4 sh train_region_coco.sh                                 # on four GPUs of this machine
+#
+# Published, mean of five 1K folds (nobody has run this script on MS-COCO yet; then testall.py):
+#     image to text R@1 82.6, R@5 97.1, R@10 99.0; text to image 67.4, 92.5, 96.8; rSum 535.4
 set -eu
 cd "$(dirname "$0")"
 . ./setup_env.sh

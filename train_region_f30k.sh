@@ -1,7 +1,11 @@
 #!/bin/sh
-# The published recipe for Flickr30K. DATA_PATH=folder says where f30k_precomp/ is; further flags are passed on:
-#     DATA_PATH=/data sh train_region_f30k.sh --batch_size 64
-# NPROC=4 trains on four GPUs of this machine.
+# The published recipe for Flickr30K.
+#
+#     DATA_PATH=/data sh train_region_f30k.sh [flags of train.py]   # f30k_precomp/ lies in DATA_PATH (default: data)
+#     NPROC=4 sh train_region_f30k.sh                                 # on four GPUs of this machine
+#
+# Published, test split (nobody has run this script on Flickr30K yet; then test.py):
+#     image to text R@1 83.5, R@5 96.9, R@10 98.0; text to image 67.5, 89.1, 93.3; rSum 528.2
 set -eu
 cd "$(dirname "$0")"
 . ./setup_env.sh
