@@ -14,7 +14,6 @@ Files of the published release are read into the same entries (published.py). Se
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -41,8 +40,9 @@ OLD_BEST = "model_best.pt"  # of run folders from before there was BEST; it hold
 ENTRIES = ("architecture", "tokenizer", "settings", "progress", "data", "versions")
 STATE = ("model", *ENTRIES, "optimizer", "random_state")
 BERT_BASE = "bert-base-uncased"
-OLD_SETTINGS = {"hardness": ("loss", {"epochs": "hinge", "recall": "ramped"})}  # old name: new name, values
+OLD_HARDNESS = {"epochs": "hinge", "recall": "ramped"}  # --hardness, as it was, to --loss
 DAMAGED = "damaged, or not a checkpoint"
+MOST_LISTED = 20  # of the weights that do not fit
 
 
 def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
@@ -84,10 +84,9 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         else:
             content = _read_safetensors(path)
-    content = published.convert(content, path) if published.is_published(content) else _current(content, path)
-    content["path"] = str(path)
-    content["settings"], content["notes"] = _known_settings(content["settings"])
-    return content
+    content = published.convert(content) if published.is_published(content) else _current(content, path)
+    settings, notes = _known_settings(content["settings"])
+    return {**content, "path": str(path), "settings": settings, "notes": notes}
 
 
 def _is_sound_archive(path: Path) -> bool:
@@ -133,8 +132,6 @@ def _current(content: Any, path: Path) -> dict[str, Any]:
     if form not in (FORMAT, OLD_FORMAT):
         newer = f" (its format is {form!a}, from another version)" if str(form).startswith("x-dim") else ""
         raise InputError(f"{path}: not a checkpoint of this project, nor one of the published form{newer}")
-    if missing := [name for name in ("model", *ENTRIES) if name not in content]:
-        raise InputError(f"{path}: an incomplete checkpoint, it lacks {', '.join(missing)}")
     if form == FORMAT:
         return content
     config = content["bert_config"]  # the architecture were flags and the text model a BERT
@@ -153,17 +150,12 @@ def _with_text(architecture: dict, config: dict, pad_id: int | None) -> dict:
 
 def _known_settings(settings: dict) -> tuple[dict, list[str]]:
     """The settings that this version knows, and a note on the others."""
-    kinds = {field.name: field.type for field in dataclasses.fields(TrainSettings)}
-    for name in OLD_SETTINGS.keys() & settings.keys():
-        new_name, values = OLD_SETTINGS[name]
-        settings = {new_name: values[settings[name]], **{key: settings[key] for key in settings if key != name}}
-    known = {name: value for name, value in settings.items() if _is_a(value, kinds.get(name))}
-    ignored = [f"{name}={value!r}" for name, value in settings.items() if name not in known]
-    return known, [f"settings that this version does not know are ignored: {', '.join(ignored)}"] if ignored else []
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    return type(value) is kind or (kind is float and type(value) is int)
+    if "hardness" in settings:
+        settings = {"loss": OLD_HARDNESS[settings["hardness"]], **settings}
+    names = TrainSettings.__dataclass_fields__
+    ignored = [f"{name}={value!r}" for name, value in settings.items() if name not in (*names, "hardness")]
+    notes = [f"settings that this version does not know are ignored: {', '.join(ignored)}"] if ignored else []
+    return {name: value for name, value in settings.items() if name in names}, notes
 
 
 # Writing
@@ -229,7 +221,7 @@ def build_model(content: dict[str, Any], bert: str = "") -> tuple[XDim, Tokenize
     """
     content = add_text(content, bert)
     model = XDim.build(content["architecture"])
-    model.load_state_dict(_used_weights(content))
+    model.load_state_dict(content["model"], strict=False)  # all that it uses are there, see add_text
     with refusing(f"{content['path']}: its tokenizer cannot be used"):
         return model, Tokenizer(content["tokenizer"])
 
@@ -237,13 +229,25 @@ def build_model(content: dict[str, Any], bert: str = "") -> tuple[XDim, Tokenize
 def add_text(content: dict[str, Any], bert: str) -> dict[str, Any]:
     """A checkpoint with its language model's configuration and tokenizer: those of `bert` where it carries none.
 
-    Raises InputError where they and the weights do not fit each other.
+    Raises InputError listing the weights whose names or shapes are not those of the model that it describes.
     """
     if "tokenizer" not in content:
         config, tokenizer = _read_text(bert or BERT_BASE)
         architecture = _with_text(content["architecture"], config, tokenizer.own_pad_id)
         content = {**content, "architecture": architecture, "tokenizer": tokenizer.specification}
-    _check_weights(content)
+    path, name_of = content["path"], published.published_name if "published" in content else str
+    with refusing(f"{path}: describes no model that can be built"), torch.device("meta"):  # which takes no memory
+        wanted = _shapes(XDim.build(content["architecture"]).state_dict())
+    found = _shapes(content["model"])
+    problems = [
+        f"{name_of(name)} is {found.get(name, 'missing')}, expected {wanted.get(name, 'no such weight')}"
+        for name in wanted | found
+        if found.get(name) != wanted.get(name)
+    ]
+    if problems:
+        more = f" and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+        listed = ", ".join(problems[:MOST_LISTED]) + more
+        raise InputError(f"{path}: its weights do not fit the model (is --bert right?): {listed}")
     return content
 
 
@@ -254,28 +258,5 @@ def _read_text(name: str) -> tuple[dict, Tokenizer]:
     return config, load_tokenizer(name)
 
 
-def _used_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: weight for name, weight in content["model"].items() if not name.startswith(published.NEVER)}
-
-
-def _check_weights(content: dict[str, Any]) -> None:
-    """Compare names and shapes of the weights with those of the model that the checkpoint describes.
-
-    That model is built on the meta device, without memory. Raises InputError listing the weights that do not fit.
-    """
-    with refusing(f"{content['path']}: describes no model that can be built"), torch.device("meta"):
-        expected = XDim.build(content["architecture"]).state_dict()
-    found, wanted = (
-        {name: str(tuple(weight.shape)) for name, weight in weights.items()}
-        for weights in (_used_weights(content), expected)
-    )
-    name_of = published.published_name if "published" in content else str
-    problems = [
-        f"{name_of(name)} is {found.get(name, 'missing')}, expected {wanted.get(name, 'no such weight')}"
-        for name in wanted | found
-        if found.get(name) != wanted.get(name)
-    ]
-    if problems:
-        raise InputError(
-            f"{content['path']}: its weights do not fit the model (is --bert right?): {published.listed(problems)}"
-        )
+def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: tuple(weight.shape) for name, weight in weights.items() if not name.startswith(published.NEVER)}

@@ -8,14 +8,13 @@ of their names is which symbol of the paper.
 import argparse
 from collections import OrderedDict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from lib.cli import InputError
 from lib.model.registry import PUBLISHED_GATES, describe
 
 NEVER = "never_used."  # start of our names for weights that the published model has and never uses
-# Published name -> ours, for each of the three state dicts; those that end in a dot are starts of names.
+# Published name -> ours, for each of the three state dicts. One that ends in a dot stands for all that start so.
 NAMES = (
     {
         "fc.": "image_encoder.linear.",
@@ -53,41 +52,28 @@ def is_published(content: Any) -> bool:
     return (
         isinstance(content, dict)
         and isinstance(content.get("opt"), argparse.Namespace)
-        and isinstance(content.get("model"), list)
-        and len(content["model"]) == len(NAMES)
+        and len(content.get("model", ())) == len(NAMES)
     )
 
 
-def convert(content: dict[str, Any], path: Path) -> dict[str, Any]:
+def convert(content: dict[str, Any]) -> dict[str, Any]:
     """A published checkpoint in this project's entries, without those of the optimiser and the tokenizer.
 
     Weights that are never used are among `model` under names of their own, and `opt` is in `published`, so that
-    `revert` can give both back. Raises InputError listing weights of unknown names, or such that are there twice.
+    `revert` can give both back. Weights of unknown names keep them; no model that is built takes these.
     """
-    weights, surplus = {}, []
+    weights = {}
     for part, names in zip(content["model"], NAMES, strict=True):
         for key, weight in part.items():
-            name = _renamed(str(key).removeprefix(PREFIX), names.items())
-            if name is None or name in weights:
-                surplus.append(key)
-            else:
-                weights[name] = weight.squeeze() if name in MATRICES else weight
-    if surplus:
-        raise InputError(f"{path}: surplus weights {listed(surplus)}")
+            name = _renamed(key.removeprefix(PREFIX), names.items())
+            weights[name] = weight.squeeze() if name in MATRICES else weight
     options = vars(content["opt"])
     settings = {"similarity": "xdim", "gate": "adaptive"}
     settings |= {name: options[name] for name in SETTINGS if name in options}
     position = {"epoch": content.get("epoch", 0), "batch": 0, "step": content.get("Eiters", 0)}
-    best = {"best_rsum": content.get("best_rsum", -1.0), "best_epoch": 0}
-    return {
-        "model": weights,
-        "architecture": describe(settings),
-        "settings": settings,
-        "progress": {**position, **best, "history": []},
-        "data": {},
-        "versions": {},
-        "published": {"opt": options},
-    }
+    best = {"best_rsum": content.get("best_rsum", -1.0), "best_epoch": 0, "history": []}
+    entries = {"architecture": describe(settings), "settings": settings, "progress": position | best}
+    return {"model": weights, **entries, "data": {}, "versions": {}, "published": {"opt": options}}
 
 
 def revert(content: dict[str, Any]) -> dict[str, Any]:
@@ -101,35 +87,27 @@ def revert(content: dict[str, Any]) -> dict[str, Any]:
     if similarity["name"] != "xdim" or gate not in PUBLISHED_GATES:
         raise InputError(f"{content['path']}: the published code does not know {similarity['name']} {gate}".rstrip())
     parts = [OrderedDict() for _ in NAMES]
-    for part, names in zip(parts, NAMES, strict=True):
-        back = [(ours, theirs) for theirs, ours in names.items()]
-        for name, weight in content["model"].items():
-            if key := _renamed(name, back):
+    for name, weight in content["model"].items():
+        for part, names in zip(parts, NAMES, strict=True):
+            if (key := _renamed(name, _reversed(names))) != name:
                 part[PREFIX + key] = weight.reshape(1, -1) if name in MATRICES else weight
     progress, options = content["progress"], content.get("published", {"opt": content["settings"]})["opt"]
-    return {
-        "epoch": progress["epoch"],
-        "model": parts,
-        "best_rsum": progress["best_rsum"],
-        "opt": argparse.Namespace(**options),
-        "Eiters": progress["step"],
-    }
+    figures = {"best_rsum": progress["best_rsum"], "opt": argparse.Namespace(**options), "Eiters": progress["step"]}
+    return {"epoch": progress["epoch"], "model": parts, **figures}
 
 
 def published_name(name: str) -> str:
     """The name, without the prefix, that a weight of ours has in its published state dict; ours where it has none."""
-    return _renamed(name, [(ours, theirs) for names in NAMES for theirs, ours in names.items()]) or name
+    return _renamed(name, [pair for names in NAMES for pair in _reversed(names)])
 
 
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
-    """A name by the first of the pairs (old, new) that it fits."""
+def _reversed(names: dict[str, str]) -> list[tuple[str, str]]:
+    return [(ours, theirs) for theirs, ours in names.items()]
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """A name by the first of the pairs (old, new) that it fits; itself where it fits none."""
     for old, new in pairs:
         if name.startswith(old) if old.endswith(".") else name == old:
             return new + name[len(old) :]
-    return None
-
-
-def listed(problems: list, most: int = 20) -> str:
-    """The first of many, and how many more there are."""
-    more = f" and {len(problems) - most} more" if len(problems) > most else ""
-    return ", ".join(map(str, problems[:most])) + more
+    return name

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lib import distributed
 from lib.checkpoints.native import BEST
-from lib.cli import InputError
+from lib.cli import refusing
 from lib.data.dataset import Split
 from lib.files import replacing
 from lib.runtime import versions
@@ -37,29 +37,21 @@ def begin_record(
     data: `describe_data` of each split. started_from, step: the checkpoint that the run goes on from, and its step.
     earlier: sessions of the same run before this one.
     """
-    session = {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "from": str(started_from) if started_from else None,
-        "step": step,
-        "device": device,
-        "job": distributed.job(),
-        "versions": versions(),
-    }
+    start = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from": started_from and str(started_from)}
+    session = {**start, "step": step, "device": device, "job": distributed.job(), "versions": versions()}
     return {"settings": settings, "data": data, "sessions": [*earlier, session]}
 
 
-def record_now(record: dict, progress: dict) -> dict:
-    """The whole record: what `begin_record` gave, and where the run stands (training's Progress as a dict)."""
-    best = {"epoch": progress["best_epoch"], "rsum": progress["best_rsum"]}
+def write_record(folder: Path, record: dict, progress: dict) -> None:
+    """Write FOLDER/run.json in place of an older one. Raises InputError where it cannot be written.
+
+    record: what `begin_record` gave. progress: where the run stands (training's Progress as a dict).
+    """
     position = {name: progress[name] for name in ("epoch", "batch", "step")}
-    chosen = {"split": "dev", **best, "checkpoint": BEST} if progress["best_epoch"] else None
-    return {**record, "progress": position, "history": progress["history"], "chosen": chosen}
-
-
-def write_record(folder: Path, record: dict) -> None:
-    """Write FOLDER/run.json in place of an older one. Raises InputError where it cannot be written."""
+    best = {"split": "dev", "epoch": progress["best_epoch"], "rsum": progress["best_rsum"], "checkpoint": BEST}
+    now = {"progress": position, "history": progress["history"], "chosen": best if progress["best_epoch"] else None}
     with replacing(folder / RECORD) as file:
-        file.write(json.dumps({"format": FORMAT, **record}, indent=1).encode() + b"\n")
+        file.write(json.dumps({"format": FORMAT, **record, **now}, indent=1).encode() + b"\n")
 
 
 def read_record(folder: Path) -> dict | None:
@@ -67,26 +59,19 @@ def read_record(folder: Path) -> dict | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    try:
+    with refusing(f"{path}: damaged, or not the record of a run"):
         record = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise InputError(f"{path}: damaged, or not the record of a run")
+        if record["format"] != FORMAT:
+            raise ValueError(f"its format is {record['format']!a}")
     return record
 
 
 def quote(record: dict) -> str:
     """One line that says how a run's best epoch was chosen. Raises InputError where the record does not say it."""
-    try:
-        chosen, progress, seed = record["chosen"], record["progress"], record["settings"]["seed"]
-        git = record["sessions"][-1]["versions"]["git"]
-        choice = (
-            f"epoch {chosen['epoch']} of {progress['epoch']} chosen on {chosen['split']} (rSum {chosen['rsum']:.1f})"
-            if chosen
-            else "no epoch chosen yet"
-        )
-        line = f"{choice}, seed {seed}" + (f", commit {git[:10]}" if git else "")
-        return " ".join(line.split())
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise InputError(f"{RECORD}: damaged, it does not say how the checkpoint was chosen") from None
+    with refusing(f"{RECORD}: damaged, it does not say how the checkpoint was chosen"):
+        chosen, git = record["chosen"], record["sessions"][-1]["versions"]["git"]
+        choice = "no epoch chosen yet"
+        if chosen:
+            of_all = f"epoch {chosen['epoch']} of {record['progress']['epoch']}"
+            choice = f"{of_all} chosen on {chosen['split']} (rSum {chosen['rsum']:.1f})"
+        return f"{choice}, seed {record['settings']['seed']}" + (f", commit {git[:10]}" if git else "")

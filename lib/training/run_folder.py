@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from lib import distributed
 from lib.checkpoints.native import BEST, LAST, OLD_BEST, find_checkpoint, verify, write_state, write_weights
-from lib.checkpoints.record import record_now, write_record
+from lib.checkpoints.record import write_record
 from lib.cli import InputError, TrainingStopped
 from lib.files import TEMPORARY, replacing, sync_folder
 
@@ -125,7 +125,7 @@ class RunFolder:
             except InputError as error:
                 self._say(f"warning: {error}; the best epoch, {progress.best_epoch}, is lost and counts anew")
                 progress.forget_best()
-        write_record(self.path, record_now(self._record, asdict(progress)))
+        write_record(self.path, self._record, asdict(progress))
 
     def save(self, state: dict, progress: Progress) -> None:
         """Write checkpoint and record, trying again for a while. Raises TrainingStopped where it stays impossible."""
@@ -152,7 +152,7 @@ class RunFolder:
         self._write_after(newest, state, progress)
         for path in step_files(self.path)[self.keep :]:
             path.unlink(missing_ok=True)
-        write_record(self.path, record_now(self._record, asdict(progress)))
+        write_record(self.path, self._record, asdict(progress))
 
     def _write_after(self, newest: Path, state: dict, progress: Progress) -> None:
         """What a step file entails."""

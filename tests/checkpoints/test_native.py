@@ -141,8 +141,8 @@ def test_files_without_checksums_or_of_something_else_are_refused(content, tmp_p
 
 
 def test_a_setting_that_this_version_does_not_know_is_ignored_with_a_note(altered):
-    content = read_checkpoint(altered(lambda content: content["settings"].update(no_such="x", margin="wide")))
-    assert content["notes"] == ["settings that this version does not know are ignored: margin='wide', no_such='x'"]
+    content = read_checkpoint(altered(lambda content: content["settings"].update(no_such="x", wide=2)))
+    assert content["notes"] == ["settings that this version does not know are ignored: no_such='x', wide=2"]
     assert "no_such" not in content["settings"]
     assert "\nnote        settings that this version does not know" in describe_source("", content, "checkpoint")
 
@@ -161,6 +161,8 @@ def test_a_checkpoint_of_the_version_before_is_read_as_todays(content, tmp_path)
         "tokenizer": tokenizer.to_str(),
         "model": {name.replace(".backbone.", ".bert."): weight for name, weight in content["model"].items()},
     }
+    old["settings"] = {name: value for name, value in content["settings"].items() if name != "loss"}
+    old["settings"]["hardness"] = "recall"
     del old["path"], old["notes"]
     torch.save(old, tmp_path / OLD_BEST)
     again = read_checkpoint(find_checkpoint(str(tmp_path)))
@@ -168,7 +170,7 @@ def test_a_checkpoint_of_the_version_before_is_read_as_todays(content, tmp_path)
         name: content[name] for name in ("architecture", "tokenizer")
     }
     assert same(again["model"], dict(content["model"]))
-    assert again["notes"] == []
+    assert (again["settings"], again["notes"]) == ({**content["settings"], "loss": "ramped"}, [])
     build_model(again)
 
 
