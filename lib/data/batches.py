@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lib import distributed
-from lib.cli import InputError, reason
+from lib.cli import refusing
 from lib.data.dataset import Split
 from lib.data.features import DeviceFeatures, FeatureFile
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
@@ -164,13 +164,8 @@ def _allocate(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """An empty tensor; in a worker it lies in shared memory, which saves a copy on its way to the main process."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
-    try:  # as PyTorch's default_collate does it
-        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    except RuntimeError as error:
-        raise InputError(
-            f"--workers: no room in shared memory for a batch ({reason(error)}); use --workers 0, or start the "
-            "container with more of it (docker run --shm-size=8g)"
-        ) from None
+    with refusing("--workers: no room in shared memory for a batch; use --workers 0, or docker run --shm-size=8g"):
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as in default_collate
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 

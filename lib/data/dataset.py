@@ -69,15 +69,12 @@ def open_split(data_path: str, data_name: str, split: str, img_dim: int | None =
     features_path, captions_path = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
     for path in (features_path, captions_path):
         if not path.is_file():
-            raise InputError(
-                f"{path} is missing: {data_name} needs {features_path.name} and {captions_path.name} there, "
-                f"{HOW_TO_GET_DATA}"
-            )
+            needed = f"{features_path.name} and {captions_path.name}"
+            raise InputError(f"{path} is missing: {data_name} needs {needed} there, {HOW_TO_GET_DATA}")
     features, captions = FeatureFile(features_path), read_captions(captions_path)
     if img_dim not in (None, features.img_dim):
-        raise InputError(
-            f"{features_path}: features of {features.img_dim} numbers, but the model takes --img_dim {img_dim}"
-        )
+        found = f"features of {features.img_dim} numbers"
+        raise InputError(f"{features_path}: {found}, but the model takes --img_dim {img_dim}")
     counts_path = folder / f"{split}_caps_counts.txt"
     if counts_path.is_file():
         counts = _read_counts(counts_path, len(features))
@@ -88,10 +85,8 @@ def open_split(data_path: str, data_name: str, split: str, img_dim: int | None =
         counts = np.full(len(features), CAPTIONS_PER_IMAGE)
         expected = f"{CAPTIONS_PER_IMAGE} captions for each image, or each image's number in {counts_path.name}"
     if counts.sum() != len(captions):
-        raise InputError(
-            f"{captions_path}: {len(captions)} captions do not fit the {len(features)} rows of {features_path.name}; "
-            f"expected {expected}"
-        )
+        found = f"{len(captions)} captions do not fit the {len(features)} rows of {features_path.name}"
+        raise InputError(f"{captions_path}: {found}; expected {expected}")
     return Split(split, folder, features, captions, np.repeat(np.arange(len(features)), counts))
 
 
@@ -119,11 +114,6 @@ def read_captions(path: Path) -> list[str]:
     if not captions:
         raise InputError(f"{path}: no captions in it")
     return captions
-
-
-def count_lines(path: Path) -> int:
-    """How many lines a text file has (see `read_lines`)."""
-    return sum(1 for _ in read_lines(path))
 
 
 def read_ids(split: Split) -> list[str] | None:
@@ -163,9 +153,6 @@ def _repeats_images(features: FeatureFile) -> bool:
     groups, rest = divmod(len(features), CAPTIONS_PER_IMAGE)
     if rest or features.varies:
         return False
-    for group in (0, groups // 2, groups - 1):
-        images = features.read(group * CAPTIONS_PER_IMAGE + np.arange(CAPTIONS_PER_IMAGE))
-        images = images.reshape(CAPTIONS_PER_IMAGE, -1)
-        if (images != images[0]).any():
-            return False
-    return True
+    images = CAPTIONS_PER_IMAGE * np.array([[0], [groups // 2], [groups - 1]]) + np.arange(CAPTIONS_PER_IMAGE)
+    rows = features.read(images.ravel()).reshape(3, CAPTIONS_PER_IMAGE, -1)
+    return bool((rows == rows[:, :1]).all())

@@ -19,12 +19,12 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from lib.cli import InputError, one_line, reason, with_bar
+from lib.cli import InputError, one_line, reason, refusing, with_bar
 
 READ_AHEAD_BYTES = 2**17  # Linux reads no more than this ahead for one call, on some disks
 BLOCK_BYTES = 2**20  # read, converted and checked at a time, so that it stays in the processor's cache
 UPLOAD_BYTES = 2**26  # copied to a device at a time
-INFINITY = {np.dtype(np.float32): 0x7F800000, np.dtype(np.float16): 0x7C00}  # its bits
+EXPONENT = {np.dtype(np.float32): np.uint32(0x7F800000), np.dtype(np.float16): np.uint16(0x7C00)}  # its bits
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -44,18 +44,12 @@ class FeatureFile:
     def __init__(self, path: Path, repeats: int = 1):
         """Open {split}_ims.npy, which holds each image `repeats` times in a row. Raises InputError if it is damaged."""
         self.path, self.repeats = path, repeats
-        shape, self.dtype, self._data_at = read_header(path)
-        if len(shape) not in (2, 3) or self.dtype not in (np.float32, np.float16) or min(shape) < 1:
-            raise InputError(
-                f"{path}: expected float32 or float16 of shape (images, regions, img_dim), found "
-                f"{one_line(f'{self.dtype} {shape}')}"
-            )
+        shape, self.dtype, self._data_at = _read_header(path)
         self.img_dim, self._row_bytes = shape[-1], shape[-1] * self.dtype.itemsize
         self._is_packed = len(shape) == 2
-        if self._is_packed:
-            self.starts = _read_offsets(path, shape[0])
-        else:
-            self.starts = np.arange(shape[0] // repeats + 1) * shape[1]
+        self.starts = (
+            _read_offsets(path, shape[0]) if self._is_packed else np.arange(shape[0] // repeats + 1) * shape[1]
+        )
         self.counts = np.diff(self.starts)
         self.regions = int(self.counts.max())
         self.varies = bool((self.counts != self.regions).any())
@@ -143,60 +137,43 @@ class FeatureFile:
 
 
 def _is_finite(features: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite: read as integers, those lie above all finite numbers of their sign.
-
-    15 times faster than np.isfinite for float16.
-    """
-    size, infinity = features.itemsize, INFINITY[features.dtype]
-    negative_infinity = infinity + (1 << (8 * size - 1))
-    return bool(features.view(f"i{size}").max() < infinity and features.view(f"u{size}").max() < negative_infinity)
+    """Whether no value is NaN or infinite: all bits of their exponents are ones. Much faster than np.isfinite."""
+    exponent = EXPONENT[features.dtype]
+    return bool((features.view(exponent.dtype) & exponent).max() < exponent)
 
 
-def read_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape and type of a .npy file and where its data starts.
-
-    Raises InputError if it is truncated, not a .npy file, or stored by columns.
-    """
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NumPy's about files written by Python 2, as SCAN's are
-            version = npy.read_magic(file)
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran_order, dtype = read(file)
-            data_at, size = file.tell(), os.fstat(file.fileno()).st_size
-    except Exception as error:  # a damaged header makes NumPy raise almost anything
-        raise InputError(f"{path}: truncated or not a .npy file ({reason(error)}); copy or download it again") from None
-    expected = data_at + math.prod(shape) * dtype.itemsize
-    if size != expected:
-        raise InputError(
-            f"{path}: {'truncated' if size < expected else 'longer than its header says'}, {size} bytes instead of "
-            f"{expected}; copy or download it again"
-        )
-    if fortran_order:
-        raise InputError(
-            f"{path}: stored by columns (Fortran order), which scatters an image over the whole file; write it again "
-            "with numpy.save(new, numpy.ascontiguousarray(numpy.load(old)))"
-        )
+def _read_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and type of a file of features and where they start in it. Raises InputError if it is damaged."""
+    with (
+        refusing(f"{path}: truncated or not a .npy file of features; copy or download it again"),
+        open(path, "rb") as file,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # NumPy's about files written by Python 2, as SCAN's are
+        read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+        data_at, size = file.tell(), os.fstat(file.fileno()).st_size
+        expected = data_at + math.prod(shape) * dtype.itemsize
+        if size != expected:
+            raise ValueError(f"{size} bytes instead of {expected}")
+    if len(shape) not in (2, 3) or dtype not in (np.float32, np.float16) or min(shape) < 1 or fortran_order:
+        order = " stored by columns: write numpy.ascontiguousarray of it" if fortran_order else ""
+        found = one_line(f"{dtype} {shape}") + order
+        raise InputError(f"{path}: expected float32 or float16 of shape (images, regions, img_dim), found {found}")
     return shape, dtype, data_at
 
 
 def _read_offsets(path: Path, rows: int) -> np.ndarray:
     """The offsets (images + 1,) that belong to a packed feature file. Raises InputError if they do not fit it."""
     offsets_path = path.with_name(path.name.removesuffix("_ims.npy") + "_offsets.npy")
-    if not offsets_path.is_file():
-        raise InputError(
-            f"{path}: of shape (regions of all images, img_dim), so {offsets_path.name} must stand beside it and say "
-            "where each image starts"
-        )
-    shape, dtype, data_at = read_header(offsets_path)
-    if len(shape) == 1 and shape[0] > 1 and dtype.kind == "i":
-        offsets = np.fromfile(offsets_path, dtype, offset=data_at).astype(np.int64)
-        if offsets[0] == 0 and offsets[-1] == rows and (np.diff(offsets) > 0).all():
-            return offsets
-    raise InputError(
-        f"{offsets_path}: expected integers (images + 1,) that rise from 0 to {rows}, the rows of {path.name}; "
-        "prepare it again"
-    )
+    what = f"integers (images + 1,) that rise from 0 to {rows}"
+    with refusing(f"{path}: of shape (regions of all images, img_dim), so {offsets_path} must hold {what}"):
+        offsets = np.load(offsets_path, allow_pickle=False)
+        if offsets.ndim != 1 or offsets.dtype.kind != "i" or offsets[0] != 0 or offsets[-1] != rows:
+            raise ValueError(f"{offsets.dtype} {offsets.shape}")
+        if not (np.diff(offsets) > 0).all():
+            raise ValueError("they do not rise")
+    return offsets.astype(np.int64)
 
 
 class DeviceFeatures:
@@ -208,10 +185,8 @@ class DeviceFeatures:
         try:
             self.rows = torch.empty(shape, dtype=torch.float16, device=device)
         except RuntimeError:  # torch.OutOfMemoryError is one
-            raise InputError(
-                f"--device_features: the features of {features.path} take {2 * math.prod(shape) / 1e9:.1f} GB, more "
-                f"than {device} has free; train without it"
-            ) from None
+            size = f"{features.path} takes {2 * math.prod(shape) / 1e9:.1f} GB"
+            raise InputError(f"--device_features: {size}, more than {device} has free; train without it") from None
         step = max(1, UPLOAD_BYTES // (2 * features.img_dim))
         for start in with_bar(range(0, len(self.rows), step), "features"):
             rows = np.arange(start, min(start + step, len(self.rows)))

@@ -8,8 +8,9 @@ import numpy as np
 
 from lib.checkpoints.record import quote, read_record
 from lib.cli import InputError
-from lib.data.dataset import Split, count_lines
+from lib.data.dataset import Split
 from lib.evaluation.metrics import LEVEL, RECALL_AT, RECALLS, WAYS, chance_metrics
+from lib.files import read_lines
 
 COLUMNS = (*RECALLS, "avg", "medr", "meanr")
 HEADINGS = {
@@ -134,5 +135,5 @@ def _is_same_data_set(data: dict, split: Split, same_name: bool) -> bool:
     for name in ("train", "dev"):
         captions, path = data.get(name, {}).get("captions"), split.folder / f"{name}_caps.txt"
         if captions is not None and path.is_file():
-            equal.append(count_lines(path) == captions)
+            equal.append(sum(1 for _ in read_lines(path)) == captions)
     return all(equal) and (len(equal) == 2 or same_name)

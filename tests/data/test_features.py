@@ -115,14 +115,14 @@ SOUND = as_npy(make_features())
 DAMAGE = {
     "empty": (b"", "truncated or not a .npy file"),
     "cut in the header": (SOUND[:40], "truncated or not a .npy file"),
-    "cut in the data": (SOUND[:-1], "truncated, 463 bytes instead of 464"),
-    "longer": (SOUND + b"\n", "longer than its header says"),
+    "cut in the data": (SOUND[:-1], "463 bytes instead of 464"),
+    "longer": (SOUND + b"\n", "465 bytes instead of 464"),
     "a web page": (b"<!DOCTYPE html>\n<html>\n" * 50, "truncated or not a .npy file"),
     "an .npz archive": (as_npy(make_features(), np.savez), "truncated or not a .npy file"),
     "float64": (as_npy(make_features(dtype=np.float64)), "expected float32 or float16"),
     "other byte order": (as_npy(make_features(dtype=">f4")), "expected float32 or float16"),
     "no images": (as_npy(make_features()[:0]), "expected float32 or float16"),
-    "packed, without offsets": (as_npy(make_features()[:, 0]), "dev_offsets.npy must stand beside it"),
+    "packed, without offsets": (as_npy(make_features()[:, 0]), "dev_offsets.npy must hold integers"),
     "by columns": (as_npy(np.asfortranarray(make_features())), "stored by columns"),
 }
 
@@ -143,7 +143,7 @@ def test_a_file_that_does_not_hold_features_is_named(tmp_path, damage):
 def test_offsets_that_do_not_fit_are_named(tmp_path, offsets):
     file, path = save(tmp_path, "packed"), tmp_path / "dev_offsets.npy"
     path.write_bytes(path.read_bytes()[:-1]) if offsets is None else np.save(path, np.array(offsets))
-    assert refusal(FeatureFile, file.path).startswith(f"{path}: ")
+    assert str(path) in refusal(FeatureFile, file.path)
 
 
 def test_a_file_cut_while_it_is_open_is_named(tmp_path):
@@ -158,4 +158,4 @@ def test_too_little_memory_for_device_features_is_said_with_what_is_needed(tmp_p
     file.starts[-1] = 2**50
     message = refusal(DeviceFeatures, file, CPU)
     assert message.startswith("--device_features: ")
-    assert "take 9007199.3 GB, more than cpu has free; train without it" in message
+    assert "takes 9007199.3 GB, more than cpu has free; train without it" in message
