@@ -13,9 +13,7 @@ from transformers import AutoTokenizer, BertConfig
 from lib.prepare import scenes
 from lib.prepare.__main__ import main as prepare_main
 from lib.prepare.scenes.captions import WORDS, write_captions
-from lib.prepare.scenes.drawing import draw, masks, overlaps
-from lib.prepare.scenes.features import REGIONS, describe
-from lib.prepare.scenes.world import (
+from lib.prepare.scenes.drawing import (
     BACKGROUNDS,
     COLOURS,
     PICTURE_SIZE,
@@ -24,8 +22,12 @@ from lib.prepare.scenes.world import (
     TEXTURES,
     Scene,
     Thing,
+    draw,
     make_scene,
+    masks,
+    overlaps,
 )
+from lib.prepare.scenes.features import REGIONS, describe
 
 IMAGES = 24  # not a whole number of batches
 SIZE_OF_SPLITS = {"train": 24, "dev": 2, "testall": 12, "test": 2}

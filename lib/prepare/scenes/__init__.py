@@ -3,7 +3,7 @@
 An interrupted run leaves nothing under the folders' names and begins again.
 """
 
-# world.py (what a picture holds) -> drawing.py (pixels) and captions.py (sentences); features.py (pixels -> regions).
+# drawing.py (what a picture holds, pixels) -> captions.py (sentences) and features.py (pixels -> regions).
 # A picture and its captions depend on (seed, split, index) alone, so a larger set begins with the smaller one. What all
 # sets share, the scale of the features and the vocabulary, comes from reference pictures of a fixed seed.
 
@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from lib.cli import InputError, with_bar
 from lib.files import new_folder
+from lib.prepare.io import add_data_flags, write_lines
 from lib.prepare.scenes.captions import write_captions
-from lib.prepare.scenes.drawing import draw
+from lib.prepare.scenes.drawing import PICTURE_SIZE, draw, make_scene
 from lib.prepare.scenes.features import IMG_DIM, REGIONS, describe
-from lib.prepare.scenes.world import PICTURE_SIZE, make_scene
 
 VERSION = 1  # of what is made: to be raised with any change to it
 STREAMS = {"train": 0, "dev": 1, "testall": 2, "test": 2, "reference": 3}  # test is the beginning of testall
@@ -39,8 +39,7 @@ Made = tuple[np.ndarray, list[str]]  # a picture, uint8 (3, H, W), and its capti
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    flags.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the data sets")
-    flags.add_argument("--data_name", default="scenes_precomp", help="name of the data set, a folder in there")
+    add_data_flags(flags, "scenes_precomp")
     flags.add_argument("--vocab", type=Path, default=Path("vocab/scenes"), help="folder of the vocabulary")
     flags.add_argument("--images", type=int, default=2000, help="train pictures; dev has a tenth, testall half of them")
     flags.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
@@ -71,17 +70,17 @@ def write_scenes(folder: Path, vocab_folder: Path, images: int, seed: int) -> bo
     sizes, vocabulary = split_sizes(images), make_vocabulary()
     settings = {"version": VERSION, "images": images, "seed": seed, "splits": sizes}
     settings |= {"regions": REGIONS, "img_dim": IMG_DIM, "picture_size": PICTURE_SIZE}
-    bert = json.dumps(BERT | {"vocab_size": len(vocabulary)}, indent=2)
-    vocabulary_missing = _is_missing(vocab_folder, "--vocab", "vocab.txt", "\n".join(vocabulary))
-    set_missing = _is_missing(folder, "--data_name", "scenes.json", json.dumps(settings, indent=2))
+    text, words = json.dumps(settings, indent=2), "\n".join(vocabulary)
+    vocabulary_missing = _is_missing(vocab_folder, "--vocab", "vocab.txt", words)
+    set_missing = _is_missing(folder, "--data_name", "scenes.json", text)
     if vocabulary_missing:
         with new_folder(vocab_folder, "--vocab") as new:
-            (new / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-            (new / "config.json").write_text(bert + "\n", encoding="utf-8")
+            write_lines(new / "vocab.txt", [words])
+            write_lines(new / "config.json", [json.dumps(BERT | {"vocab_size": len(vocabulary)}, indent=2)])
     if set_missing:
         with new_folder(folder, "--data_name") as new:
             _write_splits(new, sizes, seed)
-            (new / "scenes.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            write_lines(new / "scenes.json", [text])
     return vocabulary_missing or set_missing
 
 
@@ -119,9 +118,8 @@ def _write_split(folder: Path, split: str, count: int, seed: int, executor: Exec
     captions, boxes, features = zip(*batches, strict=True)
     np.save(folder / f"{split}_boxes.npy", np.concatenate(boxes))
     np.save(folder / f"{split}_ims.npy", np.concatenate(features))
-    for name, lines in {"caps": chain.from_iterable(captions), "ids": range(count)}.items():
-        text = "".join(f"{line}\n" for line in lines)
-        (folder / f"{split}_{name}.txt").write_text(text, encoding="utf-8", newline="\n")
+    write_lines(folder / f"{split}_caps.txt", chain.from_iterable(captions))
+    write_lines(folder / f"{split}_ids.txt", range(count))
 
 
 def make_picture(seed: int, split: str, index: int) -> Made:

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.prepare.scenes.drawing import overlaps
-from lib.prepare.scenes.world import Scene, Thing, place, relations
+from lib.prepare.scenes.drawing import Scene, Thing, overlaps, place, relations
 
 CAPTIONS_PER_PICTURE = 5
 SHORTEST, LONGEST = 6, 20  # words of a caption
