@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, training
 from lib import distributed
-from lib.collectives import divide, largest
+from lib.collectives import largest, shard
 from lib.data.batches import Batch
 from lib.losses import hinge
+from lib.model.shard import Shard
 from lib.training.loop import average_gradients, train_step
 
 FLOAT = 4  # bytes
@@ -51,9 +52,9 @@ def operations(batch_size: int, count: int, dims: int) -> dict[str, float]:
 def bytes_sent(lengths: torch.Tensor, count: int, dims: int, parameters: int) -> dict[str, float]:
     """What one process sends in a step on hardest negatives."""
     batch_size, others = len(lengths), count - 1
-    parts = divide(batch_size, count)
-    words = max(int(lengths[part].sum()) for part in parts)  # a process with fewer pads its own
-    pairs = max(part.stop - part.start for part in parts)
+    sizes = Shard(batch_size, processes=count).sizes
+    words = max(int(part.sum()) for part in lengths.split(sizes))  # a process with fewer pads its own
+    pairs = max(sizes)
     share = 2 * others / count  # of a tensor that is added up
     return {
         "words": others * words * dims * FLOAT,
@@ -156,7 +157,7 @@ def measure(settings) -> None:
 
 
 def _own_part(batch: Batch) -> Batch:
-    own = divide(len(batch.lengths), distributed.world_size())[distributed.rank()]
+    own = shard(len(batch.lengths)).own
     regions = slice(own.start * common.REGIONS, own.stop * common.REGIONS)
     return batch._replace(images=batch.images[regions], ids=batch.ids[own])
 

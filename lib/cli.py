@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from importlib import import_module, metadata
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -19,12 +19,6 @@ QUOTED = 200  # characters of a foreign text that an error message quotes
 LINE_INTERVAL = 30.0  # seconds between two lines of progress where stderr is no terminal
 
 Item = TypeVar("Item")
-
-
-class Program(Protocol):
-    """A program's main function: reads the given flags, or those of the command line, and returns the exit code."""
-
-    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 class InputError(Exception):
@@ -100,12 +94,10 @@ def with_bar(items: Iterable[Item], what: str, total: int | None = None) -> Iter
         yield item
 
 
-def progress_bar(
-    what: str, total: int | None = None, done: int = 0, unit: str = "", items: Iterable | None = None
-) -> tqdm:
+def progress_bar(what: str, total: int | None = None, unit: str = "", items: Iterable | None = None) -> tqdm:
     """A progress bar of the first process; where stderr is no terminal, a line every LINE_INTERVAL seconds instead.
 
-    total: of the work; None if unknown. done: of it, before. unit: " images", or "B" for bytes.
+    total: of the work; None if unknown. unit: "B" for bytes.
     """
     options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False}
     if not sys.stderr.isatty():
@@ -113,7 +105,7 @@ def progress_bar(
         options["bar_format"] = "{desc}: {n_fmt}{unit} in {elapsed}"
         if total:
             options["bar_format"] = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {remaining} left"
-    return tqdm(items, what, total, initial=done, disable=not distributed.is_first(), **options)
+    return tqdm(items, what, total, disable=not distributed.is_first(), **options)
 
 
 class _Lines:
@@ -128,8 +120,6 @@ class _Lines:
 
 
 # Programs
-
-LESS_MEMORY = "take a smaller --batch_size, in training rather a smaller --micro_batch, or --precision bf16"
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -152,7 +142,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if distributed.is_first() else None)
 
 
-def program(main: Callable[[Sequence[str] | None], None]) -> Program:
+def program(main: Callable[..., None]) -> Callable[..., int]:
     """Turn `main(argv)` into a program: returns its exit code and prints a known error as one line on stderr.
 
     0 done, 1 a run that had to stop, 2 wrong input, 130 or 143 interrupted by Ctrl-C or SIGTERM. Any other exception is
@@ -164,12 +154,10 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Program:
         distributed.keep_quiet()
         try:
             main(argv)
-        except (InputError, TrainingStopped) as error:
+        except (InputError, TrainingStopped, PeerLost) as error:
+            if isinstance(error, PeerLost):
+                time.sleep(distributed.EXIT_WAIT)  # torchrun ends this process, and names the one that failed
             distributed.print_error(f"error: {_without_traceback(error)}")
-            return error.exit_code
-        except PeerLost as error:
-            time.sleep(distributed.EXIT_WAIT)  # torchrun ends this process, and names the one that failed
-            distributed.print_error(f"error: {error}")
             return error.exit_code
         except Interrupted as stopped:  # in all processes of a job at once
             if distributed.is_first():
@@ -178,7 +166,8 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Program:
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator: " not in str(error):
                 raise
-            distributed.print_error(f"error: out of memory ({reason(error)}); {LESS_MEMORY}")
+            advice = "take a smaller --batch_size, in training rather a smaller --micro_batch, or --precision bf16"
+            distributed.print_error(f"error: out of memory ({reason(error)}); {advice}")
             return 1
         except BrokenPipeError:  # the reader of our output (`| head`) has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

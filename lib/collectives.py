@@ -20,12 +20,6 @@ from lib.model.shard import Shard
 class JobShard(Shard):
     """This process's share of a batch, and what the job's processes compute together."""
 
-    def __init__(self, total: int):
-        super().__init__(total)
-        parts = divide(total, world_size())
-        self.sizes = [part.stop - part.start for part in parts]
-        self.own = parts[rank()]
-
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         heartbeat()
         gathered = _padded(rows, sizes)
@@ -51,23 +45,13 @@ class JobShard(Shard):
 
 def shard(total: int) -> Shard:
     """This process's shard of a batch of `total` pairs."""
-    return Shard(total) if world_size() == 1 else JobShard(total)
-
-
-def divide(total: int, parts: int) -> list[slice]:
-    """Consecutive parts of `total` items, one for each process; their sizes differ by one at most."""
-    edges = [total * k // parts for k in range(parts + 1)]
-    return [slice(*edges[k : k + 2]) for k in range(parts)]
+    return Shard(total) if world_size() == 1 else JobShard(total, rank(), world_size())
 
 
 def largest(number: int) -> int:
     """The largest of all processes' numbers."""
-    if world_size() == 1:
-        return number
-    heartbeat()
-    numbers = torch.tensor(number)  # on the CPU: Python needs the value at once
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+    one_each = shard(world_size())
+    return int(one_each.gather(torch.tensor([number]), one_each.sizes).max())
 
 
 class _GatherInputs(torch.autograd.Function):

@@ -18,7 +18,6 @@ from lib.model.registry import PAPERS_GATE, PARTS, parse_part
 PRECISIONS = ("fp32", "tf32", "bf16")
 ENGINES = ("tiled", "plain")
 SAVED_SCORES = ".npy"  # ending of a file of scores, which can be given instead of a checkpoint
-LARGEST = 2**63  # a checkpoint holds no larger integer
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -43,7 +42,7 @@ class Settings:
             value, options = getattr(self, field.name), field.metadata
             given = f"--{field.name} {value}: "
             if isinstance(value, int | float):
-                _refuse(not math.isfinite(value) or abs(value) >= LARGEST, f"{given}must be finite and below 2**63")
+                _refuse(not abs(value) < 2**63, f"{given}must be finite and below 2**63")  # as PyTorch's integers
                 least, above = options.get("least", value), options.get("above", -math.inf)
                 _refuse(value < least, f"{given}must be at least {least}")
                 _refuse(value <= above, f"{given}must be above {above}")

@@ -6,7 +6,6 @@ follows it, so that flags can be read before.
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -116,15 +115,14 @@ def local_main_first() -> Iterator[None]:
     """The first process of each node runs the block, then the others, which find the files that it has written."""
     import torch.distributed as dist
 
-    connected = dist.is_available() and dist.is_initialized()
-    if connected and local_rank() > 0:
+    if local_rank() > 0:
         dist.barrier()
     _busy.set()
     try:
         yield
     finally:
         _busy.clear()
-    if connected and local_rank() == 0:
+    if world_size() > 1 and local_rank() == 0:
         dist.barrier()
     global _heartbeats
     _heartbeats = 0  # from here on all processes do the same, so that the one with the fewest is the one that hangs
@@ -144,12 +142,6 @@ def print_error(message: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError), open(path, "w") as file:
             json.dump({"message": message, "timestamp": int(time.time())}, file)
-
-
-def end_at_once(number: int) -> None:
-    """End as by the default action of a signal."""
-    signal.signal(number, signal.SIG_DFL)
-    signal.raise_signal(number)
 
 
 def is_lost_connection(error: BaseException | None) -> bool:

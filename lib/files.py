@@ -11,7 +11,6 @@ from typing import BinaryIO
 
 from lib.cli import InputError, reason
 
-LINE_BYTES = 2**16  # of a line of text; a longer one belongs to a file of another kind
 TEMPORARY = ".tmp"  # ending of a file that is being written; one that stays behind was cut off by a kill
 
 
@@ -76,17 +75,12 @@ def new_folder(folder: Path, flag: str) -> Iterator[Path]:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of a UTF-8 file with their numbers from 1, without line ends (\\n or \\r\\n) and a byte-order mark.
 
-    Raises InputError, with the line, where it is not UTF-8 or longer than LINE_BYTES, or the file cannot be read.
+    Raises InputError, with the line, where it is not UTF-8, or the file cannot be read.
     """
     number = 0
     try:
         with open(path, "rb") as file:
-            while line := file.readline(LINE_BYTES + 1):
-                number += 1
-                if len(line) > LINE_BYTES:
-                    raise InputError(
-                        f"{path}: line {number} is longer than {LINE_BYTES} bytes: not the expected text file"
-                    )
+            for number, line in enumerate(file, start=1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:

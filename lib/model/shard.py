@@ -5,6 +5,7 @@ base class is that of a single process. `lib.collectives.JobShard` does the same
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -12,13 +13,14 @@ from torch import Tensor
 class Shard:
     """One process: it has all pairs of the batch, and every method returns what it was given.
 
-    total: pairs of the batch (B). sizes: pairs of each process. own: this process's pairs among all of them.
+    total: pairs of the batch (B). sizes: pairs of each process, which differ by one at most. own: this process's pairs
+    among all of them.
     """
 
-    def __init__(self, total: int):
-        self.total = total
-        self.sizes = [total]
-        self.own = slice(0, total)
+    def __init__(self, total: int, rank: int = 0, processes: int = 1):
+        edges = [total * k // processes for k in range(processes + 1)]
+        self.total, self.own = total, slice(edges[rank], edges[rank + 1])
+        self.sizes = [stop - start for start, stop in pairwise(edges)]
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """All-gather along the first axis, without gradient. sizes: rows of each process, which may differ."""

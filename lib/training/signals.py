@@ -36,7 +36,8 @@ class Signals:
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
         self._restore()
         if self.noted and distributed.is_lost_connection(error):
-            distributed.end_at_once(self.noted)  # torchrun is ending the job after another process has failed
+            signal.signal(self.noted, signal.SIG_DFL)  # torchrun is ending the job after another process has failed
+            signal.raise_signal(self.noted)
 
     def agree(self) -> signal.Signals | None:
         """The signal that this process, or another of its job, has received. All processes call this together."""
