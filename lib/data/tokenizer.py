@@ -69,18 +69,13 @@ class Tokenizer:
 
     def tokenize(self, captions: list[str]) -> TokenizedCaptions:
         """Split captions into words, and words into pieces; a special token's name in a caption is text."""
-        starts = with_bar(range(0, len(captions) or 1, AT_ONCE), "tokens")
-        blocks = [self._tokenize(captions[start : start + AT_ONCE]) for start in starts]
-        ids, words, lengths = map(np.concatenate, zip(*blocks, strict=True))
-        return TokenizedCaptions(ids, words, np.concatenate([[0], np.cumsum(lengths)]))
-
-    def _tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids and words of all pieces, and the number of pieces of each caption."""
-        encodings = self._backend.encode_batch(captions, add_special_tokens=False)
-        lengths = np.array(list(map(len, encodings)), np.int64)
-        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, lengths.sum())
-        words = np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int16, lengths.sum())
-        return ids, words, lengths
+        ids, words, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int16)], [0]
+        for start in with_bar(range(0, len(captions), AT_ONCE), "tokens"):
+            encodings = self._backend.encode_batch(captions[start : start + AT_ONCE], add_special_tokens=False)
+            ids.append(np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32))
+            words.append(np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int16))
+            lengths += map(len, encodings)
+        return TokenizedCaptions(np.concatenate(ids), np.concatenate(words), np.cumsum(lengths))
 
     def pad(self, captions: TokenizedCaptions) -> tuple[np.ndarray, np.ndarray]:
         """Each caption between the model's special tokens, cut to `max_length` with those kept.
@@ -111,7 +106,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         loaded = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
         if not loaded.is_fast:
             loaded = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=os.path.isdir(name))
-        longest = min(positions(config), loaded.model_max_length)
+        reserved = config["pad_token_id"] + 1 if config["model_type"] in COUNT_FROM_PAD else 0
+        longest = min(config["max_position_embeddings"] - reserved, loaded.model_max_length)
         specification = complete(loaded.backend_tokenizer.to_str(), longest, loaded.pad_token, loaded.pad_token_id)
     with refusing(f"--bert {name}: its tokenizer cannot be used"):
         tokenizer = Tokenizer(specification)
@@ -119,12 +115,6 @@ def load_tokenizer(name: str) -> Tokenizer:
             sizes = f"{tokenizer.vocab_size} entries, but config.json says {config['vocab_size']}"
             raise ValueError(f"a vocabulary of {sizes}")
     return tokenizer
-
-
-def positions(config: dict) -> int:
-    """The most tokens of a caption that a model of this configuration takes."""
-    reserved = config["pad_token_id"] + 1 if config["model_type"] in COUNT_FROM_PAD else 0
-    return config["max_position_embeddings"] - reserved
 
 
 def complete(specification: str, max_length: int, pad_token: str, pad_id: int) -> str:
@@ -145,8 +135,8 @@ def _without_special_tokens(content: dict) -> dict:
     if model["type"] == "Unigram":  # which would find them among its pieces
         model["vocab"] = [[f"\0{piece}" if piece in special else piece, score] for piece, score in model["vocab"]]
     others = [token for token in content["added_tokens"] if not token["special"]]
-    plain = {"added_tokens": others, "truncation": None, "padding": None, "post_processor": None}
-    return {**content, **plain, "model": model}
+    without = dict.fromkeys(("truncation", "padding", "post_processor"))
+    return {**content, **without, "added_tokens": others, "model": model}
 
 
 def _around(backend: Backend) -> tuple[list[int], list[int]]:

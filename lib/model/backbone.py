@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 # Our own messages say what is fetched and what is wrong; the libraries' would come beside them, of unused weights too.
@@ -47,9 +47,8 @@ def has_weights(folder: str) -> bool:
 
 def build_backbone(config: dict) -> PreTrainedModel:
     """A language model of random weights, of the default dtype. Raises ValueError where its kind is unknown."""
-    settings = AutoConfig.for_model(**config)
-    make, options = _model_class(settings)
-    return _without_head(make._from_config(settings, dtype=torch.get_default_dtype(), **options))
+    make, options = _model_class(config)
+    return _without_head(make._from_config(**options))
 
 
 def load_backbone(name: str) -> PreTrainedModel:
@@ -57,15 +56,9 @@ def load_backbone(name: str) -> PreTrainedModel:
 
     Raises OSError or ValueError, as transformers does, and ValueError where weights are missing in the file.
     """
-    settings = AutoConfig.for_model(**read_config(name))
-    make, options = _model_class(settings)
+    make, options = _model_class(read_config(name))
     model, loaded = make.from_pretrained(
-        name,
-        config=settings,
-        dtype=torch.get_default_dtype(),
-        local_files_only=os.path.isdir(name),
-        output_loading_info=True,
-        **options,
+        name, local_files_only=os.path.isdir(name), output_loading_info=True, **options
     )
     model = _without_head(model)
     if missing := sorted(set(loaded["missing_keys"]) & set(model.state_dict())):  # transformers would leave them random
@@ -73,17 +66,17 @@ def load_backbone(name: str) -> PreTrainedModel:
     return model
 
 
-def _model_class(config: PretrainedConfig) -> tuple[Any, dict]:
-    """The class of a text model, and what to make it with so that it has no pooling layer."""
-    make: Any
-    if config.model_type in TOWERS:
-        make = getattr(transformers, TOWERS[config.model_type])
-    elif type(config) in transformers.MODEL_MAPPING:
-        make = transformers.MODEL_MAPPING[type(config)]
-    else:
-        raise ValueError(f"{config.model_type} is not a text model that the transformers library can build")
-    pools = "add_pooling_layer" in inspect.signature(make).parameters
-    return make, {"add_pooling_layer": False} if pools else {}
+def _model_class(config: dict) -> tuple[Any, dict]:
+    """The class of a text model, and what to make it with: configuration, dtype, no pooling layer."""
+    settings = AutoConfig.for_model(**config)
+    tower = TOWERS.get(settings.model_type)
+    make: Any = getattr(transformers, tower) if tower else transformers.MODEL_MAPPING.get(type(settings), None)
+    if make is None:
+        raise ValueError(f"{settings.model_type} is not a text model that the transformers library can build")
+    options = {"config": settings, "dtype": torch.get_default_dtype()}
+    if "add_pooling_layer" in inspect.signature(make).parameters:
+        options["add_pooling_layer"] = False
+    return make, options
 
 
 def _without_head(model: PreTrainedModel) -> PreTrainedModel:
