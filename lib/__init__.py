@@ -15,14 +15,14 @@ __version__ = "0.3.0"
 
 
 def load(
-    checkpoint: str | Path, bert: str = "", device: str = "auto", precision: str = "", engine: str = "tiled"
+    checkpoint: str | Path, bert: str = "", device: str = "auto", precision: str = "", engine: str = ""
 ) -> "Matcher":
     """Load a trained model; `score(regions, captions)` of the result scores.
 
     checkpoint: a run folder (its best epoch), a checkpoint of this project or a published one. bert: name or folder of
     the language model, for a published checkpoint that is not BERT-base; others carry it. device: auto, cpu, cuda or
     cuda:N. precision: fp32, tf32 (CUDA) or bf16; empty: the device's default. engine: tiled, or plain for the formula
-    of lib/model/xdim.py. Raises InputError.
+    of lib/model/xdim.py; empty: what the model was trained with. Raises InputError.
     """
     from lib.evaluation import score  # importing torch takes seconds: only when asked for
 

@@ -114,7 +114,9 @@ class ComputeSettings(Settings):
 
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=PRECISIONS)
-    engine: str = flag("tiled", "tiled: fast; plain: the formula as in lib/model/xdim.py", choices=ENGINES)
+    engine: str = flag(
+        "", "tiled, fast, or plain, lib/model/xdim.py (default: the checkpoint's, else tiled)", choices=ENGINES
+    )
 
 
 @dataclass
@@ -126,8 +128,6 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
 
     def __post_init__(self):
         super().__post_init__()
-        ramped = self.loss.partition(":")[0] == "ramped"
-        _refuse(self.max_violation and ramped, "--max_violation: --loss ramped has no warm-up to leave out")
         _refuse(self.resume and self.init_from, "--init_from: starts a new run; --resume goes on with one: give one")
         self.model_name = self.model_name or str(Path("runs") / self.data_name)
         self.logger_name = self.logger_name or self.model_name

@@ -8,8 +8,9 @@ sum over the batch, not a mean. A loss may carry two attributes:
                `violations`, and is computed without holding the whole matrix
 """
 
+import inspect
 from collections.abc import Callable, Mapping
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,21 @@ Loss = Callable[[Tensor, float], Tensor]
 
 def loss_of_epoch(part: Mapping[str, Any], epoch: int, warmup_epochs: int) -> Loss:
     """The function of a loss, given as {"name", "options"}, in an epoch counted from 0. Raises ValueError."""
+    registry.check_options("loss", part)
     loss = registry.find("loss", part["name"])
-    registry.check_options("loss", part, loss)
-    chosen = getattr(loss, "warmup", loss) if epoch < warmup_epochs else loss
-    return update_wrapper(partial(chosen, **part["options"]), chosen)
+    if epoch < warmup_epochs:
+        loss = getattr(loss, "warmup", loss)
+    return _bind(loss, part["options"])
+
+
+def _bind(function: Callable, options: Mapping[str, Any]) -> Callable:
+    """A loss, and its pairwise form, with those of the options that it takes."""
+    takes = inspect.signature(function).parameters
+    bound = partial(function, **{name: value for name, value in options.items() if name in takes})
+    vars(bound)["__name__"] = function.__name__
+    if pairwise := getattr(function, "pairwise", None):
+        vars(bound)["pairwise"] = _bind(pairwise, options)
+    return bound
 
 
 def _with(**attributes: Any) -> Callable[[Loss], Loss]:
@@ -55,7 +67,7 @@ def hinge_all(scores: Tensor, margin: float) -> Tensor:
 def hinge(scores: Tensor, margin: float) -> Tensor:
     """Hinge triplet loss of the hardest negative of each row and each column (VSE++, Faghri et al. 2018).
 
-    The published recipe: the first epoch takes all negatives.
+    The published recipe: the first epochs, by default one, take all negatives.
     """
     true, diagonal = scores.diagonal(), _diagonal(scores)
     of_images = (margin + scores - true[:, None]).clamp(min=0).masked_fill(diagonal, 0)
@@ -64,7 +76,7 @@ def hinge(scores: Tensor, margin: float) -> Tensor:
 
 
 def ramped(scores: Tensor, margin: float) -> Tensor:
-    """The hinge triplet loss, harder the better the batch is retrieved already; no epoch decides on it.
+    """The hinge triplet loss, harder the better the batch is retrieved already, the same in every epoch.
 
     In each direction, with recall = the share of queries whose true pair beats all their negatives in the batch, a
     query's loss is  recall x its hardest negative's + (1 - recall) x the mean over its negatives within the margin. So

@@ -92,7 +92,24 @@ def test_the_published_recipe_takes_all_negatives_in_its_warm_up_epochs_and_the_
     ):
         for epoch, expected in enumerate(epochs):
             assert loss_of_epoch(part, epoch, warmup_epochs=1)(scores, 0.2) == expected(scores, 0.2)
-    assert loss_of_epoch({"name": "hinge", "options": {}}, 0, 1).pairwise is violations
+    assert loss_of_epoch({"name": "hinge", "options": {}}, 0, 1).pairwise.func is violations
     assert not hasattr(loss_of_epoch({"name": "hinge", "options": {}}, 1, 1), "pairwise")
     with pytest.raises(ValueError, match="--loss ramped: has no option 'x'"):
         loss_of_epoch({"name": "ramped", "options": {"x": 1}}, 0, 1)
+
+
+def test_options_reach_a_losses_pairwise_form_and_the_warm_up_that_takes_them(monkeypatch):
+    def pairs(scores, true_of_images, true_of_captions, margin, scale=1.0):
+        return scale * violations(scores, true_of_images, true_of_captions, margin)
+
+    def scaled(scores, margin, scale=1.0):
+        return scale * hinge_all(scores, margin)
+
+    vars(scaled).update(pairwise=pairs, warmup=hinge)
+    monkeypatch.setattr("lib.model.registry.find", lambda *_: scaled)
+    part, scores = {"name": "scaled", "options": {"scale": 3}}, torch.randn(4, 4)
+    true = scores.diagonal()
+    pairwise = loss_of_epoch(part, 1, 1).pairwise(scores, true[:, None], true, 0.2).fill_diagonal_(0).sum()
+    torch.testing.assert_close(pairwise, loss_of_epoch(part, 1, 1)(scores, 0.2))
+    torch.testing.assert_close(pairwise, 3 * hinge_all(scores, 0.2))
+    assert loss_of_epoch(part, 0, 1)(scores, 0.2) == hinge(scores, 0.2)

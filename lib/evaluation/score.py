@@ -135,8 +135,12 @@ def load(checkpoint: str | Path, bert: str, device: str, precision: str, engine:
     path = find_checkpoint(str(checkpoint))
     content = read_checkpoint(path, mapped=True)
     model, tokenizer = build_model(content, bert)
-    model.use_engine(engine)
-    return Matcher(model, tokenizer, compute, {**content, "path": path, "model": None})
+    model.use_engine(engine := engine or content["settings"].get("engine") or "tiled")
+    notes = [
+        *content.get("notes", []),
+        *(["scored by the plain formula (--engine plain)"] if engine == "plain" else []),
+    ]
+    return Matcher(model, tokenizer, compute, {**content, "path": path, "model": None, "notes": notes})
 
 
 def embed_split(

@@ -7,7 +7,7 @@ Nothing is imported before it is asked for, so that flags can be read without Py
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -34,6 +34,8 @@ PARTS = {
     "text_encoder": TEXT_ENCODERS,
     "loss": LOSSES,
 }
+# Parameters of parts that flags, the data or the program give.
+NO_OPTIONS = ("embed_size", "scores", "margin", "gate", "img_dim", "config", "pad_id", "backbone")
 PAPERS_GATE = "adaptive"
 PUBLISHED_GATES = ("adaptive", "open", "fixed")  # they differ in training only: the published code scores them alike
 
@@ -62,19 +64,26 @@ def find(kind: str, name: str) -> Any:
 
 def build(kind: str, part: Mapping[str, Any], embed_size: int, **given: Any) -> Any:
     """The module of a part, with random weights. given: arguments that are no options. Raises ValueError."""
-    make = find(kind, part["name"])
-    check_options(kind, part, make)
-    return make(embed_size, **part["options"], **given)
+    try:
+        return find(kind, part["name"])(embed_size, **part["options"], **given)
+    except TypeError as error:
+        raise ValueError(f"--{kind} {part['name']}: its options do not fit it ({error})") from None
 
 
-def check_options(kind: str, part: Mapping[str, Any], make: Callable) -> None:
+def check_options(kind: str, part: Mapping[str, Any]) -> None:
     """Raises ValueError naming an option that a part does not take."""
-    parameters = inspect.signature(make).parameters
-    takes = list(parameters)
-    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes = [name for name in _parameters(find(kind, part["name"])) if name not in NO_OPTIONS]
     for option in part["options"]:
-        if option not in takes and not any_name:
-            raise ValueError(f"--{kind} {part['name']}: has no option {option!r}; it takes {', '.join(takes[1:])}")
+        if option not in takes:
+            known = f"it takes {', '.join(takes)}" if takes else "it takes none"
+            raise ValueError(f"--{kind} {part['name']}: has no option {option!r}; {known}")
+
+
+def _parameters(make: Any) -> list[str]:
+    """Names of the parameters of a function, or of a class and the classes that it extends."""
+    makes = make.__mro__[:-1] if inspect.isclass(make) else (make,)
+    parameters = [parameter for one in makes for parameter in inspect.signature(one).parameters.values()]
+    return [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
 
 
 def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,31 +91,33 @@ def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
 
     flags: by name, as in lib/config.py; what is left out has the published model's value. Raises ValueError.
     """
-    similarity = parse_part("similarity", flags.get("similarity", "xdim"))
+    similarity = _part("similarity", flags, "xdim")
     of_similarity, gate = find("similarity", similarity["name"]), flags.get("gate", PAPERS_GATE)
     if "gate" in inspect.signature(of_similarity).parameters:
-        similarity["options"]["gate"] = parse_part("gate", gate)
+        similarity["options"]["gate"] = _part("gate", flags, PAPERS_GATE)
     elif gate != PAPERS_GATE:
         raise ValueError(f"--gate {gate}: --similarity {similarity['name']} has no gate")
-    image = parse_part("image_encoder", flags.get("image_encoder", "regions"))
-    text = parse_part("text_encoder", flags.get("text_encoder", "transformer"))
-    of_images = {
+    unit = of_similarity.unit_vectors
+    images = {
         "img_dim": flags.get("img_dim", 2048),
-        "normalize": of_similarity.unit_vectors and not flags.get("no_imgnorm", False),
+        "normalize": unit and not flags.get("no_imgnorm", False),
         "mask_padding": flags.get("mask_padding", False),
     }
-    takes = inspect.signature(find("image_encoder", image["name"])).parameters
-    image["options"] = {name: value for name, value in of_images.items() if name in takes} | image["options"]
-    text["options"] = {
-        "normalize": of_similarity.unit_vectors and not flags.get("no_txtnorm", False),
-        **text["options"],
-    }
+    words = {"normalize": unit and not flags.get("no_txtnorm", False)}
     return {
         "embed_size": flags.get("embed_size", 1024),
-        "image_encoder": image,
-        "text_encoder": text,
+        "image_encoder": _part("image_encoder", flags, "regions", **images),
+        "text_encoder": _part("text_encoder", flags, "transformer", **words),
         "similarity": similarity,
     }
+
+
+def _part(kind: str, flags: Mapping[str, Any], default: str, **of_flags: Any) -> dict[str, Any]:
+    """A part as the flags ask for it; of_flags: options that have flags of their own, for parts that take them."""
+    part = parse_part(kind, flags.get(kind, default))
+    check_options(kind, part)
+    takes = _parameters(find(kind, part["name"]))
+    return {**part, "options": {name: value for name, value in of_flags.items() if name in takes} | part["options"]}
 
 
 def _literal(text: str) -> Any:

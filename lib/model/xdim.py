@@ -1,10 +1,13 @@
 """X-Dim: "Unlocking the Power of Cross-Dimensional Semantic Dependency for Image-Text Matching" (ACM MM 2023).
 
 The page of the paper: the gate (section 3.2), the similarity as a plain formula (section 3.3), the model. Change the
-formula here and train with `--engine plain`; the default engine (lib/model/engine/) computes the same scores faster and
-has to be changed after it. Symbols are the paper's, shapes stand beside the lines that change them:
+formula here and train with `--engine plain`; the checkpoint is then evaluated with it too. The default engine
+(lib/model/engine/) computes the formula as it stands now, faster, and does not follow your change. Symbols are the
+paper's, shapes stand beside the lines that change them:
 
     B pairs of a batch    I images    R regions of an image    C captions    W words of a caption    D shared dimensions
+
+In formulas D is the dependency matrix, (D, D), and C the attended context, (I, W, D), as in the paper.
 
 Captions travel packed: the words of all captions one after the other (sum of W, D), with their lengths (C,).
 """
@@ -21,7 +24,7 @@ from lib.model.engine import Embedded, make_engine
 from lib.model.layers import EPSILON, at_least_float32, l2_normalize, real_rows
 from lib.model.shard import Shard
 
-# tanh(exp(x)) is 1 in every precision long before x = 20; beyond it exp overflows in the backward pass.
+# tanh(exp(x)) is 1 in every precision from x = 4 on; where exp(x) is infinite, its gradient is NaN.
 MAX_EXPONENT = 20.0
 
 
@@ -49,9 +52,30 @@ class AdaptiveGate(nn.Module):
         M, P = self.mask()
         return l2_normalize(M * P)
 
+    @torch.no_grad()
     def figures(self) -> dict[str, float]:
-        """What the log says of the gate; see `gate_figures`."""
-        return gate_figures(self)
+        """How sparse a gate is.
+
+        sparsity: share of the mask's entries below a half. open_rows: share of rows with an entry that is not.
+        closed_rows: share of rows of D whose norm is below a half: they lie so far below their threshold that EPSILON
+        dominates the normalisation. partners: dimensions that a row of D is made of, (sum of squares)^2 / sum of fourth
+        powers, averaged over the rows that are not closed, 0 without any. threshold: mean of lambda. sharpness: the
+        mask's.
+        """
+        mask, probabilities = self.mask()
+        is_open = mask >= 0.5
+        squares = l2_normalize(mask * probabilities).square()
+        norms = squares.sum(dim=1)  # squared
+        kept = norms >= 0.25
+        partners = norms[kept].square() / squares[kept].square().sum(dim=1)
+        return {
+            "sparsity": 1 - is_open.float().mean().item(),
+            "open_rows": is_open.any(dim=1).float().mean().item(),
+            "closed_rows": 1 - kept.float().mean().item(),
+            "partners": partners.mean().item() if kept.any() else 0.0,
+            "threshold": self.threshold_scale.mean().item(),
+            "sharpness": self.log_sharpness.exp().item(),
+        }
 
 
 def score_caption(
@@ -84,8 +108,7 @@ def score_caption(
 class XDimSimilarity(nn.Module):
     """Scores images against captions by groups of dependent dimensions. gate: a part of registry.GATES."""
 
-    unit_vectors = True  # takes regions and words that are L2-normalised one by one
-    attention = True  # a word attends to regions: the tiled engine knows how to score it
+    unit_vectors = True  # the encoders L2-normalise each region and each word for it
 
     def __init__(self, embed_size: int, gate: dict | None = None):
         super().__init__()
@@ -109,6 +132,8 @@ class XDimSimilarity(nn.Module):
         D, temperature = self.dependency(), self.log_temperature.exp()
         captions = words.split(lengths.tolist())
         return torch.stack([score_caption(regions, T, D, temperature, real, self.diagonal) for T in captions], dim=1)
+
+    tiled = staticmethod(forward)  # what the tiled engine computes; a subclass with another forward() is not tiled
 
     def figures(self) -> dict[str, float]:
         """What the log says of the similarity."""
@@ -190,28 +215,3 @@ class XDim(nn.Module):
             "text projection": counts["text_encoder"] - language,
             "similarity": counts["similarity"],
         }
-
-
-@torch.no_grad()
-def gate_figures(gate: AdaptiveGate) -> dict[str, float]:
-    """How sparse a gate is.
-
-    sparsity: share of the mask's entries below a half. open_rows: share of rows with an entry that is not. closed_rows:
-    share of rows of D whose norm is below a half: they lie so far below their threshold that EPSILON dominates the
-    normalisation. partners: dimensions that a row of D is made of, (sum of squares)^2 / sum of fourth powers, averaged
-    over the rows that are not closed, 0 without any. threshold: mean of lambda. sharpness: the mask's.
-    """
-    mask, probabilities = gate.mask()
-    is_open = mask >= 0.5
-    squares = l2_normalize(mask * probabilities).square()
-    norms = squares.sum(dim=1)  # squared
-    kept = norms >= 0.25
-    partners = norms[kept].square() / squares[kept].square().sum(dim=1)
-    return {
-        "sparsity": 1 - is_open.float().mean().item(),
-        "open_rows": is_open.any(dim=1).float().mean().item(),
-        "closed_rows": 1 - kept.float().mean().item(),
-        "partners": partners.mean().item() if kept.any() else 0.0,
-        "threshold": gate.threshold_scale.mean().item(),
-        "sharpness": gate.log_sharpness.exp().item(),
-    }

@@ -1,4 +1,4 @@
-"""Training, from top to bottom in the order things happen."""
+"""Training: an epoch, a step, dev and a save in the order things happen; what comes before the first step is below."""
 
 import math
 import time
@@ -25,7 +25,7 @@ from lib.evaluation import report
 from lib.evaluation.evaluate import measure_split
 from lib.losses import Loss, loss_of_epoch
 from lib.model.engine import Embedded, PlainEngine
-from lib.model.registry import parse_part
+from lib.model.registry import find, parse_part
 from lib.model.shard import Shard
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
@@ -109,12 +109,16 @@ def train_epoch(run: Run) -> None:
 
 
 def loss_of(settings: TrainSettings, epoch: int) -> Loss:
-    """The loss function of an epoch. Raises InputError for wrong options."""
-    warmup_epochs = 0 if settings.max_violation else settings.vse_mean_warmup_epochs
+    """The loss function of an epoch. Raises InputError for options that it does not take."""
+    part, warmup_epochs = parse_part("loss", settings.loss), settings.vse_mean_warmup_epochs
     try:
-        return loss_of_epoch(parse_part("loss", settings.loss), epoch, warmup_epochs)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+        if settings.max_violation and not hasattr(find("loss", part["name"]), "warmup"):
+            raise ValueError(f"--max_violation: --loss {part['name']} has no warm-up to leave out")
+        loss = loss_of_epoch(part, epoch, 0 if settings.max_violation else warmup_epochs)
+        loss(torch.zeros(2, 2), settings.margin)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{error}" if str(error).startswith("--") else f"--loss {settings.loss}: {error}") from None
+    return loss
 
 
 def batches_left(run: Run) -> Iterator[Batch]:
@@ -188,7 +192,7 @@ def batch_loss(
 
 
 def average_gradients(batch_loss: BatchLoss) -> nn.Module:
-    """The same, but each backward pass averages the gradients over the job's processes.
+    """A batch_loss whose backward pass averages the gradients over the job's processes.
 
     DistributedDataParallel rebuilds its buckets after the first step, which changes the order of additions; a resumed
     run would differ in the last bits. With find_unused_parameters (there are none) it keeps the first buckets.
@@ -271,7 +275,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
             print(note)
     model.image_encoder.mask_padding |= train_split.features.varies
     model.text_encoder.micro_batch = settings.micro_batch
-    model.use_engine(settings.engine)
+    model.use_engine(settings.engine or "tiled")
     model.to(compute.device)
     optimizer = build_optimizer(model, settings.learning_rate)
     resume.seed_process(settings.seed, progress.step)

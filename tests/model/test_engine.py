@@ -12,6 +12,7 @@ from lib.losses import hinge, hinge_all, violations
 from lib.model import registry
 from lib.model.engine import Embedded, TiledEngine, autograd, make_engine, norms, tiles
 from lib.model.engine.norms import FactorNorm, GramNorm
+from lib.model.xdim import XDimSimilarity
 
 GOLDEN_PARAMETERS = {  # ours -> published
     "gate.joint_logits": "weights.weight",
@@ -160,6 +161,15 @@ def test_a_scorer_gives_the_same_scores_without_gradients(name, gate, engine):
     images, captions = torch.tensor([0, 4, 4, 2]), torch.tensor([3, 0, 4, 2])
     torch.testing.assert_close(scorer.pairs(*inputs, images, captions, real), scores[images, captions])
     torch.testing.assert_close(scorer.all_pairs(inputs[0][:2], *inputs[1:], real[:2]), scores[:2])
+
+
+def test_a_similarity_with_another_formula_is_not_scored_by_tiles():
+    class Nothing(XDimSimilarity):
+        def forward(self, regions, words, lengths, real=None):
+            return super().forward(regions, words, lengths, real) * 0
+
+    assert isinstance(make_engine("tiled", make("independent")), TiledEngine)
+    assert not make_engine("tiled", Nothing(12).double())(*random_inputs(3, LENGTHS)).any()
 
 
 def test_coarse_scores_take_the_diagonal_of_the_gram_matrix_alone():

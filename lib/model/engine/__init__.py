@@ -1,4 +1,4 @@
-"""How scores are computed, apart from what they are. Nobody who changes the model needs to open this package.
+"""How scores are computed, apart from what they are. Whoever changes the formula trains with `--engine plain` first.
 
 An engine is called as `engine(regions, words, lengths, real) -> scores (I, C)`, differentiable, with arguments as
 XDimSimilarity.forward takes them, and has `sum_over_negatives` (a loss summed over all wrong pairs) and `scorer`
@@ -15,5 +15,7 @@ __all__ = ["ENGINES", "Embedded", "PlainEngine", "PlainScorer", "TiledEngine", "
 
 
 def make_engine(name: str, similarity: Any) -> PlainEngine:
-    """The engine of a similarity; one without attention has no faster way than its own formula."""
-    return (TiledEngine if name == "tiled" and hasattr(similarity, "attention") else PlainEngine)(similarity)
+    """The engine of a similarity: tiled where that is asked for and its forward() is the formula that tiles compute."""
+    kind = type(similarity)
+    tiled = name == "tiled" and getattr(kind, "tiled", None) is kind.forward
+    return TiledEngine(similarity) if tiled else PlainEngine(similarity)
