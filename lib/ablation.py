@@ -26,8 +26,8 @@ from lib.evaluation.evaluate import evaluate, write_json
 from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics
 from lib.files import replacing
 from lib.model.registry import PAPERS_GATE, describe
+from lib.runtime import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SPEED = re.compile(r" (\d+) pairs/s$", re.MULTILINE)
 
 
@@ -71,21 +71,18 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
             describe(vars(parse(TrainSettings, "", [*flags, *run.flags()], command="train.py")))
         except ValueError as error:
             raise InputError(f"--variants {run.variant}: {error}") from None
+    of_runs = {run: _evaluate(run.folder, settings.split) for run in runs if _train(run, flags)}
+    stopped = [f"{run.variant} seed {run.seed}" for run in runs if run not in of_runs]
     outcomes: dict[str, list[Outcome]] = {variant: [] for variant in settings.variants}
-    stopped, finished = [], []
-    for run in runs:
-        if _train(run, flags):
-            outcomes[run.variant].append(_evaluate(run.folder, settings.split))
-            finished.append(run)
-        else:
-            stopped.append(f"{run.variant} seed {run.seed}")
+    for run, outcome in of_runs.items():
+        outcomes[run.variant].append(outcome)
     if not outcomes[reference]:
         raise TrainingStopped(f"no run of {reference} has come to its end: there is nothing to compare with")
     table = {variant: _summarize(some, outcomes[reference]) for variant, some in outcomes.items() if some}
     results = {"split": settings.split, "flags": list(flags), "variants": table, "stopped": stopped}
     print(f"\n{_show(results)}")
     write_json(str(folder / "table.json"), results)
-    _write_curves(folder / "curves.csv", finished)
+    _write_curves(folder / "curves.csv", of_runs)
     return results
 
 
@@ -128,21 +125,16 @@ def _summarize(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> dic
 
 def _show(results: dict) -> str:
     """The table; differences are from its first row."""
-    names = max(map(len, results["variants"])) + 2
-    columns = f"{'rSum':>7}{'spread':>8}{'ms a step':>11}{'difference':>12}{'95 %':>18}{'p':>8}  of each seed"
-    lines = [" " * names + columns]
+    layout = f"{{:<{max(map(len, results['variants'])) + 2}}}{{:>7}}{{:>8}}{{:>11}}{{:>12}}{{:>18}}{{:>8}}  {{}}"
+    lines = [layout.format("", "rSum", "spread", "ms a step", "difference", "95 %", "p", "of each seed")]
     for name, row in results["variants"].items():
-        spread = "" if row["spread"] is None else f"{row['spread']:.1f}"
-        difference = ""
+        spread, difference = "" if row["spread"] is None else f"{row['spread']:.1f}", ("", "", "")
         if len(lines) > 1:
-            ends = "{:+.1f} to {:+.1f}".format(*row["interval"])
-            difference = f"{row['difference']:>+12.1f}{ends:>18}{row['p']:>8.3f}"
+            difference = f"{row['difference']:+.1f}", "{:+.1f} to {:+.1f}".format(*row["interval"]), f"{row['p']:.3f}"
         rsums = " ".join(f"{rsum:.1f}" for rsum in row["rsums"])
-        lines.append(f"{name:<{names}}{row['rsum']:>7.1f}{spread:>8}{row['step_ms']:>11.0f}{difference:38}  {rsums}")
-    lines += [
-        "",
-        f"rSum on {results['split']}; spread: standard deviation over seeds; 95 % and p: bootstrap over images",
-    ]
+        lines.append(layout.format(name, f"{row['rsum']:.1f}", spread, f"{row['step_ms']:.0f}", *difference, rsums))
+    what = "spread: standard deviation over seeds; 95 % and p: bootstrap over images"
+    lines += ["", f"rSum on {results['split']}; {what}"]
     if results["stopped"]:
         lines.append(f"stopped before the end, not counted: {', '.join(results['stopped'])}")
     return "\n".join(lines)

@@ -83,13 +83,12 @@ def _gpu_of_this_process(device: str) -> str:
     return f"cuda:{distributed.local_rank()}"
 
 
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def versions() -> dict[str, str]:
     """Versions by name. `git`: this code's commit, see `git_commit`."""
-    packages = {name: metadata.version(name) for name in PACKAGES}
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
     return {"x-dim": __version__, "git": git_commit(ROOT), "python": platform.python_version(), **packages}
 
 
