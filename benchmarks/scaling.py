@@ -24,7 +24,7 @@ from lib import distributed
 from lib.collectives import largest, shard
 from lib.data.batches import Batch
 from lib.losses import hinge
-from lib.model.shard import Shard
+from lib.model.layers import Shard
 from lib.training.loop import average_gradients, train_step
 
 FLOAT = 4  # bytes

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lib.distributed import heartbeat, rank, world_size
-from lib.model.shard import Shard
+from lib.model.layers import Shard
 
 
 class JobShard(Shard):

@@ -4,7 +4,7 @@ import torch
 
 from lib import distributed
 from lib.collectives import shard
-from lib.model.shard import Shard
+from lib.model.layers import Shard
 from tests.ranks import run_ranks
 
 PAIRS = 7  # 2, 2 and 3 for three processes

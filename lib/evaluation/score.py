@@ -26,8 +26,7 @@ from lib.data.dataset import Split
 from lib.data.features import ranges
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation.metrics import RECALL_AT, Part, Ranks, rank_parts
-from lib.model.layers import real_rows
-from lib.model.shard import Shard
+from lib.model.layers import Shard, real_rows
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
 

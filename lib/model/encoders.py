@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lib.model.backbone import build_backbone
-from lib.model.layers import BatchNorm, at_least_float32, l2_normalize, pad_rows
-from lib.model.shard import Shard
+from lib.model.layers import BatchNorm, Shard, at_least_float32, l2_normalize, pad_rows
 
 # Captions that the language model takes at a time, by kind of device. A CPU's time grows with every padding token:
 # BERT-base, 128 captions of 5 to 35 tokens, forward and backward on one thread take 36 s in one padded batch, 19 s in

@@ -1,9 +1,10 @@
-"""Small pieces that the parts of the model share."""
+"""Small pieces that the parts of the model share: normalisation, padding, and what they ask of other processes."""
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-
-from lib.model.shard import Shard
 
 EPSILON = 1e-8
 
@@ -39,6 +40,39 @@ def real_rows(counts: Tensor, device: torch.device) -> Tensor | None:
     if (counts == longest).all():
         return None
     return (torch.arange(longest) < counts[:, None]).to(device, non_blocking=True)
+
+
+class Shard:
+    """One process: it has all pairs of the batch, and every method returns what it was given.
+
+    total: pairs of the batch (B). sizes: pairs of each process, which differ by one at most. own: this process's pairs
+    among all of them.
+    """
+
+    def __init__(self, total: int, rank: int = 0, processes: int = 1):
+        edges = [total * k // processes for k in range(processes + 1)]
+        self.total, self.own = total, slice(edges[rank], edges[rank + 1])
+        self.sizes = [stop - start for start, stop in pairwise(edges)]
+
+    def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """All-gather along the first axis, without gradient. sizes: rows of each process, which may differ."""
+        return rows
+
+    def gather_inputs(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """All-gather of what each process then uses in its own way. Backward: reduce-scatter of the gradients."""
+        return rows
+
+    def gather_outputs(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """All-gather of what all processes compute the same loss from. Backward: the own slice of the gradient."""
+        return rows
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """All-reduce (sum), without gradient, in place."""
+        return tensor
+
+    def sum_inputs(self, tensor: Tensor) -> Tensor:
+        """All-reduce (sum) of what each process then uses in its own way. Backward: all-reduce of the gradients."""
+        return tensor
 
 
 class BatchNorm(nn.BatchNorm1d):

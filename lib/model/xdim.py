@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from lib.model import registry
 from lib.model.engine import Embedded, make_engine
-from lib.model.layers import EPSILON, at_least_float32, l2_normalize, real_rows
-from lib.model.shard import Shard
+from lib.model.layers import EPSILON, Shard, at_least_float32, l2_normalize, real_rows
 
 # tanh(exp(x)) is 1 in every precision from x = 4 on; where exp(x) is infinite, its gradient is NaN.
 MAX_EXPONENT = 20.0

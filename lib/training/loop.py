@@ -25,8 +25,8 @@ from lib.evaluation import report
 from lib.evaluation.evaluate import measure_split
 from lib.losses import Loss, loss_of_epoch
 from lib.model.engine import Embedded, PlainEngine
+from lib.model.layers import Shard
 from lib.model.registry import find, parse_part
-from lib.model.shard import Shard
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
 from lib.training import resume

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from lib.model.engine.norms import ContextNorm, DiagonalNorm, FactorNorm, Norm, differentiable_norm
 from lib.model.engine.plain import Embedded, PairLoss, PlainEngine
 from lib.model.engine.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
-from lib.model.layers import EPSILON
-from lib.model.shard import Shard
+from lib.model.layers import EPSILON, Shard
 
 # Pairs are differentiated one by one where the loss depends on no more than this share of them.
 FEW_PAIRS = 0.4

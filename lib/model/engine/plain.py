@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.model.shard import Shard
+from lib.model.layers import Shard
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
