@@ -25,7 +25,7 @@ from tests.conftest import TINY_BERT, write_data
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSS = re.compile(r"step (\d+) loss ([\d.]+) gradient ([\d.]+)")
-MOMENTS = ("start", "step", "save", "save")
+MOMENTS = ("save", "step", "start", "save")
 STEPS_BETWEEN_KILLS = 6  # at the most, where a kill waits for steps
 STEPS_LATE = 30  # a kill may come this much later on a busy machine and still find the training running
 STEPS_AN_EPOCH = 15  # of the tiny data set at batch 8

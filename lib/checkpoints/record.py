@@ -29,17 +29,14 @@ def describe_data(split: Split) -> dict:
     return {"folder": str(split.folder), **sizes, "fingerprint": split.fingerprint()}
 
 
-def begin_record(
-    settings: dict, data: dict, device: str, started_from: Path | None, step: int, earlier: list[dict]
-) -> dict:
+def begin_record(settings: dict, data: dict, device: str, started_from: Path | None, step: int) -> dict:
     """The part of a record that does not change while this process trains.
 
     data: `describe_data` of each split. started_from, step: the checkpoint that the run goes on from, and its step.
-    earlier: sessions of the same run before this one.
     """
     start = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from": started_from and str(started_from)}
     session = {**start, "step": step, "device": device, "job": distributed.job(), "versions": versions()}
-    return {"settings": settings, "data": data, "sessions": [*earlier, session]}
+    return {"settings": settings, "data": data, "sessions": [session]}
 
 
 def write_record(folder: Path, record: dict, progress: dict) -> None:

@@ -284,8 +284,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
 
     path, start = Path(settings.model_name), origin.path if origin else None
     log = RunLog(path, Path(settings.logger_name), progress.step)
-    sessions = resume.earlier_sessions(origin)
-    record = begin_record(asdict(settings), data, str(compute), start, progress.step, sessions)
+    record = begin_record(asdict(settings), data, str(compute), start, progress.step)
     return Run(
         settings,
         compute,

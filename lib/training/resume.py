@@ -185,17 +185,6 @@ def refuse_used_folder(folder: Path) -> None:
         )
 
 
-def earlier_sessions(origin: Origin | None) -> list[dict]:
-    """What run.json says of the earlier starts of a run that is continued in its folder."""
-    if origin is None or not origin.in_place:
-        return []
-    try:
-        return (read_record(origin.path.parent) or {}).get("sessions", [])
-    except InputError as error:
-        origin.notes.append(f"warning: {error}; it begins anew")
-        return []
-
-
 # Optimiser, random numbers and the processes of a job
 
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from lib import distributed
 from lib.checkpoints.native import BEST, LAST, OLD_BEST, find_checkpoint, verify, write_state, write_weights
-from lib.checkpoints.record import write_record
+from lib.checkpoints.record import read_record, write_record
 from lib.cli import InputError, TrainingStopped
 from lib.files import TEMPORARY, replacing, sync_folder
 
@@ -107,7 +107,7 @@ class RunFolder:
             self._lock.release()
 
     def begin(self, state: dict, progress: Progress, resumed: Path | None, damaged: dict[Path, str]) -> None:
-        """Repair what a kill may have left, and write the first record.
+        """Repair what a kill may have left, and write the first record, with the sessions of an earlier one.
 
         state: of training, as in `save`. resumed: this folder's checkpoint that the run continues from, if any.
         damaged: checkpoints that cannot be read: renamed, so that they are neither counted nor taken for the newest.
@@ -117,6 +117,11 @@ class RunFolder:
         for path in damaged:
             with suppress(FileNotFoundError):
                 path.replace(path.with_name(path.name + DAMAGED))
+        if resumed:
+            try:
+                self._record["sessions"][:0] = (read_record(self.path) or {}).get("sessions", [])
+            except InputError as error:
+                self._say(f"warning: {error}; it begins anew")
         if resumed and step_of(resumed) > 0:  # a kill may have come before the files that follow a step file
             self._write_after(resumed, state, progress)
         if progress.best_epoch:
