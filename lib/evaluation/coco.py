@@ -47,11 +47,10 @@ class Coco(NamedTuple):
     note: str  # where ids come from and what is missing
 
     def results(self, queries: dict[str, list[Query]], pooled: Sequence[Vectors | None]) -> dict:
-        """What --json holds, and `tables` takes: "rows" and "intra", both by row of the evaluation, and a "note".
-
-        queries: by row. pooled: the embeddings of each single model, by `score.pool`; None for saved scores.
-        """
-        rows = {row: self._of_row(of_row) for row, of_row in queries.items()}
+        """What --json holds and `tables` takes, by row. pooled: of each model, by `score.pool`; None: saved scores."""
+        rows = {}
+        for row, of_row in queries.items():
+            rows[row] = {protocol.name: self._measure(protocol, of_row) for protocol in self.protocols}
         known, intra, note = [one for one in pooled if one], {}, self.note
         if self.intra and len(known) == len(pooled):
             models = [[one] for one in known] + ([known] if len(known) > 1 else [])
@@ -60,26 +59,32 @@ class Coco(NamedTuple):
             note += f"\n{NOT_EMBEDDED}"
         return {"rows": rows, "intra": intra, "note": note}
 
-    def _of_row(self, queries: Sequence[Query]) -> dict[str, dict]:
-        """{protocol: {"i2t": {metric: percent}, "t2i": ..., "interval": {the same: both ends}}}."""
-        of_protocols = {}
-        for name, metrics, *_ in self.protocols:
-            ways = {}
-            for way in WAYS:
-                some = [query for query in queries if query.way == way and name in query.positions]
-                numbers = np.array([query.number for query in some])
-                image = numbers if way == "i2t" else self.image_of_caption[numbers]
-                ways[way] = [query.positions[name] for query in some], image
-            of_protocols[name] = _summarize(ways, metrics)
-        return of_protocols
+    def _measure(self, protocol: Protocol, queries: Sequence[Query]) -> dict:
+        ways = {}
+        for way in WAYS:
+            some = [query for query in queries if query.way == way and protocol.name in query.positions]
+            ways[way] = [query.number for query in some], (query.positions[protocol.name] for query in some)
+        return self._summarize(ways, protocol.metrics)
 
     def intra_metrics(self, pooled: Sequence[Vectors]) -> dict:
-        """{"i2i": ..., "t2t": ..., "interval": ...} by the mean over models of the cosines of pooled embeddings."""
+        """The metrics of "i2i" and "t2t" by the mean over models of the cosines of pooled embeddings."""
         ways = {}
         for way, right in self.intra.items():
-            kind, image = (0, np.arange(len(pooled[0][0]))) if way == "i2i" else (1, self.image_of_caption)
-            ways[way] = _intra_positions([vectors[kind] for vectors in pooled], right), image[list(right)]
-        return _summarize(ways, RECALL_METRICS)
+            vectors = [images if way == "i2i" else captions for images, captions in pooled]
+            ways[way] = list(right), _intra_positions(vectors, right)
+        return self._summarize(ways, RECALL_METRICS)
+
+    def _summarize(self, ways: Mapping[str, tuple[list[int], Iterable]], metrics: tuple[str, ...]) -> dict:
+        """{way: {metric: percent}, "interval": ...} from numbers of queries and positions of their right items."""
+        percent, ends = {}, {}
+        for way, (queries, positions) in ways.items():
+            image = np.array(queries) if way.startswith("i") else self.image_of_caption[queries]
+            of_queries = [query_metrics(places) for places in positions]
+            values = 100 * np.array([[one[name] for name in metrics] for one in of_queries])
+            percent[way] = {name: float(column.mean()) for name, column in zip(metrics, values.T, strict=True)}
+            draws = bootstrap_means(values, image).T
+            ends[way] = {name: interval(column) for name, column in zip(metrics, draws, strict=True)}
+        return {**percent, "interval": ends}
 
 
 def open_coco(split: Split) -> Coco:
@@ -97,15 +102,22 @@ def open_coco(split: Split) -> Coco:
         fold_of_image[[images[package.coco_gts["t2i"][caption][0]] for caption in some]] = fold
     folds = {"i2t": fold_of_image, "t2i": fold_of_image[split.image_of_caption]}
     protocols = [
-        _protocol("COCO 1K", RECALL_METRICS, package.coco_gts, images, captions)._replace(fold_of=folds),
-        _protocol("COCO 5K", RECALL_METRICS, package.coco_gts, images, captions),
-        _protocol("CxC", RECALL_METRICS, package.cxc_gts, images, captions),
-        _protocol("ECCV Caption", RANKING_METRICS, package.eccv_gts, images, captions),
+        Protocol(name, metrics, _in_numbers(pairs, images, captions), folds if name == "COCO 1K" else None)
+        for name, metrics, pairs in (
+            ("COCO 1K", RECALL_METRICS, package.coco_gts),
+            ("COCO 5K", RECALL_METRICS, package.coco_gts),
+            ("CxC", RECALL_METRICS, package.cxc_gts),
+            ("ECCV Caption", RANKING_METRICS, package.eccv_gts),
+        )
     ]
     folders = [split.folder / ANNOTATIONS, split.folder.parent / ANNOTATIONS]
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     if all((folder / name).is_file() for name in PLAUSIBLE):
-        protocols.append(_plausible(folder, package, images, captions))
+        with refusing(f"{folder}: {' or '.join(PLAUSIBLE)} is damaged, or not of COCO's testall"):
+            package.set_pm_gts(*(str(folder / name) for name in PLAUSIBLE))
+            if not all(pairs and all(pairs.values()) for pairs in package.pm_gts.values()):
+                raise ValueError("a query without an answer, or no query")
+            protocols.append(Protocol("PMRP", ONLY_R_PRECISION, _in_numbers(package.pm_gts, images, captions)))
     intra = {}
     for way, names in INTRA.items():
         if path := next((folder / name for name in names if (folder / name).is_file()), None):
@@ -156,32 +168,30 @@ def _number_ids(split: Split, package: Any) -> tuple[Numbers, Numbers, str]:
     return numbers[0], numbers[1], f"{note}; {of_captions}"
 
 
-def _protocol(name: str, metrics: tuple[str, ...], pairs: dict, images: Numbers, captions: Numbers) -> Protocol:
-    """A protocol in the split's numbers, from the package's {"i2t": {image id: caption ids}, "t2i": ...}."""
+def _in_numbers(pairs: dict, images: Numbers, captions: Numbers) -> dict[str, dict[int, np.ndarray]]:
+    """The package's {"i2t": {image id: caption ids}, "t2i": ...} in the split's numbers."""
     right = {}
     for way, queries, items in (("i2t", images, captions), ("t2i", captions, images)):
-        right[way] = {
-            queries[query]: np.sort([items.get(one, ABSENT) for one in set(answers)])
-            for query, answers in pairs[way].items()
-        }
-    return Protocol(name, metrics, right)
-
-
-def _plausible(folder: Path, package: Any, images: Numbers, captions: Numbers) -> Protocol:
-    with refusing(f"{folder}: {' or '.join(PLAUSIBLE)} is damaged, or not of COCO's testall"):
-        package.set_pm_gts(*(str(folder / name) for name in PLAUSIBLE))
-        if not all(pairs and all(pairs.values()) for pairs in package.pm_gts.values()):
-            raise ValueError("a query without an answer, or no query")
-        return _protocol("PMRP", ONLY_R_PRECISION, package.pm_gts, images, captions)
+        numbers = {queries[query]: [items.get(one, ABSENT) for one in {*some}] for query, some in pairs[way].items()}
+        right[way] = {query: np.sort(some) for query, some in numbers.items()}
+    return right
 
 
 def _read_intra(path: Path, numbers: Numbers, split: Split) -> dict[int, np.ndarray]:
-    """Right answers among images, or among captions, of either form of CxC's files. Raises InputError if damaged."""
-    right = defaultdict(set)
+    """Right answers among images, or among captions: all of GPO's {query id: [[id, rating], ...]}, or the well rated
+    of CxC's CSV, which fit each other both ways."""
+    pairs, right = [], defaultdict(set)
     with refusing(f"{path}: damaged, or not CxC's"):
-        for query, answer in _rated_right(path):
-            if query in numbers and answer in numbers and query != answer:
-                right[numbers[query]].add(numbers[answer])
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            pairs = [(int(query), int(one)) for query, answers in json.loads(text).items() for one, _ in answers]
+        else:
+            for *names, rating, _ in list(csv.reader(text.splitlines()))[1:]:  # below the column names
+                a, b = (int(re.findall(r"\d+", name)[-1]) for name in names)
+                pairs += [(a, b), (b, a)] if float(rating) >= RATED_RIGHT else []
+    for query, answer in pairs:
+        if query in numbers and answer in numbers and query != answer:
+            right[numbers[query]].add(numbers[answer])
     if not right:
         raise InputError(f"{path}: none of its pairs is of this split")
     if path.name == INTRA["t2t"][1]:  # the captions of one image fit each other, however people rated them
@@ -189,21 +199,6 @@ def _read_intra(path: Path, numbers: Numbers, split: Split) -> dict[int, np.ndar
             first = caption - caption % CAPTIONS_PER_IMAGE
             right[caption] |= {*range(first, first + CAPTIONS_PER_IMAGE)} - {caption}
     return {query: np.array(sorted(right[query])) for query in sorted(right)}
-
-
-def _rated_right(path: Path) -> Iterator[tuple[int, int]]:
-    """Pairs (query id, id of a right answer): all of GPO's {query id: [[id, rating], ...]}, the well rated of a CSV."""
-    if path.suffix == ".json":
-        for query, answers in json.loads(path.read_text(encoding="utf-8")).items():
-            yield from ((int(query), int(answer)) for answer, _ in answers)
-        return
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        next(rows, None)  # column names
-        for one, other, rating, _ in rows:
-            if float(rating) >= RATED_RIGHT:
-                a, b = (int(re.findall(r"\d+", name)[-1]) for name in (one, other))
-                yield from ((a, b), (b, a))
 
 
 def _intra_positions(vectors: Sequence[Tensor], right: dict[int, np.ndarray]) -> Iterator[np.ndarray]:
@@ -214,18 +209,3 @@ def _intra_positions(vectors: Sequence[Tensor], right: dict[int, np.ndarray]) ->
         cosines = sum(((each[some] @ each.T).float() for each in vectors), torch.zeros(1)).numpy()
         cosines[np.arange(len(some)), some] = -np.inf  # a query is no answer to itself
         yield from (RankedList(row).positions(right[query]) for query, row in zip(some, cosines, strict=True))
-
-
-def _summarize(ways: Mapping[str, tuple[Iterable[np.ndarray], np.ndarray]], metrics: tuple[str, ...]) -> dict:
-    """{way: {metric: percent}, "interval": {way: {metric: both ends}}}.
-
-    ways: by way the positions of each query's right items, and the image that each query belongs to.
-    """
-    percent, ends = {}, {}
-    for way, (positions, image) in ways.items():
-        of_queries = [query_metrics(places) for places in positions]
-        values = 100 * np.array([[one[name] for name in metrics] for one in of_queries])
-        percent[way] = {name: float(column.mean()) for name, column in zip(metrics, values.T, strict=True)}
-        draws = bootstrap_means(values, image).T
-        ends[way] = {name: interval(column) for name, column in zip(metrics, draws, strict=True)}
-    return {**percent, "interval": ends}

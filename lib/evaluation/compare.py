@@ -16,10 +16,7 @@ CHANGED = 5  # queries of each direction that are shown
 
 
 def compare(settings: CompareSettings) -> dict:
-    """Score a split with A and with B, print how they differ, write --json. Returns what it holds.
-
-    All processes of a job must call this. Raises InputError.
-    """
+    """Print how A and B differ, write --json and return what it holds. All processes of a job must call this."""
     check_writable(settings.json if distributed.is_first() else "")
     with opened([settings.a, settings.b], settings) as job:
         print(describe(job, ("A", "B")))
@@ -31,10 +28,13 @@ def compare(settings: CompareSettings) -> dict:
         with clock("protocols"):
             draws = [metrics.bootstrap_parts(one, job.parts, split.image_of_caption) for one in ranks]
             a, b = map(metrics.metrics_of_parts, ranks, draws)
+            wins = {}
+            for way, x, y in zip(WAYS, ranks[0][0], ranks[1][0], strict=True):
+                wins[way] = {name: int(one.sum()) for name, one in (("a", x < y), ("b", y < x), ("alike", x == y))}
             results = {
                 **job.describe_split(),
                 **{"a": a, "b": b, "difference": _differences(a, b, *draws)},
-                "wins": {way: _count_wins(*(getattr(one[0], way) for one in ranks)) for way in WAYS},
+                "wins": wins,
                 "changed": find_changes(ranks[0][0], ranks[1][0], split),
             }
         results["timing"] = clock
@@ -49,13 +49,10 @@ def compare(settings: CompareSettings) -> dict:
 
 
 def find_changes(a: Ranks, b: Ranks, split: Split) -> list[dict]:
-    """The CHANGED queries of each direction whose ranks differ by the largest factor, the largest first.
-
-    Each with both ranks, from 1, and its captions: the query itself, or all captions of the image.
-    """
+    """The CHANGED queries of each direction whose ranks (from 1) differ by the largest factor, and their captions."""
     changes = []
-    for way in WAYS:
-        pairs = np.stack([getattr(a, way), getattr(b, way)]) + 1
+    for way, *ranks in zip(WAYS, a, b, strict=True):
+        pairs = np.stack(ranks) + 1
         factors = np.abs(np.log(pairs[0] / pairs[1]))
         for query in np.argsort(-factors, kind="stable")[:CHANGED].tolist():
             if factors[query] > 0:
@@ -67,22 +64,16 @@ def find_changes(a: Ranks, b: Ranks, split: Split) -> list[dict]:
 
 def _differences(a: dict, b: dict, draws_a: list[dict], draws_b: list[dict]) -> dict:
     """B's metrics less A's, with intervals and p-values; of the folds' means, if any, and then "full" of all images."""
-    if not a["folds"]:
-        return _difference(a, b, draws_a[0], draws_b[0])
-    of_mean = _difference(a, b, *(metrics.mean_metrics(draws[1:]) for draws in (draws_a, draws_b)))
-    return {**of_mean, "full": _difference(a["full"], b["full"], draws_a[0], draws_b[0])}
-
-
-def _count_wins(a: np.ndarray, b: np.ndarray) -> dict[str, int]:
-    return {"a": int((a < b).sum()), "b": int((b < a).sum()), "alike": int((a == b).sum())}
-
-
-def _difference(a: dict, b: dict, draws_a: dict, draws_b: dict) -> dict:
-    draws = map_metrics(np.subtract, draws_b, draws_a)
+    full = {}
+    if a["folds"]:
+        whole_a, whole_b = ({**one["full"], "folds": []} for one in (a, b))
+        full = {"full": _differences(whole_a, whole_b, draws_a[:1], draws_b[:1])}
+    draws = map_metrics(np.subtract, *(metrics.mean_metrics(some[1:] or some) for some in (draws_b, draws_a)))
     return {
         **map_metrics(lambda of_a, of_b: float(of_b - of_a), a, b),
         "interval": map_metrics(metrics.interval, draws),
         "p": map_metrics(metrics.p_value, draws),
+        **full,
     }
 
 
@@ -98,7 +89,8 @@ def _table(results: dict) -> str:
 
 def _wins(results: dict) -> list[str]:
     """How many queries each wins, and who is better on the whole."""
-    rsum, ends, p = (one["rsum"] for one in (results["difference"], *map(results["difference"].get, ("interval", "p"))))
+    difference = results["difference"]
+    rsum, ends, p = (one["rsum"] for one in (difference, difference["interval"], difference["p"]))
     winner = "no winner" if p >= SIGNIFICANT else f"{'B' if rsum > 0 else 'A'} is better"
     lines = [f"{'queries that rank better in':<28}{'A':>7}{'B':>7}{'alike':>7}"]
     for way, wins in results["wins"].items():

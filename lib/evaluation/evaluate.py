@@ -15,20 +15,19 @@ from lib import distributed
 from lib.cli import InputError, refusing
 from lib.config import SAVED_SCORES, EvaluationSettings, SplitSettings
 from lib.data.dataset import Split, open_split
-from lib.data.tokenizer import TokenizedCaptions, Tokenizer
+from lib.data.tokenizer import TokenizedCaptions
 from lib.evaluation import coco, metrics, rankings, report, score
 from lib.evaluation.metrics import Part, Ranks
 from lib.files import check_writable, replacing
 from lib.model.registry import PAPERS_GATE
-from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
 
 
 def evaluate(settings: EvaluationSettings) -> dict:
-    """Evaluate checkpoints or saved scores on a split: print the tables, write the files that are asked for.
+    """Evaluate checkpoints or saved scores on a split, print the tables, write the files. Returns what --json holds.
 
     Several have a row each, and their ensemble, by the mean of their scores, has the last one. All processes of a job
-    must call this. Returns what --json holds, on the first process; nothing on the others. Raises InputError.
+    must call this; only the first returns results. Raises InputError.
     """
     first = distributed.is_first()
     for path in (settings.save_sims, settings.ranks, settings.json) if first else ():
@@ -45,7 +44,8 @@ def evaluate(settings: EvaluationSettings) -> dict:
         rerank = None
         if settings.rerank:
             of_parts, rerank = rank_coarse_to_fine(job, settings.rerank)
-            ranks[f"{sources[0].name}, best {rerank['k']} exact{sources[0].labels}"] = of_parts
+            sources[0].name += f", best {rerank['k']} exact"
+            ranks[sources[0].row] = of_parts
         for row, scores, is_last in [] if settings.rerank else rows_of_scores(job):
             with clock("rank"):
                 ranks[row] = metrics.rank_parts(scores, split.image_of_caption, job.parts)
@@ -67,7 +67,8 @@ def evaluate(settings: EvaluationSettings) -> dict:
         *singles, last = rows
         results = {
             **job.describe_split(),
-            **{"row": last, "caveats": list(dict.fromkeys(caveat.text for caveat in job.caveats))},
+            "row": last,
+            "caveats": list(dict.fromkeys(caveat.text for caveat in job.caveats)),
             **rows[last],
             **{"singles": {row: rows[row] for row in singles}, "coco": beyond, "rerank": rerank, "timing": clock},
         }
@@ -83,19 +84,9 @@ def evaluate(settings: EvaluationSettings) -> dict:
 
 
 def measure_split(
-    model: XDim,
-    tokenizer: Tokenizer,
-    compute: Compute,
-    split: Split,
-    captions: TokenizedCaptions,
-    batch_size: int,
-    workers: int,
+    matcher: score.Matcher, split: Split, captions: TokenizedCaptions, batch_size: int, workers: int
 ) -> dict:
-    """The retrieval metrics of a model on a split, for the training loop. All processes of a job must call this.
-
-    The model is put into evaluation mode.
-    """
-    matcher = score.Matcher(model, tokenizer, compute)
+    """The retrieval metrics of a model on a split, for the training loop. All processes of a job must call this."""
     embeddings = score.embed_split(matcher, split, captions, batch_size, workers)
     scores = score.score_all(matcher.scorer(), embeddings).numpy()
     return metrics.retrieval_metrics(metrics.rank_matrix(scores, split.image_of_caption))
@@ -109,7 +100,6 @@ class Clock(dict):
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Within this context time counts as that of a part."""
         started = time.perf_counter()
         yield
         self[f"{part}_s"] += time.perf_counter() - started
@@ -129,7 +119,10 @@ class Source:
         if not given.endswith(SAVED_SCORES):
             self.matcher = score.load(given, settings.bert, settings.device, settings.precision, settings.engine)
             self.content = self.matcher.content
-            self.name = _name_model(self.content["architecture"])
+            similarity = self.content["architecture"]["similarity"]
+            gate = similarity["options"].get("gate", {"name": PAPERS_GATE})["name"]
+            self.name = "X-Dim" if similarity["name"] == "xdim" else similarity["name"]
+            self.name += "" if gate == PAPERS_GATE else f", {gate} gate"
             return
         with refusing(f"{given}: no readable matrix of scores"):
             self.saved = np.load(given, mmap_mode="r", allow_pickle=False)
@@ -137,19 +130,9 @@ class Source:
                 raise ValueError("expected floating-point numbers, images x captions")
 
     @property
-    def labels(self) -> str:
-        """What follows the name in tables."""
-        return "".join(f", {caveat.label}" for caveat in self.caveats)
-
-    def check(self, split: Split, data_name: str) -> None:
-        """See what the split had to do with training. Raises InputError if saved scores are not of its size."""
-        self.caveats = report.find_caveats(self.content, split, data_name)
-        images, captions = len(split.features), len(split.captions)
-        if not self.content and self.saved.shape != (images, captions):
-            raise InputError(
-                f"{self.path}: {self.saved.shape[0]} x {self.saved.shape[1]} scores, but {split.folder} {split.name} "
-                f"has {images} images and {captions} captions"
-            )
+    def row(self) -> str:
+        """The name of its row in tables."""
+        return ", ".join([self.name, *(caveat.label for caveat in self.caveats)])
 
     def embed(self, job: "Job") -> score.Embeddings:
         """The split, encoded by a checkpoint's model."""
@@ -169,13 +152,6 @@ class Source:
         if getattr(job.settings, "eccv", False):
             self.pooled = score.pool(embeddings)
         return scores
-
-
-def _name_model(architecture: dict) -> str:
-    similarity = architecture["similarity"]
-    name = "X-Dim" if similarity["name"] == "xdim" else similarity["name"]
-    gate = similarity["options"].get("gate", {"name": PAPERS_GATE})["name"]
-    return name if gate == PAPERS_GATE else f"{name}, {gate} gate"
 
 
 class Job(NamedTuple):
@@ -201,36 +177,35 @@ class Job(NamedTuple):
 
 @contextmanager
 def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
-    """Open checkpoints or files of scores and the split; the processes of a job can communicate within this context.
-
-    Raises InputError.
-    """
+    """Sources and the split, by the flags or else of the first's training; within it processes can communicate."""
     clock = Clock()
     with clock("load"):
         sources = [Source(one, settings) for one in given]
         compute = choose_compute(settings.device, settings.precision)
     with distributed.joined(compute.device):
         with clock("load"):
-            split, data_name = _open_split([source.content for source in sources if source.content], settings)
-            for number, source in enumerate(sources, start=1):
-                source.check(split, data_name)
-                source.name = f"single {number}" if len(sources) > 1 else source.name
+            contents = [source.content for source in sources if source.content]
+            trained = contents[0]["settings"] if contents else {}
+            data_path = settings.data_path or trained.get("data_path")
+            data_name = settings.data_name or trained.get("data_name")
+            if not data_path or not data_name:
+                what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
+                missing = "--data_path" if data_name else "--data_path and --data_name"
+                raise InputError(f"{what}; say with {missing} where the data is")
+            dims = {one["architecture"]["image_encoder"]["options"].get("img_dim") for one in contents} or {None}
+            for dim in dims:  # raises for all but one
+                split = open_split(data_path, data_name, settings.split, dim)
             parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
-        yield Job(settings, clock, compute, sources, split, parts)
-
-
-def _open_split(contents: Sequence[dict], settings: SplitSettings) -> tuple[Split, str]:
-    """A split and its data set's name, as the flags say or else as the first checkpoint's training had it."""
-    trained = contents[0]["settings"] if contents else {}
-    data_path = settings.data_path or trained.get("data_path")
-    data_name = settings.data_name or trained.get("data_name")
-    if not data_path or not data_name:
-        what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
-        missing = "--data_path" if data_name else "--data_path and --data_name"
-        raise InputError(f"{what}; say with {missing} where the data is")
-    dims = {content["architecture"]["image_encoder"]["options"].get("img_dim") for content in contents} or {None}
-    splits = [open_split(data_path, data_name, settings.split, dim) for dim in dims]  # raises for all dims but one
-    return splits[0], data_name
+            job = Job(settings, clock, compute, sources, split, parts)
+            data, name, *size = job.describe_split().values()
+            for number, source in enumerate(sources, start=1):
+                if not source.content and [*source.saved.shape] != size:
+                    found = "{} x {} scores".format(*source.saved.shape)
+                    wanted = "{} images and {} captions".format(*size)
+                    raise InputError(f"{source.path}: {found}, but {data} {name} has {wanted}")
+                source.caveats = report.find_caveats(source.content, split, data_name)
+                source.name = f"single {number}" if len(sources) > 1 else source.name
+        yield job
 
 
 def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
@@ -238,7 +213,7 @@ def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
     total, number = np.zeros(1, np.float32), len(job.sources)
     for source in job.sources:
         scores = source.scores(job)
-        yield source.name + source.labels, scores, number == 1
+        yield source.row, scores, number == 1
         total = total + scores
     if number > 1:
         labels = dict.fromkeys(caveat.label for caveat in job.caveats)
@@ -261,24 +236,26 @@ def rank_coarse_to_fine(job: Job, wanted: str) -> tuple[list[Ranks], dict]:
 def describe(job: Job, labels: Sequence[str]) -> str:
     """The heading: what is evaluated, on what data, on which device."""
     lines = [report.describe_source(one.path, one.content, name) for one, name in zip(job.sources, labels, strict=True)]
-    data, split, images, captions = job.describe_split().values()
-    lines.append(f"{'data':<12}{data} {split}: {images} images, {captions} captions")
-    return "\n".join([*lines, f"{'device':<12}{job.compute}"])
+    data = "{data} {split}: {images} images, {captions} captions".format(**job.describe_split())
+    return "\n".join([*lines, f"{'data':<12}{data}", f"{'device':<12}{job.compute}"])
 
 
 def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
-    """The table of all rows, and below it what a reader has to know."""
+    """The table of all rows and of chance, and below it what a reader has to know."""
     lines, notes = [], [report.INTERVALS]
+    images, folds, image_of_caption = results["images"], len(results["folds"]), job.split.image_of_caption
     for name, values in rows.items():
         if name == results["row"]:
             lines += [report.Row(f"{name}, fold {k}", fold) for k, fold in enumerate(values["folds"], start=1)]
-        for part, of_part in report.named_parts(values, results["images"], len(values["folds"])).items():
+        for part, of_part in report.named_parts(values, images, folds).items():
             lines += report.with_interval(name + part, of_part)
+    for size in (images // folds, images) if folds else (images,):
+        chance = metrics.chance_metrics(image_of_caption[image_of_caption < size])
+        lines.append(report.Row(f"chance, {size} images" if folds else "chance", chance))
     if rerank := results["rerank"]:
         k, exact, pairs = rerank.values()
         notes.append(f"best {k} of each query by exact score: {exact} of {pairs} pairs ({100 * exact / pairs:.1f} %)")
     notes += [f"{caveat.label}: {caveat.text}" for caveat in job.caveats]
-    lines += report.chance_rows(job.split.image_of_caption, len(results["folds"]))
     return "\n".join([report.table(lines), "", *notes])
 
 

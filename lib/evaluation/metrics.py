@@ -4,9 +4,9 @@ The rank of a query is the number of wrong items before its best right one, coun
 score counts as before it. Metrics are {"i2t": {"r1", "r5", "r10", "avg", "medr", "meanr"}, "t2i": {the same}, "rsum"};
 each value is a number, or an array (DRAWS,) of its values in all draws of a bootstrap.
 
-Intervals come from a bootstrap over images, drawn with replacement, each with all its captions, because the captions of
-one image are easy or hard together. The gallery stays as it is, so a query keeps its rank. The same number of images
-and the same seed give the same draws: two models are compared on the same queries, draw by draw.
+The bootstrap draws images with replacement, each with all its captions, because these are easy or hard together. The
+gallery stays as it is, so a query keeps its rank. The same number of images and the same seed give the same draws: two
+models are compared on the same queries, draw by draw.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +41,7 @@ class Part(NamedTuple):
 
 
 def parts_of_split(image_of_caption: np.ndarray, folds: int = 0) -> list[Part]:
-    """The whole split and then, if folds are asked for, that many consecutive folds of equally many images.
-
-    image_of_caption: (captions,), ascending. Raises InputError if the images do not divide into equal folds.
-    """
+    """The whole split and then that many consecutive folds. Raises InputError if its images cannot be divided so."""
     images = int(image_of_caption[-1]) + 1
     if folds and images % folds:
         raise InputError(f"--fold5: {images} images do not divide into {folds} equal folds")
@@ -58,21 +55,19 @@ def rank_parts(scores: np.ndarray, image_of_caption: np.ndarray, parts: Sequence
         raise InputError(
             "the scores hold NaN: checkpoint, features or saved scores are damaged; or use --precision fp32"
         )
-    first = [part.images.start for part in parts]
-    return [_rank(scores[part], image_of_caption[part.captions] - k) for part, k in zip(parts, first, strict=True)]
+    ranks = []
+    for part in parts:
+        own, image = scores[part], image_of_caption[part.captions] - part.images.start
+        true = own[image, np.arange(len(image))]
+        best = np.maximum.reduceat(true, np.searchsorted(image, np.arange(len(own))))  # (images,), each has a caption
+        right = np.bincount(image[true >= best[image]], minlength=len(own))  # captions as good as the best one
+        ranks.append(Ranks((own >= best[:, None]).sum(axis=1) - right, (own >= true).sum(axis=0) - 1))
+    return ranks
 
 
 def rank_matrix(scores: np.ndarray, image_of_caption: np.ndarray) -> Ranks:
     """The ranks within all of scores (images, captions). Raises InputError on NaN."""
     return rank_parts(scores, image_of_caption, parts_of_split(image_of_caption))[0]
-
-
-def _rank(scores: np.ndarray, image: np.ndarray) -> Ranks:
-    """image: (captions,), ascending; every image has a caption."""
-    true = scores[image, np.arange(len(image))]
-    best = np.maximum.reduceat(true, np.searchsorted(image, np.arange(len(scores))))  # (images,)
-    own = np.bincount(image[true >= best[image]], minlength=len(scores))  # right captions as good as the best one
-    return Ranks((scores >= best[:, None]).sum(axis=1) - own, (scores >= true).sum(axis=0) - 1)
 
 
 def retrieval_metrics(ranks: Ranks) -> dict:
@@ -81,10 +76,9 @@ def retrieval_metrics(ranks: Ranks) -> dict:
 
 
 def metrics_of_parts(ranks: Sequence[Ranks], draws: Sequence[dict]) -> dict:
-    """The metrics of a split, each set of them with the "interval" of every metric, and those of its "folds".
+    """The metrics of a split with their "interval", and those of its "folds".
 
-    With folds the values at the top are the means over folds, and "full" holds the metrics of the whole split. ranks,
-    draws: of each part, by `rank_parts` and `bootstrap_parts`.
+    With folds the values at the top are the means over folds, and "full" holds the metrics of the whole split.
     """
     full, *folds = [_with_interval(retrieval_metrics(one), drawn) for one, drawn in zip(ranks, draws, strict=True)]
     if not folds:
@@ -104,13 +98,12 @@ def mean_metrics(folds: Sequence[dict]) -> dict:
 def chance_metrics(image_of_caption: np.ndarray) -> dict:
     """The recalls expected of random scores: the share of all orders that have a right item among the first K."""
     captions_of_image, captions = np.bincount(image_of_caption).tolist(), len(image_of_caption)
-    images = len(captions_of_image)
-    i2t = {}
+    i2t, t2i = {}, {f"r{k}": 100 * min(1.0, k / len(captions_of_image)) for k in RECALL_AT}
     for k in RECALL_AT:
         seen = min(k, captions)
         missed = [comb(captions - right, seen) / comb(captions, seen) for right in captions_of_image]
         i2t[f"r{k}"] = 100 * (1 - float(np.mean(missed)))
-    return _complete(i2t, {f"r{k}": 100 * min(1.0, k / images) for k in RECALL_AT})
+    return _complete(i2t, t2i)
 
 
 def map_metrics(function: Callable, *metrics: dict) -> dict:
@@ -144,10 +137,8 @@ def bootstrap(ranks: Ranks, image_of_caption: np.ndarray, seed: int = 0) -> dict
 
 def bootstrap_parts(ranks: Sequence[Ranks], parts: Sequence[Part], image_of_caption: np.ndarray) -> list[dict]:
     """`bootstrap` of each part; images are drawn within the part."""
-    return [
-        bootstrap(one, image_of_caption[part.captions] - part.images.start, seed=number)
-        for number, (one, part) in enumerate(zip(ranks, parts, strict=True))
-    ]
+    images = [image_of_caption[part.captions] - part.images.start for part in parts]
+    return [bootstrap(one, image, seed) for seed, (one, image) in enumerate(zip(ranks, images, strict=True))]
 
 
 def bootstrap_means(values: np.ndarray, image_of_query: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -182,8 +173,11 @@ def _summarize_draws(ranks: np.ndarray, image: np.ndarray, times: np.ndarray) ->
     """`_summarize` in each draw. ranks, image: (queries,); times: (draws, images) how often an image is drawn."""
     hits = 100.0 * (ranks[:, None] < np.array(RECALL_AT))
     *recalls, mean = _means(np.column_stack([hits, ranks]), image, times).T
-    medians = np.floor(_medians(ranks, image, times)) + 1
-    return {**dict(zip(RECALLS, recalls, strict=True)), "medr": medians, "meanr": mean + 1}
+    order = np.argsort(ranks, kind="stable")
+    counted = times[:, image[order]].cumsum(axis=1)
+    middle = np.stack([(counted[:, -1] - 1) // 2, counted[:, -1] // 2])  # two places where the number is even
+    medians = ranks[order][(counted <= middle[..., None]).sum(axis=-1)].mean(axis=0)
+    return {**dict(zip(RECALLS, recalls, strict=True)), "medr": np.floor(medians) + 1, "meanr": mean + 1}
 
 
 def _means(values: np.ndarray, image: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -191,11 +185,3 @@ def _means(values: np.ndarray, image: np.ndarray, times: np.ndarray) -> np.ndarr
     sums = np.column_stack([np.bincount(image, column, minlength=times.shape[1]) for column in values.T])
     queries = np.bincount(image, minlength=times.shape[1])
     return (times @ sums) / (times @ queries)[:, None]
-
-
-def _medians(ranks: np.ndarray, image: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Medians (draws,) of ranks (queries,), each counted as often as its image is drawn."""
-    order = np.argsort(ranks, kind="stable")
-    counted = times[:, image[order]].cumsum(axis=1)
-    middle = np.stack([(counted[:, -1] - 1) // 2, counted[:, -1] // 2])  # two places where the number is even
-    return ranks[order][(counted <= middle[..., None]).sum(axis=-1)].mean(axis=0)

@@ -1,16 +1,6 @@
 """The ranked list of every query: where its right items stand and what stands first; and the file of --ranks.
 
-A wrong item with the same score stands before a right one. What is right is for a protocol to say.
-
---ranks FILE holds one JSON object a line, from which every table can be redone without the model. The first says what
-was evaluated: format, data, split, images, captions, row (of the table), folds. Then, images first, for each query:
-
-way      i2t: the query is an image; t2i: a caption
-query    its number in the split, from 0; id: the image's id, if the data set has ids; caption: the caption's text
-right    numbers of the image's captions, or of the caption's image
-ranks    of the right items, from 1; all: among all items; fold: within the query's own fold (--fold5); with --eccv one
-         entry more for each protocol that has the query (PMRP, with thousands of right items: the R-precision)
-top      number and score of the first ten items
+A wrong item with the same score stands before a right one. docs/evaluation.md describes the file.
 """
 
 import json
@@ -26,17 +16,12 @@ from lib.files import replacing
 
 FORMAT = "x-dim ranks 1"
 TOP = 10
-ABSENT = -1
-CAPTIONS_AT_ONCE = 256  # columns of the scores that are made into rows at a time
-OTHER = {"i2t": "t2i", "t2i": "i2t"}
+ABSENT = -1  # a right answer that is not among the items: ECCV Caption knows two such captions
 ONLY_R_PRECISION = ("r_precision",)
 
 
 class Protocol(NamedTuple):
-    """Which items are right answers to which queries. Queries that it does not have do not count.
-
-    ABSENT stands for a right answer that is not among the items (ECCV Caption knows two such captions).
-    """
+    """Which items are right answers to which queries. Queries that it does not have do not count."""
 
     name: str
     metrics: tuple[str, ...]  # those of `query_metrics` that it reports
@@ -81,19 +66,18 @@ class RankedList:
 
 def judge(scores: np.ndarray, protocols: Sequence[Protocol]) -> Iterator[Query]:
     """All queries of scores (images, captions), images first. The first protocol must have every query."""
-    for way, query, row in with_bar(_lists(scores), "lists", sum(scores.shape)):
-        ranked, positions = RankedList(row), {}
-        for protocol in protocols:
-            right = protocol.right[way].get(query)
-            if right is None:
-                continue
-            if protocol.fold_of is None:
-                positions[protocol.name] = ranked.positions(right)
-            else:
-                items = np.flatnonzero(protocol.fold_of[OTHER[way]] == protocol.fold_of[way][query])
-                positions[protocol.name] = RankedList(row[items]).positions(np.searchsorted(items, right))
-        right = protocols[0].right[way][query]
-        yield Query(way, query, [(int(item), float(row[item])) for item in ranked.top(right)], right, positions)
+    for way, matrix in (("i2t", scores), ("t2i", np.ascontiguousarray(scores.T))):
+        for query, row in enumerate(with_bar(matrix, f"lists {way}")):
+            ranked, positions = RankedList(row), {}
+            for name, _, right_of, fold_of in protocols:
+                right = right_of[way].get(query)
+                if right is not None and fold_of is None:
+                    positions[name] = ranked.positions(right)
+                elif right is not None and fold_of is not None:
+                    items = np.flatnonzero(fold_of["t2i" if way == "i2t" else "i2t"] == fold_of[way][query])
+                    positions[name] = RankedList(row[items]).positions(np.searchsorted(items, right))
+            right = protocols[0].right[way][query]
+            yield Query(way, query, [(int(item), float(row[item])) for item in ranked.top(right)], right, positions)
 
 
 def query_metrics(positions: np.ndarray) -> dict[str, float]:
@@ -118,14 +102,13 @@ def pair_protocols(image_of_caption: np.ndarray, parts: Sequence[Part]) -> list[
     protocols = [Protocol("all", RECALLS, right)]
     if len(parts) > 1:
         fold_of_image = np.repeat(np.arange(len(parts) - 1), len(captions) // (len(parts) - 1))
-        protocols.append(
-            Protocol("fold", RECALLS, right, {"i2t": fold_of_image, "t2i": fold_of_image[image_of_caption]})
-        )
+        folds = {"i2t": fold_of_image, "t2i": fold_of_image[image_of_caption]}
+        protocols.append(Protocol("fold", RECALLS, right, folds))
     return protocols
 
 
 def write_ranks(path: str, queries: Iterable[Query], split: Split, protocols: Sequence[Protocol], about: dict) -> None:
-    """Write the file of --ranks. about: entries of its first line. Raises InputError if it cannot be written."""
+    """Write the file of --ranks. about: entries of its first line."""
     ids, only_precision = read_ids(split), {one.name for one in protocols if one.metrics == ONLY_R_PRECISION}
     named = {"i2t": [{"id": one} for one in ids or ()], "t2i": [{"caption": one} for one in split.captions]}
     with replacing(path) as file:
@@ -138,11 +121,3 @@ def write_ranks(path: str, queries: Iterable[Query], split: Split, protocols: Se
             record = {"way": way, "query": number, **(named[way][number] if named[way] else {})}
             record |= {"right": right.tolist(), "ranks": ranks, "top": top}
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-
-
-def _lists(scores: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Every row, then every column."""
-    yield from (("i2t", image, row) for image, row in enumerate(scores))
-    for first in range(0, scores.shape[1], CAPTIONS_AT_ONCE):
-        columns = np.ascontiguousarray(scores[:, first : first + CAPTIONS_AT_ONCE].T)
-        yield from (("t2i", first + k, column) for k, column in enumerate(columns))

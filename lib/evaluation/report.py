@@ -4,12 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from lib.checkpoints.record import quote, read_record
 from lib.cli import InputError
 from lib.data.dataset import Split
-from lib.evaluation.metrics import LEVEL, RECALL_AT, RECALLS, WAYS, chance_metrics
+from lib.evaluation.metrics import LEVEL, RECALL_AT, RECALLS, WAYS
 from lib.files import read_lines
 
 COLUMNS = (*RECALLS, "avg", "medr", "meanr")
@@ -58,13 +56,6 @@ def named_parts(metrics: dict, images: int, folds: int) -> dict[str, dict]:
     return {mean: metrics, f", all {images} images": metrics["full"]} if folds else {"": metrics}
 
 
-def chance_rows(image_of_caption: np.ndarray, folds: int) -> list[Row]:
-    """Rows of what random scores would give."""
-    images = int(image_of_caption[-1]) + 1
-    sizes = {f"chance, {size} images": size for size in (images // folds, images)} if folds else {"chance": images}
-    return [Row(name, chance_metrics(image_of_caption[image_of_caption < size])) for name, size in sizes.items()]
-
-
 def line(metrics: dict) -> str:
     """The six recalls and their sum in one line, for logs."""
     ways = [" ".join(f"{metrics[way][name]:.1f}" for name in RECALLS) for way in WAYS]
@@ -89,51 +80,43 @@ class Caveat(NamedTuple):
 
 
 def describe_source(path: str, content: dict, label: str) -> str:
-    """Lines of a heading: the file, its epochs and its rSum on dev, and how the run's record says it was chosen.
-
-    content: the checkpoint's; empty for saved scores.
-    """
+    """Lines of a heading: the file, its epochs and its rSum on dev, how it was chosen. content: empty for scores."""
     if not content:
         return f"{label:<12}{path}"
-    progress, folder = content["progress"], Path(content["path"]).parent
+    progress = content["progress"]
     dev = progress["history"][-1]["dev"]["rsum"] if progress["history"] else progress["best_rsum"]
     measured = f", dev rSum {dev:.1f}" if dev >= 0 else ""  # none before the first evaluation
-    notes = "".join(f"\n{'note':<12}{note}" for note in content.get("notes", []))
-    line = f"{label:<12}{content['path']}, {progress['epoch']} epochs{measured}{notes}"
+    lines = [f"{label:<12}{content['path']}, {progress['epoch']} epochs{measured}"]
+    lines += [f"{'note':<12}{note}" for note in content.get("notes", [])]
     try:
-        record = read_record(folder)
-        return f"{line}\n{'run':<12}{quote(record)}" if record else line
+        record = read_record(Path(content["path"]).parent)
+        lines += [f"{'run':<12}{quote(record)}"] if record else []
     except InputError as error:
-        return f"{line}\n{'run':<12}{error}"
+        lines.append(f"{'run':<12}{error}")
+    return "\n".join(lines)
 
 
 def find_caveats(content: dict, split: Split, data_name: str) -> list[Caveat]:
     """How the evaluated split was used in training the checkpoint, by the record of its data that it carries.
 
-    content: the checkpoint's; empty for saved scores. data_name: the name under which the split was asked for.
+    Whether it belongs to the training's data set (copies elsewhere and in float16 do) is decided by the numbers of
+    captions of train and dev if both files are there, else by them and the name, data_name.
     """
     data, settings = content.get("data") or {}, content.get("settings", {})
-    trained = data.get("train", {}).get("folder") or settings.get("data_name")
+    train, dev = (data.get(name, {}) for name in ("train", "dev"))
+    trained = train.get("folder") or settings.get("data_name")
     if trained is None:
         return []
-    if not _is_same_data_set(data, split, data_name == settings.get("data_name")):
+    equal = []
+    for name, known in (("train", train), ("dev", dev)):
+        path = split.folder / f"{name}_caps.txt"
+        if "captions" in known and path.is_file():
+            equal.append(sum(1 for _ in read_lines(path)) == known["captions"])
+    if not all(equal) or (len(equal) < 2 and data_name != settings.get("data_name")):
         return [Caveat("zero-shot", f"trained on {trained}, evaluated on {split.folder}")]
     found = split.fingerprint() if data else None
-    if split.name == "train" or found == data.get("train", {}).get("fingerprint", ""):
+    if split.name == "train" or found == train.get("fingerprint", ""):
         return [Caveat("seen in training", f"the model was trained on {split.folder} {split.name}")]
-    if split.name == "dev" or found == data.get("dev", {}).get("fingerprint", ""):
+    if split.name == "dev" or found == dev.get("fingerprint", ""):
         return [Caveat("chosen on this split", f"{split.name} is what the run's best epoch was chosen on")]
     return []
-
-
-def _is_same_data_set(data: dict, split: Split, same_name: bool) -> bool:
-    """Whether the split belongs to the training's data set, copies elsewhere and in float16 included.
-
-    Decided by the numbers of captions of train and dev if both files are there, else by them and the name.
-    """
-    equal = []
-    for name in ("train", "dev"):
-        captions, path = data.get(name, {}).get("captions"), split.folder / f"{name}_caps.txt"
-        if captions is not None and path.is_file():
-            equal.append(sum(1 for _ in read_lines(path)) == captions)
-    return all(equal) and (len(equal) == 2 or same_name)

@@ -1,10 +1,8 @@
 """From images and captions to scores: a trained model embeds both and scores every pair, exactly or coarse to fine.
 
-I images, C captions, R regions of an image, W words of a caption, D shared dimensions.
-
-Images are embedded and scored in blocks, captions are embedded in groups; neither depends on the number of processes.
-Every process of a job takes whole blocks and groups and leaves zeros where the others compute, and the results are
-summed: scores are the same to the last bit on any number of processes.
+I images, C captions, R regions of an image, W words of a caption, D shared dimensions. Images are embedded and scored
+in blocks, captions are embedded in groups, whatever the number of processes. Each process takes whole blocks and groups
+and leaves zeros where others compute; the sum is the same to the last bit on any number of processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,8 +31,6 @@ from lib.runtime import Compute, choose_compute
 BLOCK = 64  # images
 CHUNK = 2048  # captions scored at a time against a block: enough to fill tiles of captions of one length
 
-PairScores = Callable[[Tensor, Tensor], Tensor]  # images (P,), captions (P,) -> scores (P,)
-
 
 class Block(NamedTuple):
     """Embeddings of consecutive images."""
@@ -61,10 +57,7 @@ class Embeddings(NamedTuple):
 
 
 class Matcher:
-    """A trained model in evaluation mode, that embeds and scores without gradients.
-
-    compute: device and precision. content: the checkpoint's, without weights: architecture, settings, progress, path...
-    """
+    """A trained model in evaluation mode. content: the checkpoint's, without weights."""
 
     def __init__(self, model: XDim, tokenizer: Tokenizer, compute: Compute, content: dict | None = None):
         self.model = model.to(compute.device).eval()
@@ -106,12 +99,10 @@ class Matcher:
     def embed_captions(
         self, captions: TokenizedCaptions, batch_size: int, share: Callable[[int], Shard] = Shard
     ) -> tuple[Tensor, Tensor]:
-        """Words (sum of W, D) of all captions on the device, lengths (C,) on the CPU.
-
-        Captions of like length are embedded together, so that little is padded. share: divides groups among processes.
-        """
+        """Words (sum of W, D) on the device, lengths (C,) on the CPU. share: divides groups among processes."""
         lengths = torch.as_tensor(self.tokenizer.pad(captions)[1])
-        groups, starts = lengths.argsort(stable=True).split(batch_size), lengths.cumsum(0) - lengths
+        groups = lengths.argsort(stable=True).split(batch_size)  # of like length, so that little is padded
+        starts = lengths.cumsum(0) - lengths
         shard, mixed = share(len(groups)), np.random.default_rng(0).permutation(len(groups))  # short and long for all
         words = torch.zeros(int(lengths.sum()), self.model.text_encoder.width, device=self.compute.device)
         for group in with_bar([groups[k] for k in mixed[shard.own]], "captions"):
@@ -129,9 +120,8 @@ class Matcher:
 
 
 def load(checkpoint: str | Path, bert: str, device: str, precision: str, engine: str) -> Matcher:
-    """Load a trained model; see `lib.load`."""
-    compute = choose_compute(device, precision)
-    path = find_checkpoint(str(checkpoint))
+    """See `lib.load`."""
+    compute, path = choose_compute(device, precision), find_checkpoint(str(checkpoint))
     content = read_checkpoint(path, mapped=True)
     model, tokenizer = build_model(content, bert)
     model.use_engine(engine := engine or content["settings"].get("engine") or "tiled")
@@ -172,13 +162,13 @@ def score_pairs(scorer: Any, embeddings: Embeddings, images: Tensor, captions: T
         some = ((images >= block.images.start) & (images < block.images.stop)).nonzero().squeeze(1)
         if len(some):
             pairs = images[some] - block.images.start, captions[some]
-            found = scorer.pairs(block.regions, embeddings.words, embeddings.lengths, *pairs, block.real)
-            scores[some.to(scores.device)] = found
+            exact = scorer.pairs(block.regions, embeddings.words, embeddings.lengths, *pairs, block.real)
+            scores[some.to(scores.device)] = exact
     return embeddings.shard.sum(scores).cpu()
 
 
 def pool(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
-    """The mean region of each image (I, D) and the mean word of each caption (C, D), as unit vectors on the CPU.
+    """Unit vectors of each image's mean region (I, D) and each caption's mean word (C, D), on the CPU.
 
     X-Dim scores images against captions only; this is what compares two images, or two captions.
     """
@@ -197,8 +187,10 @@ class Reranker:
     The K best by coarse score are put in the order of their exact scores; all others stay behind them, in coarse order.
     """
 
-    def __init__(self, coarse: Tensor, exact: PairScores, image_of_caption: np.ndarray, parts: Sequence[Part]):
-        """coarse: (I, C). exact: gives exact scores; it is asked for no pair twice. Raises InputError on NaN."""
+    def __init__(
+        self, coarse: Tensor, exact: Callable[[Tensor, Tensor], Tensor], image_of_caption: np.ndarray, parts: list[Part]
+    ):
+        """coarse: (I, C). exact: images (P,), captions (P,) -> scores (P,); it is asked for no pair twice."""
         self.coarse, self.score_pairs, self.parts = coarse, exact, parts
         self.image_of_caption = torch.from_numpy(image_of_caption)
         self.coarse_ranks = rank_parts(coarse.numpy(), image_of_caption, parts)
@@ -211,40 +203,35 @@ class Reranker:
         ranks = self.ranks(k)
         while k < max(self.coarse.shape):
             k, before, ranks = 2 * k, ranks, self.ranks(2 * k)
-            if all(np.array_equal(_recalled(a), _recalled(b)) for a, b in zip(before, ranks, strict=True)):
+            if np.array_equal(_recalled(before), _recalled(ranks)):
                 break
         return ranks, k
 
     def ranks(self, k: int) -> list[Ranks]:
-        """The ranks within each part, with the best k of each query in exact order."""
+        """The ranks within each part, with the best k of each query in exact order. Raises InputError on NaN."""
         return [self._rank(part, coarse, k) for part, coarse in zip(self.parts, self.coarse_ranks, strict=True)]
 
-    def _rank(self, part: Part, coarse: Ranks, k: int) -> Ranks:
-        scores = self.coarse[part.images, part.captions]
-        images = torch.arange(part.images.start, part.images.stop)[:, None]
-        captions = torch.arange(part.captions.start, part.captions.stop)[:, None]
-        best_captions = scores.topk(min(k, scores.shape[1]), dim=1).indices + part.captions.start  # (images, k)
-        best_images = scores.topk(min(k, scores.shape[0]), dim=0).indices.T + part.images.start  # (captions, k)
-        wanted = torch.zeros_like(self.exact, dtype=torch.bool)
-        wanted[images, best_captions] = wanted[best_images, captions] = True
-        pairs = (wanted & self.exact.isnan()).nonzero(as_tuple=True)
-        self.exact[pairs] = self.score_pairs(*pairs).to(self.exact)
-        self.exact_pairs += len(pairs[0])
-        if self.exact[pairs].isnan().any():
+    def _rank(self, part: Part, coarse_ranks: Ranks, k: int) -> Ranks:
+        scores, exact = self.coarse[part], self.exact[part]
+        is_right = self.image_of_caption[part.captions] == torch.arange(part.images.start, part.images.stop)[:, None]
+        ways = []  # dimension of the items, whether each is among the query's best, coarse ranks
+        for dim, ranks in ((1, coarse_ranks.i2t), (0, coarse_ranks.t2i)):
+            best = scores.topk(min(k, scores.shape[dim]), dim=dim).indices
+            ways.append((dim, torch.zeros_like(is_right).scatter_(dim, best, True), ranks))
+        images, captions = ((ways[0][1] | ways[1][1]) & exact.isnan()).nonzero(as_tuple=True)
+        found = self.score_pairs(images + part.images.start, captions + part.captions.start).to(exact)
+        if found.isnan().any():
             raise InputError("the exact scores hold NaN: the checkpoint or the features are damaged")
-        is_right = self.image_of_caption[best_captions] == images, self.image_of_caption[captions] == best_images
-        return Ranks(
-            _rerank(self.exact[images, best_captions], is_right[0], coarse.i2t),
-            _rerank(self.exact[best_images, captions], is_right[1], coarse.t2i),
-        )
+        exact[images, captions] = found  # `exact` is a view
+        self.exact_pairs += len(found)
+        ranks = []
+        for dim, is_best, of_coarse in ways:
+            right = exact.masked_fill(~(is_best & is_right), float("-inf")).amax(dim, keepdim=True)
+            before = (is_best & ~is_right & (exact >= right)).sum(dim)
+            ranks.append(np.where((is_best & is_right).any(dim), before, of_coarse))
+        return Ranks(*ranks)
 
 
-def _rerank(exact: Tensor, is_right: Tensor, coarse_ranks: np.ndarray) -> np.ndarray:
-    """Ranks (queries,) by the candidates' exact scores (queries, k); the coarse rank if no right item is among them."""
-    best = exact.masked_fill(~is_right, float("-inf")).amax(dim=1, keepdim=True)
-    return np.where(is_right.any(dim=1), ((exact >= best) & ~is_right).sum(dim=1), coarse_ranks)
-
-
-def _recalled(ranks: Ranks) -> np.ndarray:
-    """For which K of R@K each query counts."""
-    return np.searchsorted(RECALL_AT, np.concatenate(ranks), side="right")
+def _recalled(ranks: Sequence[Ranks]) -> np.ndarray:
+    """For which K of R@K each query of each part counts."""
+    return np.searchsorted(RECALL_AT, np.concatenate([of_way for part in ranks for of_way in part]), side="right")

@@ -23,6 +23,7 @@ from lib.data.features import DeviceFeatures
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import report
 from lib.evaluation.evaluate import measure_split
+from lib.evaluation.score import Matcher
 from lib.losses import Loss, loss_of_epoch
 from lib.model.engine import Embedded, PlainEngine
 from lib.model.layers import Shard
@@ -233,7 +234,8 @@ def evaluate_on_dev(run: Run) -> None:
     try:
         with run.signals.at_once():
             sizes = settings.batch_size, settings.workers
-            metrics = measure_split(run.model, run.tokenizer, run.compute, *run.dev, *sizes)
+            matcher = Matcher(run.model, run.tokenizer, run.compute)
+            metrics = measure_split(matcher, *run.dev, *sizes)
     except EndNow:
         save(run)  # raises Interrupted; the resumed run evaluates
     progress.end_epoch({name: metrics[name] for name in ("rsum", "i2t", "t2i")})

@@ -22,7 +22,7 @@ from lib.checkpoints.native import build_model, read_checkpoint
 from lib.cli import InputError
 from lib.data.dataset import Split, open_split
 from lib.evaluation import coco
-from lib.evaluation.coco import Coco, open_coco
+from lib.evaluation.coco import open_coco
 from lib.evaluation.metrics import bootstrap_means, interval
 from tests.conftest import write_data
 from tests.evaluation.test_rankings import sorted_items
@@ -187,12 +187,6 @@ def test_eccv_caption_and_plausible_matches_equal_those_of_the_package(evaluated
     assert_equal(metrics_of(evaluated, "PMRP"), {"r_precision": of_plausible})
 
 
-def test_coco_5k_is_what_the_data_sets_own_pairs_give(evaluated):
-    found = metrics_of(evaluated, "COCO 5K")
-    for way in WAYS:
-        assert found[way] == pytest.approx({name: evaluated.results[way][name] for name in (*RECALLS, "avg")}, abs=1e-9)
-
-
 # --ranks and the tables say the same
 
 
@@ -265,20 +259,10 @@ def test_ids_that_are_not_those_of_cocos_images_are_an_error(tmp_path, few, othe
     assert refusal(split_of_few(tmp_path, images)) == f"--eccv: {complaint}"
 
 
-@pytest.mark.parametrize(
-    "captions", [lambda ids: ids[::-1], lambda ids: [*ids[:-1], ids[0]], lambda ids: ["a", *ids[1:]]]
-)
+@pytest.mark.parametrize("captions", [lambda ids: ids[::-1], lambda ids: ["a", *ids[1:]]])
 def test_ids_that_are_not_those_of_the_images_captions_are_an_error(tmp_path, few, captions):
     complaint = f"{tmp_path / 'testall_capids.txt'}: its ids are not those of the captions of testall_ids.txt's images"
     assert refusal(split_of_few(tmp_path, few.images, captions(few.captions))) == f"--eccv: {complaint}"
-
-
-def test_plausible_matches_need_both_files(tmp_path, few, few_package):
-    write_plausible(tmp_path / "cxc_annots", few_package.coco_gts)
-    split = split_of_few(tmp_path)
-    assert open_coco(split).protocols[-1].name == "PMRP"
-    (tmp_path / "cxc_annots" / PLAUSIBLE["t2i"]).unlink()
-    assert open_coco(split).protocols[-1].name == "ECCV Caption"
 
 
 @pytest.mark.parametrize("text", ['{"391895": [770337', "{}"])
@@ -327,22 +311,12 @@ def test_captions_fit_those_of_their_image_whatever_their_rating_and_others_from
     assert right == {caption: sorted(some + more.get(caption, [])) for caption, some in others.items()}
 
 
-@pytest.mark.parametrize(
-    ("way", "name", "csv"), [("i2i", "cxc_i2i.json", "sis_test.csv"), ("t2t", "cxc_t2t.json", "sts_test.csv")]
-)
-def test_all_that_gpos_file_lists_fits_in_that_direction_only_and_it_goes_before_the_official_one(
-    tmp_path, few, way, name, csv
-):
-    ids = Ids(few.images[::-1], np.reshape(few.captions, (FEW, 5))[::-1].ravel().tolist())
-    some = ids.images if way == "i2i" else ids.captions
-    listed = {
-        some[7]: [[str(some[2]), 1.5], [some[1], 4], [some[7], 5.0]],
-        some[0]: [[some[7], 3.0]],
-        9: [[some[1], 5]],
-    }
-    write_csv(tmp_path / "cxc_annots" / csv, "image", [(some[0], some[5], 5)])
-    (tmp_path / "cxc_annots" / name).write_text(json.dumps(listed))
-    assert in_lists(open_coco(split_of_few(tmp_path, ids.images)).intra[way]) == {0: [7], 7: [1, 2]}
+def test_all_that_gpos_file_lists_fits_in_that_direction_only_and_it_goes_before_the_official_one(tmp_path, few):
+    ids = few.images[::-1]
+    listed = {ids[7]: [[str(ids[2]), 1.5], [ids[1], 4], [ids[7], 5.0]], ids[0]: [[ids[7], 3.0]], 9: [[ids[1], 5]]}
+    write_csv(tmp_path / "cxc_annots" / "sis_test.csv", "image", [(ids[0], ids[5], 5)])
+    (tmp_path / "cxc_annots" / "cxc_i2i.json").write_text(json.dumps(listed))
+    assert in_lists(open_coco(split_of_few(tmp_path, ids)).intra["i2i"]) == {0: [7], 7: [1, 2]}
 
 
 HEADER = b"image1,image2,agg_score,sampling_method\n"
@@ -351,14 +325,10 @@ HEADER = b"image1,image2,agg_score,sampling_method\n"
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("sis_test.csv", b"", "none of its pairs is of this split"),
         ("sis_test.csv", HEADER + b"COCO_val2014_000000205866.jpg,CO", "damaged, or not CxC's ("),
-        ("sts_test.csv", HEADER + b"a_1,a_2,good,i2i_csim\n", "damaged, or not CxC's ("),
         ("cxc_i2i.json", b'{"391895": [["770337", 3.0', "damaged, or not CxC's ("),
-        ("cxc_t2t.json", b"[1, 2]", "damaged, or not CxC's ("),
         ("sis_test.csv", HEADER + b"a_1,a_2,5.0,i2i_csim\n", "none of its pairs is of this split"),
     ],
-    ids=["empty", "cut", "no rating", "cut json", "list", "of another split"],
 )
 def test_annotations_that_are_damaged_or_of_another_split_are_an_error_that_names_the_file(
     tmp_path, few, name, content, complaint
@@ -381,16 +351,6 @@ def plain_recalls(vectors, right):
         first.append(min(order.index(answer) for answer in answers))
     recalls = {f"r{k}": 100 * np.mean(np.array(first) < k) for k in (1, 5, 10)}
     return {**recalls, "avg": np.mean(list(recalls.values()))}
-
-
-def test_a_query_is_no_answer_to_itself_and_images_are_drawn_with_all_their_captions():
-    hits, image_of_caption = np.arange(40) // 10 % 2 == 0, np.repeat(np.arange(4), 10)  # of two images all, of two none
-    vectors = F.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    twins = vectors.repeat_interleave(2, dim=0)
-    right = {caption: np.array([caption ^ 1 if hits[caption] else caption ^ 2]) for caption in range(40)}
-    found = Coco([], {"t2t": right}, image_of_caption, "").intra_metrics([(twins, twins)])
-    assert found["t2t"]["r1"] == 50
-    assert found["interval"]["t2t"]["r1"] == [0, 100]
 
 
 # Several models

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import eval as eval_program
-from lib.evaluation.metrics import DRAWS, Ranks, bootstrap, rank_matrix
+from lib.evaluation.metrics import DRAWS, Ranks, bootstrap
 from tests.conftest import write_data
 from tests.evaluation.test_metrics import NAMES, five_each, flat, plain_metrics, sorted_ranks
 
@@ -85,17 +85,6 @@ def test_the_worse_of_two_is_found_whichever_comes_first(compare, many):
         a, b, alike = down["wins"][way].values()
         assert a > b > 0
         assert up["wins"][way] == {"a": b, "b": a, "alike": alike}
-
-
-def test_what_is_hard_for_both_cancels_in_the_interval_of_the_difference(compare, many):
-    image_of_caption, rng = five_each(MANY), np.random.default_rng(0)
-    a = noisy(image_of_caption, seed=0) + 3 * is_right(image_of_caption) * rng.standard_normal((MANY, 1))
-    b = a + 0.3 * rng.standard_normal(a.shape)
-    ends = compare(a, b, data=many)[0]["difference"]["interval"]
-    alone = [bootstrap(rank_matrix(scores, image_of_caption), image_of_caption) for scores in (a, b)]
-    for way in WAYS:
-        unpaired = np.hypot(*(np.ptp(np.percentile(draws[way]["r1"], [2.5, 97.5])) for draws in alone))
-        assert 0 < np.ptp(ends[way]["r1"]) < 0.7 * unpaired
 
 
 # Against an independent computation
@@ -204,13 +193,9 @@ def test_a_checkpoint_and_the_scores_it_has_saved_are_alike_and_caveats_name_the
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ([], "required: A, B "),
-        (["good.npy", "absent.npy"], r"absent\.npy: no readable matrix"),
         (["good.npy", "absent_run"], "absent_run"),
         (["turned.npy", "good.npy"], r"turned\.npy: 50 x 10 scores, but \S+ test has 10 images and 50 captions"),
-        (["good.npy", "good.npy", "--json", "."], r"\. could not be written"),
         (["good.npy", "good.npy", "--split", "odd", "--fold5"], "--fold5: 12 images"),
-        (["good.npy", "good.npy", "--rerank", "5"], "--rerank"),
     ],
 )
 def test_wrong_uses_are_one_line_that_names_the_file_or_flag(given, complaint, tmp_path, monkeypatch, capsys):
@@ -219,10 +204,6 @@ def test_wrong_uses_are_one_line_that_names_the_file_or_flag(given, complaint, t
     np.save("good.npy", np.eye(10 if "odd" not in given else 12).repeat(5, axis=1))
     np.save("turned.npy", np.zeros((50, 10)))
     flags = ["--data_path", str(data.parent), "--data_name", data.name, *FLAGS]
-    try:
-        code = eval_program.main(["compare", *given, *flags])
-    except SystemExit as end:  # a flag that is wrong in itself
-        code = end.code
+    assert eval_program.main(["compare", *given, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert code == 2
     assert re.search(complaint, line)

@@ -120,11 +120,8 @@ def test_python_interface_gives_the_same_scores(evaluate, trained_run, data):
     ("regions", "captions", "complaint"),
     [
         (np.zeros((2, 6, 15), np.float32), ["a ball"], "expected \\(images, regions, 16\\)"),
-        (np.zeros((2, 16), np.float32), ["a ball"], "expected \\(images, regions, 16\\)"),
-        (np.zeros((0, 6, 16), np.float32), ["a ball"], "expected \\(images, regions, 16\\)"),
         (np.full((2, 6, 16), np.nan, np.float32), ["a ball"], "NaN"),
         (np.zeros((2, 6, 16), np.float32), "a ball", "list"),
-        (np.zeros((2, 6, 16), np.float32), [], "list"),
     ],
 )
 def test_python_interface_says_what_is_wrong(trained_run, regions, captions, complaint):
@@ -236,24 +233,17 @@ def test_zero_shot_transfer_is_said_in_the_table(evaluate, trained_run, another_
     assert both.count("zero-shot: trained on") == 1
 
 
-def test_a_copy_of_the_data_in_float16_under_another_name_is_no_transfer(evaluate, trained_run, data, tmp_path):
+def test_splits_are_known_by_their_content_and_data_sets_in_float16_too(evaluate, trained_run, data, tmp_path):
     copied = shutil.copytree(data, tmp_path / "copied")
     for path in copied.glob("*_ims.npy"):
         np.save(path, np.load(path).astype(np.float16))
+    for ending in ("ims.npy", "caps.txt", "ids.txt"):
+        shutil.copy(data / f"dev_{ending}", copied / f"held_out_{ending}")
     where = ["--data_path", tmp_path, "--data_name", "copied"]
     assert evaluate("--checkpoint", trained_run, *where)[0]["caveats"] == []
-    assert evaluate("--checkpoint", trained_run, *where, "--split", "dev")[0]["row"] == "X-Dim, chosen on this split"
-
-
-def test_splits_are_known_by_their_content_not_their_name(evaluate, trained_run, data, tmp_path):
-    copied = shutil.copytree(data, tmp_path / data.name)
-    for ending in ("ims.npy", "caps.txt", "ids.txt"):
-        shutil.copy(copied / f"dev_{ending}", copied / f"held_out_{ending}")
-    where = ["--data_path", tmp_path]
     assert evaluate("--checkpoint", trained_run, *where, "--split", "held_out")[0]["row"].endswith("on this split")
-    shutil.rmtree(copied)
-    write_data(copied, {"train": 30, "dev": 12, "test": 12})
-    assert evaluate("--checkpoint", trained_run, *where)[0]["row"] == "X-Dim, zero-shot"
+    write_data(tmp_path / data.name, {"train": 30, "dev": 12, "test": 12})
+    assert evaluate("--checkpoint", trained_run, *where[:2])[0]["row"] == "X-Dim, zero-shot"
 
 
 # Wrong input
@@ -273,15 +263,12 @@ def complaint_of(argv, capsys):
         (np.zeros((10, 49), np.float32), r"10 x 49 scores, but \S+ test has 10 images and 50 captions"),
         (np.zeros((10, 50), np.int64), "expected floating-point numbers"),
         (np.full((10, 50), np.nan, np.float32), "NaN"),
-        (b"no array", "no readable matrix"),
         (None, "no readable matrix"),
     ],
 )
 def test_a_file_that_holds_no_scores_of_the_split_is_named(data, tmp_path, capsys, content, complaint):
     path = tmp_path / "scores.npy"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
+    if content is not None:
         np.save(path, content)
     where = ["--data_path", data.parent, "--data_name", data.name]
     assert re.search(complaint, complaint_of(["--checkpoint", path, *where, *FLAGS], capsys))
@@ -293,9 +280,7 @@ def test_a_file_that_holds_no_scores_of_the_split_is_named(data, tmp_path, capsy
     ("flags", "complaint"),
     [
         (["--checkpoint", "a", "--checkpoint", "b", "--rerank", "5"], "--rerank: for a single checkpoint"),
-        (["--checkpoint", "a.npy", "--rerank", "5"], "--rerank: for a single checkpoint"),
         (["--rerank", "5", "--ranks", "x"], "--ranks: needs every pair's exact score"),
-        (["--rerank", "5", "--save_sims", "x"], "--save_sims: needs every pair's exact score"),
         (["--rerank", "5", "--eccv"], "--eccv: needs every pair's exact score"),
     ],
 )

@@ -66,8 +66,7 @@ def evaluate(count, folder, *flags):
     [
         ["--fold5"],
         ["--precision", "bf16"],
-        ["--fold5", "--rerank", "5"],
-        ["--rerank", "auto"],
+        ["--fold5", "--rerank", "auto"],
         ["--checkpoint", "SAVED"],
         ["compare", "RUN", "SAVED"],
     ],

@@ -55,27 +55,12 @@ def test_positions_and_first_items_are_those_of_a_sorted_list_and_absent_items_s
     assert ranked.top(right).tolist() == order[:10]
 
 
-def slow_metrics(fits, right=None):
-    """The definitions written out.
-
-    fits: (items,) in the list's order, whether an item is right. right: how many are, if the list is cut.
-    """
-    right, average_precision = right or sum(fits), 0.0
-    for place in range(right):
-        if fits[place]:
-            average_precision += sum(fits[: place + 1]) / (place + 1) / right
-    recalls = {f"r{k}": float(any(fits[:k])) for k in (1, 5, 10)}
-    average = sum(recalls.values()) / 3
-    return {**recalls, "avg": average, "r_precision": sum(fits[:right]) / right, "map_at_r": average_precision}
-
-
 @settings(deadline=None)
 @given(items=st.integers(1, 60), seed=SEEDS)
-def test_metrics_of_a_query_are_the_definitions_written_out_and_those_of_the_package_eccv_caption(items, seed):
+def test_metrics_of_a_query_are_those_of_the_package_eccv_caption(items, seed):
     rng = np.random.default_rng(seed)
     right = rng.permutation(items)[: rng.integers(1, items + 1)]
     found = query_metrics(right)
-    assert found == pytest.approx(slow_metrics([place in right for place in range(items)]), abs=1e-12)
     ranked, fits = {7: list(range(items))}, {7: right.tolist()}
     theirs = compute_eccv_metrics(ranked, fits)
     names = {"map_at_r": "eccv_map_at_r", "r_precision": "eccv_rprecision", "r1": "eccv_r1"}
@@ -86,31 +71,17 @@ def test_metrics_of_a_query_are_the_definitions_written_out_and_those_of_the_pac
 # All lists
 
 
-def draw_matrix(counts, seed):
-    image_of_caption = np.repeat(np.arange(len(counts)), counts)
-    scores = np.random.default_rng(seed).choice(SCORES, size=(len(counts), sum(counts))).astype(np.float32)
-    return scores, image_of_caption
-
-
 @settings(deadline=None)
 @given(counts=st.lists(st.integers(1, 4), min_size=1, max_size=2).map(lambda some: some * 5), seed=SEEDS)
 def test_the_best_position_is_the_rank_that_is_counted_in_the_whole_split_and_in_folds(counts, seed):
-    scores, image_of_caption = draw_matrix(counts, seed)
+    image_of_caption = np.repeat(np.arange(len(counts)), counts)
+    scores = np.random.default_rng(seed).choice(SCORES, size=(len(counts), sum(counts))).astype(np.float32)
     parts = parts_of_split(image_of_caption, folds=5)
     whole, *folds = rank_parts(scores, image_of_caption, parts)
     queries = list(judge(scores, pair_protocols(image_of_caption, parts)))
     best = {name: [query.positions[name].min() for query in queries] for name in ("all", "fold")}
     assert best["all"] == [*whole.i2t, *whole.t2i]
     assert best["fold"] == [rank for way in ("i2t", "t2i") for fold in folds for rank in getattr(fold, way)]
-
-
-def test_more_captions_than_are_taken_at_a_time_are_judged_each_by_its_own_scores():
-    scores, image_of_caption = draw_matrix([261, 256, 1, 90], seed=1)
-    queries = list(judge(scores, pair_protocols(image_of_caption, parts_of_split(image_of_caption))))
-    lists = [*enumerate(scores), *enumerate(scores.T)]
-    for query, (number, row) in zip(queries, lists, strict=True):
-        assert query.number == number
-        assert query.top == [(item, row[item]) for item in sorted_items(row, set(query.right))[:10]]
 
 
 # The file of --ranks
@@ -220,11 +191,3 @@ def test_lines_hold_ids_texts_and_ranks_within_folds(make_split, tmp_path):
     assert_sorted(records, scores)
     for one in records:  # a fold is one image and its captions, so all items within it are right
         assert sorted(one["ranks"]["fold"]) == list(range(1, len(one["right"]) + 1))
-
-
-def test_a_file_that_cannot_be_written_is_an_error_in_one_line(make_split, tmp_path, capsys):
-    (tmp_path / "ranks.jsonl").mkdir()
-    given = [*make_split([1, 2])[0], *FLAGS, "--ranks", tmp_path / "ranks.jsonl"]
-    assert eval_program.main([str(flag) for flag in given]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(tmp_path / "ranks.jsonl") in line

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from lib.cli import InputError
-from lib.evaluation.metrics import parts_of_split, rank_matrix
+from lib.evaluation.metrics import parts_of_split
 from lib.evaluation.score import Reranker
 
 
@@ -58,12 +58,6 @@ def test_ranks_are_those_of_the_best_k_sorted_again(images_of_fold, captions_of_
         assert t2i.tolist() == [plain_rank(*one, k) for one in zip(*(of.T for of in lists), strict=True)]
 
 
-def test_a_wrong_item_with_the_same_exact_score_counts_as_before_the_right_one():
-    coarse, exact = torch.tensor([[2.0, 1.0], [0.0, 3.0]]), Exact(torch.zeros(2, 2))
-    (ranks,) = Reranker(coarse, exact, np.arange(2), parts_of_split(np.arange(2))).ranks(2)
-    assert ranks.i2t.tolist() == ranks.t2i.tolist() == [1, 1]
-
-
 def test_no_pair_is_scored_exactly_twice_and_only_candidates_are():
     reranker, *_ = make(40, 5, seed=1, noise=0.1)
     for k in (4, 8):
@@ -86,10 +80,10 @@ def test_doubling_ends_when_no_recall_changes(noise):
     np.testing.assert_array_equal(np.concatenate(ranks[0]), np.concatenate(expected))
 
 
-def test_with_all_items_exact_the_ranks_are_the_exact_ones_and_nan_is_an_error():
-    reranker, _, exact, _ = make(12, 3, seed=0, noise=1)
-    expected = rank_matrix(exact, reranker.image_of_caption.numpy())
-    np.testing.assert_array_equal(np.concatenate(reranker.ranks(36)[0]), np.concatenate(expected))
-    exact[:] = np.nan
+def test_equal_exact_scores_count_against_the_query_and_nan_is_an_error():
+    coarse, image_of_caption = torch.tensor([[2.0, 1.0], [0.0, 3.0]]), np.arange(2)
+    parts = parts_of_split(image_of_caption)
+    (ranks,) = Reranker(coarse, Exact(torch.zeros(2, 2)), image_of_caption, parts).ranks(2)
+    assert ranks.i2t.tolist() == ranks.t2i.tolist() == [1, 1]
     with pytest.raises(InputError, match="NaN"):
-        Reranker(reranker.coarse, Exact(exact), reranker.image_of_caption.numpy(), reranker.parts).ranks(1)
+        Reranker(coarse, Exact(torch.full((2, 2), torch.nan)), image_of_caption, parts).ranks(1)
