@@ -10,7 +10,8 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,33 +49,27 @@ class Coco(NamedTuple):
 
     def results(self, queries: dict[str, list[Query]], pooled: Sequence[Vectors | None]) -> dict:
         """What --json holds and `tables` takes, by row. pooled: of each model, by `score.pool`; None: saved scores."""
-        rows = {}
-        for row, of_row in queries.items():
-            rows[row] = {protocol.name: self._measure(protocol, of_row) for protocol in self.protocols}
+        rows: dict[str, dict] = {row: {} for row in queries}
+        for row, protocol in product(queries, self.protocols):
+            ways = {}
+            for way in WAYS:
+                some = [query for query in queries[row] if query.way == way and protocol.name in query.positions]
+                ways[way] = [query.number for query in some], [query.positions[protocol.name] for query in some]
+            rows[row][protocol.name] = self._summarize(ways, protocol.metrics)
         known, intra, note = [one for one in pooled if one], {}, self.note
         if self.intra and len(known) == len(pooled):
             models = [[one] for one in known] + ([known] if len(known) > 1 else [])
-            intra = {row: self.intra_metrics(some) for row, some in zip(rows, models, strict=True)}
+            for row, some in zip(rows, models, strict=True):  # by the mean cosine over models
+                ways = {}
+                for way, right in self.intra.items():
+                    vectors = [images if way == "i2i" else captions for images, captions in some]
+                    ways[way] = list(right), list(_intra_positions(vectors, right))
+                intra[row] = self._summarize(ways, RECALL_METRICS)
         elif self.intra:
             note += f"\n{NOT_EMBEDDED}"
         return {"rows": rows, "intra": intra, "note": note}
 
-    def _measure(self, protocol: Protocol, queries: Sequence[Query]) -> dict:
-        ways = {}
-        for way in WAYS:
-            some = [query for query in queries if query.way == way and protocol.name in query.positions]
-            ways[way] = [query.number for query in some], (query.positions[protocol.name] for query in some)
-        return self._summarize(ways, protocol.metrics)
-
-    def intra_metrics(self, pooled: Sequence[Vectors]) -> dict:
-        """The metrics of "i2i" and "t2t" by the mean over models of the cosines of pooled embeddings."""
-        ways = {}
-        for way, right in self.intra.items():
-            vectors = [images if way == "i2i" else captions for images, captions in pooled]
-            ways[way] = list(right), _intra_positions(vectors, right)
-        return self._summarize(ways, RECALL_METRICS)
-
-    def _summarize(self, ways: Mapping[str, tuple[list[int], Iterable]], metrics: tuple[str, ...]) -> dict:
+    def _summarize(self, ways: dict[str, tuple[list[int], list[np.ndarray]]], metrics: tuple[str, ...]) -> dict:
         """{way: {metric: percent}, "interval": ...} from numbers of queries and positions of their right items."""
         percent, ends = {}, {}
         for way, (queries, positions) in ways.items():

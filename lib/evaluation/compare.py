@@ -32,7 +32,7 @@ def compare(settings: CompareSettings) -> dict:
             for way, x, y in zip(WAYS, ranks[0][0], ranks[1][0], strict=True):
                 wins[way] = {name: int(one.sum()) for name, one in (("a", x < y), ("b", y < x), ("alike", x == y))}
             results = {
-                **job.describe_split(),
+                **job.about,
                 **{"a": a, "b": b, "difference": _differences(a, b, *draws)},
                 "wins": wins,
                 "changed": find_changes(ranks[0][0], ranks[1][0], split),
@@ -40,7 +40,7 @@ def compare(settings: CompareSettings) -> dict:
         results["timing"] = clock
         print(f"{'seconds':<12}{clock}\n")
         for name, source in zip("AB", job.sources, strict=True):
-            print("".join(f"{name}, {caveat.label}: {caveat.text}\n" for caveat in source.caveats), end="")
+            print("".join(f"{name}, {label}: {text}\n" for label, text in source.caveats), end="")
         lines = [_table(results), "", report.INTERVALS, "", *_wins(results), "", *_changes(results["changed"])]
         print("\n".join(lines))
         if settings.json and distributed.is_first():

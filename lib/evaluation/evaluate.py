@@ -66,9 +66,9 @@ def evaluate(settings: EvaluationSettings) -> dict:
             beyond = fits.results(queries, [source.pooled for source in sources]) if fits else None
         *singles, last = rows
         results = {
-            **job.describe_split(),
+            **job.about,
             "row": last,
-            "caveats": list(dict.fromkeys(caveat.text for caveat in job.caveats)),
+            "caveats": list(dict.fromkeys(text for _, text in job.caveats)),
             **rows[last],
             **{"singles": {row: rows[row] for row in singles}, "coco": beyond, "rerank": rerank, "timing": clock},
         }
@@ -78,7 +78,7 @@ def evaluate(settings: EvaluationSettings) -> dict:
         if settings.json:
             write_json(settings.json, results)
         if settings.ranks:
-            about = {**job.describe_split(), "row": last, "folds": len(job.parts) - 1}
+            about = {**job.about, "row": last, "folds": len(job.parts) - 1}
             rankings.write_ranks(settings.ranks, queries[last], split, protocols, about)
     return results
 
@@ -114,7 +114,7 @@ class Source:
     def __init__(self, given: str, settings: SplitSettings):
         self.path, self.name = given, "saved scores"  # name: in tables
         self.content: dict = {}  # the checkpoint's, without weights
-        self.caveats: list[report.Caveat] = []
+        self.caveats: list[tuple[str, str]] = []  # label, text
         self.pooled: tuple[Tensor, Tensor] | None = None  # of score.pool, for --eccv
         if not given.endswith(SAVED_SCORES):
             self.matcher = score.load(given, settings.bert, settings.device, settings.precision, settings.engine)
@@ -132,7 +132,7 @@ class Source:
     @property
     def row(self) -> str:
         """The name of its row in tables."""
-        return ", ".join([self.name, *(caveat.label for caveat in self.caveats)])
+        return ", ".join([self.name, *(label for label, _ in self.caveats)])
 
     def embed(self, job: "Job") -> score.Embeddings:
         """The split, encoded by a checkpoint's model."""
@@ -164,15 +164,8 @@ class Job(NamedTuple):
     split: Split
     parts: list[Part]  # the whole split, then its folds (--fold5)
 
-    @property
-    def caveats(self) -> list[report.Caveat]:
-        """Those of all sources, each once."""
-        return list(dict.fromkeys(caveat for source in self.sources for caveat in source.caveats))
-
-    def describe_split(self) -> dict:
-        """For --json and --ranks."""
-        size = {"images": len(self.split.features), "captions": len(self.split.captions)}
-        return {"data": str(self.split.folder), "split": self.split.name, **size}
+    about: dict  # the split, for --json and --ranks
+    caveats: list[tuple[str, str]]  # label, text: those of all sources, each once
 
 
 @contextmanager
@@ -196,16 +189,17 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
             for dim in dims:  # raises for all but one
                 split = open_split(data_path, data_name, settings.split, dim)
             parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
-            job = Job(settings, clock, compute, sources, split, parts)
-            data, name, *size = job.describe_split().values()
+            size = {"images": len(split.features), "captions": len(split.captions)}
+            about = {"data": str(split.folder), "split": split.name, **size}
             for number, source in enumerate(sources, start=1):
-                if not source.content and [*source.saved.shape] != size:
-                    found = "{} x {} scores".format(*source.saved.shape)
-                    wanted = "{} images and {} captions".format(*size)
-                    raise InputError(f"{source.path}: {found}, but {data} {name} has {wanted}")
+                if not source.content and source.saved.shape != tuple(size.values()):
+                    found = "{} x {} scores, but".format(*source.saved.shape)
+                    wanted = "{data} {split} has {images} images and {captions} captions".format(**about)
+                    raise InputError(f"{source.path}: {found} {wanted}")
                 source.caveats = report.find_caveats(source.content, split, data_name)
                 source.name = f"single {number}" if len(sources) > 1 else source.name
-        yield job
+            caveats = list(dict.fromkeys(caveat for source in sources for caveat in source.caveats))
+        yield Job(settings, clock, compute, sources, split, parts, about, caveats)
 
 
 def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
@@ -216,7 +210,7 @@ def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
         yield source.row, scores, number == 1
         total = total + scores
     if number > 1:
-        labels = dict.fromkeys(caveat.label for caveat in job.caveats)
+        labels = dict.fromkeys(label for label, _ in job.caveats)
         yield ", ".join([f"ensemble of {number}", *labels]), total / number, True
 
 
@@ -236,7 +230,7 @@ def rank_coarse_to_fine(job: Job, wanted: str) -> tuple[list[Ranks], dict]:
 def describe(job: Job, labels: Sequence[str]) -> str:
     """The heading: what is evaluated, on what data, on which device."""
     lines = [report.describe_source(one.path, one.content, name) for one, name in zip(job.sources, labels, strict=True)]
-    data = "{data} {split}: {images} images, {captions} captions".format(**job.describe_split())
+    data = "{data} {split}: {images} images, {captions} captions".format(**job.about)
     return "\n".join([*lines, f"{'data':<12}{data}", f"{'device':<12}{job.compute}"])
 
 
@@ -255,7 +249,7 @@ def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
     if rerank := results["rerank"]:
         k, exact, pairs = rerank.values()
         notes.append(f"best {k} of each query by exact score: {exact} of {pairs} pairs ({100 * exact / pairs:.1f} %)")
-    notes += [f"{caveat.label}: {caveat.text}" for caveat in job.caveats]
+    notes += [f"{label}: {text}" for label, text in job.caveats]
     return "\n".join([report.table(lines), "", *notes])
 
 

@@ -72,13 +72,6 @@ def _cells(values: Iterable[str | float | None], form: str = "") -> str:
     return "".join(("" if value is None else f"{value:{form}}").rjust(WIDTH) for value in values)
 
 
-class Caveat(NamedTuple):
-    """What a reader has to know of a row."""
-
-    label: str  # in the row's name
-    text: str  # below the table
-
-
 def describe_source(path: str, content: dict, label: str) -> str:
     """Lines of a heading: the file, its epochs and its rSum on dev, how it was chosen. content: empty for scores."""
     if not content:
@@ -96,8 +89,8 @@ def describe_source(path: str, content: dict, label: str) -> str:
     return "\n".join(lines)
 
 
-def find_caveats(content: dict, split: Split, data_name: str) -> list[Caveat]:
-    """How the evaluated split was used in training the checkpoint, by the record of its data that it carries.
+def find_caveats(content: dict, split: Split, data_name: str) -> list[tuple[str, str]]:
+    """How the split was used in training the checkpoint: a label for the row's name, a text for below the table.
 
     Whether it belongs to the training's data set (copies elsewhere and in float16 do) is decided by the numbers of
     captions of train and dev if both files are there, else by them and the name, data_name.
@@ -107,16 +100,13 @@ def find_caveats(content: dict, split: Split, data_name: str) -> list[Caveat]:
     trained = train.get("folder") or settings.get("data_name")
     if trained is None:
         return []
-    equal = []
-    for name, known in (("train", train), ("dev", dev)):
-        path = split.folder / f"{name}_caps.txt"
-        if "captions" in known and path.is_file():
-            equal.append(sum(1 for _ in read_lines(path)) == known["captions"])
+    files = [(known, split.folder / f"{name}_caps.txt") for name, known in (("train", train), ("dev", dev))]
+    equal = [sum(1 for _ in read_lines(path)) == one["captions"] for one, path in files if "captions" in one and path.is_file()]
     if not all(equal) or (len(equal) < 2 and data_name != settings.get("data_name")):
-        return [Caveat("zero-shot", f"trained on {trained}, evaluated on {split.folder}")]
+        return [("zero-shot", f"trained on {trained}, evaluated on {split.folder}")]
     found = split.fingerprint() if data else None
     if split.name == "train" or found == train.get("fingerprint", ""):
-        return [Caveat("seen in training", f"the model was trained on {split.folder} {split.name}")]
+        return [("seen in training", f"the model was trained on {split.folder} {split.name}")]
     if split.name == "dev" or found == dev.get("fingerprint", ""):
-        return [Caveat("chosen on this split", f"{split.name} is what the run's best epoch was chosen on")]
+        return [("chosen on this split", f"{split.name} is what the run's best epoch was chosen on")]
     return []

@@ -1,6 +1,5 @@
 """Ranks and metrics against the published code and against sorting each list; intervals against a known truth."""
 
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
