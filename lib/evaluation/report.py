@@ -101,7 +101,11 @@ def find_caveats(content: dict, split: Split, data_name: str) -> list[tuple[str,
     if trained is None:
         return []
     files = [(known, split.folder / f"{name}_caps.txt") for name, known in (("train", train), ("dev", dev))]
-    equal = [sum(1 for _ in read_lines(path)) == one["captions"] for one, path in files if "captions" in one and path.is_file()]
+    equal = [
+        sum(1 for _ in read_lines(path)) == one["captions"]
+        for one, path in files
+        if "captions" in one and path.is_file()
+    ]
     if not all(equal) or (len(equal) < 2 and data_name != settings.get("data_name")):
         return [("zero-shot", f"trained on {trained}, evaluated on {split.folder}")]
     found = split.fingerprint() if data else None
