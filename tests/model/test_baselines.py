@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lib.model import registry
-from lib.model.baselines import GeneralizedPooling
 from lib.model.xdim import AdaptiveGate
-from tests.model.test_engine import VARIANTS, make, random_inputs
+from tests.model.test_engine import make, random_inputs
 
 
 def pool(pooling, vectors):
@@ -40,22 +39,14 @@ def gru_cell(x, h, weight_ih, weight_hh, bias_ih, bias_hh):
 
 
 def test_gpo_scores_are_cosines_of_sets_pooled_alone_whatever_padding_stands_beside_them():
-    model, (regions, words, lengths) = make("gpo"), random_inputs(3, [4, 9])
-    counts = [7, 1, 3]
+    model, (regions, words, lengths) = make("gpo"), random_inputs(3, [4, 9, 4])
+    counts = [3, 1, 3]  # two of one size: their positions are weighed together
     scores = model(regions, words, lengths, torch.arange(7) < torch.tensor(counts)[:, None])
     images = [pool(model.image_pooling, image[:count]) for image, count in zip(regions, counts, strict=True)]
     captions = [pool(model.caption_pooling, caption) for caption in words.split(lengths.tolist())]
     for i, image in enumerate(images):
         for j, caption in enumerate(captions):
             torch.testing.assert_close(scores[i, j], torch.cosine_similarity(image, caption, dim=0))
-
-
-def test_pooling_weighs_positions_alike_for_sets_of_one_size():
-    torch.manual_seed(0)
-    pooling, vectors = GeneralizedPooling().double(), torch.randn(4, 9, 5, dtype=torch.float64)
-    together = pooling(vectors, torch.tensor([9, 3, 1, 3]))
-    for one, size, pooled in zip(vectors, [9, 3, 1, 3], together, strict=True):
-        torch.testing.assert_close(pooled, pool(pooling, one[:size]))
 
 
 def test_xdim_without_dependencies_is_independent_aggregation_over_the_norm_of_correspondences(monkeypatch):
@@ -116,11 +107,6 @@ def test_a_row_of_k_equal_entries_has_k_partners_and_a_closed_one_is_not_counted
         gate.threshold_scale.fill_(100.0)
     assert gate.figures()["closed_rows"] == 1
     assert gate.figures()["partners"] == 0
-
-
-@pytest.mark.parametrize(("name", "gate"), VARIANTS)
-def test_figures_for_logs_are_finite(name, gate):
-    assert all(math.isfinite(value) for value in make(name, gate).figures().values())
 
 
 def test_a_part_is_its_name_and_its_options():

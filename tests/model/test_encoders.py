@@ -62,31 +62,18 @@ def test_region_embeddings_are_the_linear_layer_plus_the_mlp_normalised(features
     torch.testing.assert_close(encoder.embed(features)[0], plain_rows)
 
 
-def test_attended_padding_counts_in_batchnorm_and_becomes_unit_vectors(features):
-    encoder = RegionEncoder(6, 8)
-    reference = nn.BatchNorm1d(3)
-    reference(encoder.mlp[0](features.flatten(0, 1)))
-    embedded = encoder.embed(features)
-    torch.testing.assert_close(encoder.mlp[1].running_mean, reference.running_mean)
-    torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(3, 5))
-
-
-def test_padding_puts_zeros_beyond_each_images_count(features):
-    packed = features[REAL]
-    assert torch.equal(pad_rows(packed, COUNTS), features)
-    assert torch.equal(real_rows(COUNTS, packed.device), REAL)
-
-
-def test_equal_counts_are_padded_without_a_copy_and_need_no_mask():
+def test_equal_counts_are_padded_without_a_copy():
     packed, counts = torch.randn(12, 8), torch.full((3,), 4)
     assert pad_rows(packed, counts).data_ptr() == packed.data_ptr()
-    assert real_rows(counts, packed.device) is None
 
 
 @settings(deadline=None)
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_padded_regions_and_their_gradients_are_those_of_the_packed_ones(counts):
     packed = torch.randn(sum(counts), 3, dtype=torch.float64, requires_grad=True)
+    real = real_rows(torch.tensor(counts), packed.device)
+    assert (real is None) == (len(set(counts)) == 1)
+    assert real is None or real.sum(dim=1).tolist() == counts
     weights = torch.randn(len(counts), max(counts), 3, dtype=torch.float64)
     padded = pad_rows(packed, torch.tensor(counts))
     (gradient,) = torch.autograd.grad((padded * weights).sum(), packed)
@@ -114,23 +101,17 @@ def embed(model, features):
     return regions, real
 
 
-def test_in_training_padding_takes_part_as_published(model, features):
-    model, reference = model().train(), nn.BatchNorm1d(3)
+@pytest.mark.parametrize("masked", [False, True])
+def test_in_training_padding_takes_part_as_published_and_masked_stays_out_of_batchnorm_and_is_zero(
+    model, features, masked
+):
+    model, reference = model(mask_padding=masked).train(), nn.BatchNorm1d(3)
     regions, real = embed(model, features)
-    reference(model.image_encoder.mlp[0](features.flatten(0, 1)))
-    assert real is None
-    torch.testing.assert_close(model.image_encoder.mlp[1].running_mean, reference.running_mean)
-    torch.testing.assert_close(regions.norm(dim=-1), torch.ones(3, 5))
-
-
-def test_masked_padding_stays_out_of_batchnorm_and_is_zero(model, features):
-    model, reference = model(mask_padding=True).train(), nn.BatchNorm1d(3)
-    regions, real = embed(model, features)
-    reference(model.image_encoder.mlp[0](features[REAL]))
-    assert torch.equal(real, REAL)
+    reference(model.image_encoder.mlp[0](features[REAL] if masked else features.flatten(0, 1)))
+    assert torch.equal(real, REAL) if masked else real is None
     torch.testing.assert_close(model.image_encoder.mlp[1].running_mean, reference.running_mean)
     torch.testing.assert_close(model.image_encoder.mlp[1].running_var, reference.running_var)
-    torch.testing.assert_close(regions.norm(dim=-1), REAL.float())
+    torch.testing.assert_close(regions.norm(dim=-1), REAL.float() if masked else torch.ones(3, 5))
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
@@ -140,28 +121,6 @@ def test_in_evaluation_padding_is_always_masked(model, features, mask_padding):
     assert torch.equal(real, REAL)
     for image, count, one in zip(features, COUNTS, regions, strict=True):
         torch.testing.assert_close(one[:count], model.encode_images(image[:count], count[None])[0][0])
-
-
-def test_words_are_packed_in_order_without_padding(bert):
-    encoder = text_encoder(bert)
-    ids, lengths = (
-        torch.tensor([[2, 12, 31, 3, 0, 0], [2, 5, 3, 0, 0, 0], [2, 7, 8, 9, 10, 3]]),
-        torch.tensor([4, 3, 6]),
-    )
-    words = encoder(ids, lengths)
-    assert words.shape == (13, 6)
-    for one, length, packed in zip(ids, lengths, words.split(lengths.tolist()), strict=True):
-        alone = encoder(one[None, :length], length[None])
-        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
-
-
-def test_a_zero_id_within_a_caption_is_not_attended_to_but_is_a_word(bert):
-    encoder = text_encoder(bert)
-    ids, lengths = torch.tensor([[2, 12, 0, 31, 3]]), torch.tensor([5])
-    words = encoder(ids, lengths)
-    assert words.shape == (5, 6)
-    hidden = bert(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1]])).last_hidden_state
-    torch.testing.assert_close(words, l2_normalize(encoder.linear(hidden[0])))
 
 
 @pytest.fixture

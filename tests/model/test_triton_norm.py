@@ -27,9 +27,7 @@ def fused(monkeypatch):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 0.005)])
 @pytest.mark.parametrize("triangular", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(
-    ("images", "words", "regions", "dims"), [(1, 1, 1, 16), (3, 33, 36, 80), (2, 16, 17, 64), (1, 5, 3, 90)]
-)
+@pytest.mark.parametrize(("images", "words", "regions", "dims"), [(1, 1, 1, 16), (2, 33, 36, 80), (1, 5, 3, 90)])
 def test_the_kernel_gives_the_norms_of_plain_products(
     fused, dtype, tolerance, triangular, shared, images, words, regions, dims
 ):
@@ -87,28 +85,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from lib.model.engine.triton_norm import BLOCKS, LAUNCH, _squares
 
-capability, dtype = int({capability}), getattr(torch, "{dtype}")
-pointer = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-constants = dict(COUNT=36, PADDED=64, TRIANGULAR=True, **BLOCKS[dtype])
-signature = dict.fromkeys(("attention", "regions", "weights", "factor"), pointer) | dict(squares="*fp32")
-signature |= dict.fromkeys(("words", "dims", "weights_step"), "i32") | dict.fromkeys(constants, "constexpr")
-divisible = {{(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7)}}
-source = ASTSource(_squares, signature, constexprs=constants, attrs=divisible)
-compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH)
-assert compiled.asm["cubin"]
-print(compiled.metadata.shared)
+for capability, limit in {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}.items():  # KiB of shared memory
+    for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        constants = dict(COUNT=36, PADDED=64, TRIANGULAR=True, **BLOCKS[dtype])
+        signature = dict.fromkeys(("attention", "regions", "weights", "factor"), pointer) | dict(squares="*fp32")
+        signature |= dict.fromkeys(("words", "dims", "weights_step"), "i32") | dict.fromkeys(constants, "constexpr")
+        divisible = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7)}
+        source = ASTSource(_squares, signature, constexprs=constants, attrs=divisible)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 1024 * limit, (capability, dtype)
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("capability", "shared_memory"), [(80, 163), (86, 99), (89, 99), (90, 227), (120, 99)])
-def test_the_kernel_compiles_for_gpus_and_fits_their_shared_memory(
-    tmp_path, monkeypatch, capability, shared_memory, dtype
-):
+def test_the_kernel_compiles_for_gpus_and_fits_their_shared_memory(tmp_path, monkeypatch):
     """In a process of its own: here the interpreter may have taken the kernel's place."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    script = COMPILE.format(capability=capability, dtype=dtype)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 1024 * shared_memory
