@@ -2,6 +2,7 @@
 of regions and captions."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -101,14 +102,10 @@ def varying(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def varying_flags(varying, tiny_flags):
-    return [*tiny_flags, "--data_path", str(varying.parent), "--data_name", varying.name]
-
-
-@pytest.fixture(scope="module")
-def varying_run(varying_flags, tmp_path_factory):
+def varying_run(varying, tiny_flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "varying"
-    assert train.main([*varying_flags, "--model_name", str(folder)]) == 0
+    flags = [*tiny_flags, "--data_path", str(varying.parent), "--data_name", varying.name]
+    assert train.main([*flags, "--model_name", str(folder), "--save_steps", "7"]) == 0
     return folder
 
 
@@ -123,12 +120,12 @@ def test_scores_are_those_of_each_image_alone(varying, varying_run):
         np.testing.assert_allclose(matcher.score([image], captions)[0], scores, atol=1e-5)
 
 
-def test_resuming_equals_no_interruption(varying_flags, varying_run, tmp_path):
-    assert train.main([*varying_flags, "--model_name", str(tmp_path / "run"), "--save_steps", "7"]) == 0
-    first, *later = sorted((tmp_path / "run").glob("step-*.pt"))
-    for path in [*later, tmp_path / "run" / "last.pt", *(tmp_path / "run").glob("model_best.*")]:
+def test_resuming_equals_no_interruption(varying_run, tmp_path):
+    assert "regions     1 to 8 of an image; padding is masked" in (varying_run / "run.log").read_text()
+    run = shutil.copytree(varying_run, tmp_path / "run")
+    first, *later = sorted(run.glob("step-*.pt"))
+    for path in [*later, run / "last.pt", *run.glob("model_best.*")]:
         path.unlink()
     assert train.main(["--resume", str(first)]) == 0
-    assert "regions     1 to 8 of an image; padding is masked" in (tmp_path / "run" / "run.log").read_text()
-    weights, expected = weights_of(tmp_path / "run"), weights_of(varying_run)
+    weights, expected = weights_of(run), weights_of(varying_run)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())

@@ -61,15 +61,6 @@ def test_five_training_steps_give_the_published_losses(golden):
     torch.testing.assert_close(torch.tensor(losses), torch.from_numpy(figures["losses"]).float(), rtol=1e-5, atol=0)
 
 
-def test_a_published_checkpoint_is_evaluated_from_the_command_line(make_data, tmp_path, capsys):
-    folder = make_data(tmp_path / "f30k_precomp", img_dim=48)
-    flags = ["--checkpoint", str(PUBLISHED), "--data_path", str(tmp_path), "--bert", str(TINY_BERT), "--device", "cpu"]
-    assert eval_program.main([*flags, "--workers", "0"]) == 0
-    out = capsys.readouterr().out
-    assert f"{PUBLISHED}, 1 epochs, dev rSum 123.4" in out
-    assert f"{folder} test: 10 images, 50 captions" in out
-
-
 @pytest.fixture
 def altered(tmp_path):
     """Writes a copy of the published checkpoint whose content a function has changed."""
@@ -84,7 +75,7 @@ def altered(tmp_path):
     return write
 
 
-def test_the_command_line_gives_the_published_scores(golden, tmp_path):
+def test_the_command_line_gives_the_published_scores(golden, tmp_path, capsys):
     """BERT is a folder of configuration and vocabulary only, here with words that name their own ids."""
     figures, bert, data = golden("official_format_expected"), tmp_path / "bert", tmp_path / "f30k_precomp"
     for folder in (bert, data):
@@ -101,6 +92,9 @@ def test_the_command_line_gives_the_published_scores(golden, tmp_path):
     (data / "test_caps.txt").write_text("\n".join(5 * captions) + "\n")  # five captions to an image
     flags = ["--checkpoint", PUBLISHED, "--bert", bert, "--data_path", tmp_path, "--save_sims", tmp_path / "scores.npy"]
     assert eval_program.main([*map(str, flags), "--device", "cpu", "--workers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert f"{PUBLISHED}, 1 epochs, dev rSum 123.4" in out
+    assert f"{data} test: 10 images, 50 captions" in out
     scores, expected = np.load(tmp_path / "scores.npy"), np.tile(figures["similarity"], 5)
     assert scores.shape == expected.shape == (10, 50)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
@@ -148,9 +142,6 @@ def test_every_weight_is_needed_by_its_published_name(altered):
     [
         (0, "module.fc.wieght", "fc.wieght is (2, 3), expected no such weight"),
         (0, "module.bert.pooler.dense.bias", "bert.pooler.dense.bias is (2, 3), expected no such weight"),  # elsewhere
-        (1, "module.bert.embeddings.position_ids2", "bert.embeddings.position_ids2 is (2, 3), expected no such weight"),
-        (2, "module.sim_eval.weight2", "sim_eval.weight2 is (2, 3), expected no such weight"),
-        (0, "module.fc.bias", "fc.bias is (2, 3), expected (64,)"),
         (2, "module.sim_map.weight", "sim_map.weight is (2, 3), expected (64,)"),
     ],
 )
@@ -162,24 +153,16 @@ def test_surplus_and_misshapen_weights_are_refused_by_their_published_names(alte
     assert words in str(error.value)
 
 
-def test_settings_that_training_knows_are_taken_from_opt_without_the_places_of_another_machine():
-    settings = read_checkpoint(PUBLISHED)["settings"]
+def test_settings_and_progress_are_the_published_entries_without_the_places_of_another_machine(altered):
+    content = read_checkpoint(PUBLISHED)
+    settings = content["settings"]
     assert settings["batch_size"] == 16
     assert settings["max_violation"] is True
     assert settings["data_name"] == "f30k_precomp"
     assert settings.keys().isdisjoint({"data_path", "model_name", "logger_name", "workers", "resume", "vocab_size"})
-
-
-def test_progress_is_taken_from_the_published_entries():
     progress = {"epoch": 1, "batch": 0, "step": 6, "best_rsum": 123.4, "best_epoch": 0, "history": []}
-    assert read_checkpoint(PUBLISHED)["progress"] == progress
-
-
-def test_fields_that_are_missing_from_opt_have_their_published_defaults(altered):
-    def keep_sizes(content):
-        content["opt"] = argparse.Namespace(embed_size=64, img_dim=48)
-
-    assert same_weights(altered(keep_sizes))
+    assert content["progress"] == progress
+    assert same_weights(altered(lambda content: content.update(opt=argparse.Namespace(embed_size=64, img_dim=48))))
     content = read_checkpoint(altered(lambda content: content.update(opt=argparse.Namespace())))
     assert content["architecture"]["embed_size"] == 1024
 

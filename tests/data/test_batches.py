@@ -110,9 +110,9 @@ def test_the_parts_of_a_batch_put_together_are_the_batch(epoch_batches, indexed)
 
 
 @pytest.mark.usefixtures("two_workers")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("repeats", [(), ("train",)], ids=["once", "five times"])
+@pytest.mark.parametrize(
+    ("workers", "dtype", "repeats"), [(0, np.float32, ()), (0, np.float16, ("train",)), (2, np.float32, ("train",))]
+)
 def test_features_on_the_device_give_to_the_bit_the_batches_of_features_in_float16(
     epoch_batches, make_data, tmp_path, monkeypatch, workers, dtype, repeats
 ):
@@ -171,7 +171,7 @@ print(len(next(held).counts))
 
 
 @pytest.mark.parametrize("name", ["train", "dev"])  # one row an image, and five
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("batch_size", [7, 100])
 def test_each_image_is_read_once_and_in_order(tiny_data, name, batch_size):
     split = open_split(*tiny_data, name, 16)
     batches = list(loader(ImageBatches(split.features, batch_size), 0, CPU))

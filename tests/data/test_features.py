@@ -72,17 +72,6 @@ def test_workers_get_no_features_but_open_the_file_for_themselves(tmp_path):
     assert refusal(copy.read, np.array([0])).startswith(f"{tmp_path / 'dev_ims.npy'}: cannot be read")
 
 
-def test_reading_ahead_asks_for_every_byte_of_the_images(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "READ_AHEAD_BYTES", 20)
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, first, length, advice: asked.append((first, length)))
-    save(tmp_path, "five times").read_ahead(np.array([4, 1]))
-    size = 4 * REGIONS * IMG_DIM
-    assert asked == [
-        (128 + 5 * image * size + part, length) for image in (4, 1) for part, length in ((0, 20), (20, 20), (40, 8))
-    ]
-
-
 # What is refused
 
 
@@ -105,23 +94,18 @@ def test_what_float16_cannot_hold_is_refused_only_where_float16_is_asked_for(tmp
     assert DeviceFeatures(file, CPU)
 
 
-def as_npy(array, save=np.save):
+def as_npy(array):
     content = io.BytesIO()
-    save(content, array)
+    np.save(content, array)
     return content.getvalue()
 
 
 SOUND = as_npy(make_features())
 DAMAGE = {
-    "empty": (b"", "truncated or not a .npy file"),
     "cut in the header": (SOUND[:40], "truncated or not a .npy file"),
     "cut in the data": (SOUND[:-1], "463 bytes instead of 464"),
-    "longer": (SOUND + b"\n", "465 bytes instead of 464"),
     "a web page": (b"<!DOCTYPE html>\n<html>\n" * 50, "truncated or not a .npy file"),
-    "an .npz archive": (as_npy(make_features(), np.savez), "truncated or not a .npy file"),
     "float64": (as_npy(make_features(dtype=np.float64)), "expected float32 or float16"),
-    "other byte order": (as_npy(make_features(dtype=">f4")), "expected float32 or float16"),
-    "no images": (as_npy(make_features()[:0]), "expected float32 or float16"),
     "packed, without offsets": (as_npy(make_features()[:, 0]), "dev_offsets.npy must hold integers"),
     "by columns": (as_npy(np.asfortranarray(make_features())), "stored by columns"),
 }
@@ -137,9 +121,7 @@ def test_a_file_that_does_not_hold_features_is_named(tmp_path, damage):
     assert words in message
 
 
-@pytest.mark.parametrize(
-    "offsets", [[1, 6, 21], [0, 6, 20], [0, 6, 6, 21], [0, 9, 6, 21], [0], [[0, 21]], [0.0, 21.0], None]
-)
+@pytest.mark.parametrize("offsets", [[1, 6, 21], [0, 6, 20], [0, 9, 6, 21], None])
 def test_offsets_that_do_not_fit_are_named(tmp_path, offsets):
     file, path = save(tmp_path, "packed"), tmp_path / "dev_offsets.npy"
     path.write_bytes(path.read_bytes()[:-1]) if offsets is None else np.save(path, np.array(offsets))

@@ -59,13 +59,6 @@ def test_many_captions_at_once_give_what_each_gives_alone(tokenizer, monkeypatch
     assert same(tokenizer.tokenize(CAPTIONS), expected)
 
 
-def test_no_captions_give_no_rows(tokenizer):
-    captions = tokenizer.tokenize([])
-    ids, lengths = tokenizer.pad(captions)
-    assert len(captions) == len(ids) == len(lengths) == 0
-    assert (captions.ids.dtype, captions.words.dtype) == (np.int32, np.int16)
-
-
 @settings(deadline=None, max_examples=30)
 @given(chosen=st.lists(st.integers(0, len(CAPTIONS) - 1)))
 def test_select_gives_the_captions_asked_for_in_their_order(tokenizer, chosen):
@@ -180,15 +173,10 @@ def spoiled(folder, name, content):
     [
         ("vocab.txt", None, "it knows special tokens only"),
         ("vocab.txt", "\n".join(VOCABULARY[:90]).encode(), "a vocabulary of 90 entries, but config.json says 134"),
-        ("vocab.txt", "\n".join([*VOCABULARY, "zebra"]).encode(), "a vocabulary of 135 entries"),
-        ("vocab.txt", b"<html>Not found</html>", ""),
         ("tokenizer.json", b'{"version": ', ""),
         ("config.json", None, "no tokenizer found"),
     ],
 )
 def test_a_folder_whose_tokenizer_is_missing_cut_off_or_another_models_is_named(tmp_path, name, content, words):
     assert words in refused(spoiled(tmp_path, name, content))
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
     refused(tmp_path / "nothing")
