@@ -25,11 +25,6 @@ def test_a_log_file_gets_whole_lines_of_progress(often, capsys):
     assert "archive: 2.00M of 4.00MB in" in capsys.readouterr().err
 
 
-def test_short_work_leaves_nothing_in_a_log_file(capsys):
-    list(with_bar(range(1000), "captions"))
-    assert capsys.readouterr().err == ""
-
-
 def test_a_terminal_gets_a_bar_that_vanishes(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     list(with_bar(range(3), "captions"))
@@ -54,11 +49,7 @@ def test_only_the_first_process_has_a_bar_and_all_have_heartbeats(often, monkeyp
         (TrainingStopped("the loss is NaN"), 1, "error: the loss is NaN\n"),
         (Interrupted("saved", signal.SIGTERM), 143, "saved\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate"),
-            1,
-            "error: out of memory (DefaultCPUAllocator: can't all",
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), 1, "error: out of memory (DefaultCPUAllocator: can't"),
     ],
 )
 def test_known_errors_are_one_line_and_an_exit_code(capsys, error, code, line):

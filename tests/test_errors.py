@@ -1,9 +1,6 @@
 """Wrong input to the programs: exit code 2 and one line on stderr that names the file or flag, never a traceback."""
 
 import gc
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,15 +55,13 @@ def refused_evaluation(refusal, trained_run):
 # Data
 
 
-def test_no_data_set_is_one_line_in_the_terminal(tmp_path):
-    program = Path(train_program.__file__)
-    command = [sys.executable, program.name, "--data_path", str(tmp_path)]
-    done = subprocess.run(command, cwd=program.parent, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: no data set at {tmp_path / 'f30k_precomp'}")
-    assert done.stderr.count("\n") == 1
+def test_no_data_set(refusal, tmp_path):
+    """A flag of the family's scripts is accepted with the value that says nothing, and refused with another."""
+    line = refusal("train", "--precomp_enc_type", "basic", "--data_path", tmp_path)
+    assert line.startswith(f"error: no data set at {tmp_path / 'f30k_precomp'}")
     for part in ("train_ims.npy", "usually obtained", "train_demo.sh"):
-        assert part in done.stderr
+        assert part in line
+    assert "--precomp_enc_type" in refusal("train", "--precomp_enc_type", "weight_norm", "--data_path", tmp_path)
 
 
 def spoil(path):
@@ -75,37 +70,26 @@ def spoil(path):
     np.save(path, rows)
 
 
-DAMAGES = {  # the damaged file, how, what is said
-    "missing features": ("ims.npy", Path.unlink, "is missing"),
-    "truncated features": ("ims.npy", lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
-    "other features": ("ims.npy", lambda path: np.save(path, np.load(path)[:, :, :15]), "features of 15 numbers"),
-    "NaN": ("ims.npy", spoil, "row 15 holds NaN"),
-    "a caption less": ("caps.txt", lambda path: path.write_text("a\n" * 49), "captions do not fit"),
-    "empty caption": ("caps.txt", lambda path: path.write_text("a\n\n" * 25), "line 2 is an empty caption"),
-}
-
-
 @pytest.mark.parametrize(
-    ("damage", "split", "workers"),
+    ("split", "name", "change", "workers", "words"),
     [
-        *((damage, split, 0) for damage in DAMAGES for split in ("train", "test")),
-        ("NaN", "train", 1),
-        ("NaN", "dev", 1),
+        ("train", "ims.npy", spoil, 1, "row 15 holds NaN"),
+        ("dev", "ims.npy", spoil, 0, "row 15 holds NaN"),
+        ("test", "ims.npy", lambda path: path.write_bytes(path.read_bytes()[:-100]), 0, "truncated"),
+        ("train", "caps.txt", lambda path: path.write_text("a\n" * 49), 0, "captions do not fit"),
     ],
 )
 def test_a_damaged_data_file_is_named(
-    refused_training, refused_evaluation, make_data, tmp_path, monkeypatch, damage, split, workers
+    refused_training, refused_evaluation, make_data, tmp_path, monkeypatch, split, name, change, workers, words
 ):
     # Seconds that PyTorch waits for a worker to leave by itself, which one that met an error does not do.
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2, raising=False)
-    make_data(tmp_path / "damaged")
-    name, change, words = DAMAGES[damage]
-    path = tmp_path / "damaged" / f"{split}_{name}"
+    path = make_data(tmp_path / "damaged") / f"{split}_{name}"
     change(path)
     refused = refused_evaluation if split == "test" else refused_training
     line = refused("--data_path", tmp_path, "--data_name", "damaged", "--workers", workers)
-    assert line.startswith(f"error: {path}: " if damage == "NaN" else "error: ")
-    assert str(path) in line
+    assert line.startswith("error: ")
+    assert f"{path}: " in line
     assert words in line
     gc.collect()  # the worker ends with the loader
 
@@ -118,18 +102,20 @@ def test_images_that_do_not_divide_into_five_folds(refusal, make_data, trained_r
 
 # Flags
 
+OUT_OF_RANGE = [
+    *(("--batch_size", "1"), ("--embed_size", "1"), ("--learning_rate", "0.0"), ("--learning_rate", "nan")),
+    *(("--margin", "1e+19"), ("--grad_clip", "-1.0"), ("--seed", str(2**70)), ("--lr_update", "-1")),
+]
+
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     "flags",
     [
         ["--no_such_flag"],
-        ["--batch_size", "2.5"],
         ["--batch", "8"],  # no guessing from prefixes
         ["--precision", "fp8"],
-        ["--workers"],
         ["--workers", "-1"],
-        ["--batch_size", "0"],
         ["--batch_size", str(2**63)],
     ],
     ids=" ".join,
@@ -139,22 +125,9 @@ def test_flags_that_do_not_exist_or_do_not_parse(refusal, program, flags):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        *(["--batch_size", "1"], ["--img_dim", "0"], ["--embed_size", "1"], ["--num_epochs", "0"], ["--log_step", "0"]),
-        *(["--learning_rate", "0.0"], ["--learning_rate", "nan"], ["--margin", "-0.2"], ["--margin", "1e+19"]),
-        *(["--grad_clip", "inf"], ["--grad_clip", "-1.0"], ["--seed", "-1"], ["--seed", str(2**70)]),
-        *(["--vse_mean_warmup_epochs", "-1"], ["--lr_update", "-1"]),
-    ],
-    ids=" ".join,
-)
-def test_numbers_that_training_does_not_take(refused_training, flags):
-    assert f"{' '.join(flags)}: must be " in refused_training(*flags)
-
-
-@pytest.mark.parametrize(
     ("flags", "words"),
     [
+        *(([flag, number], f"{flag} {number}: must be ") for flag, number in OUT_OF_RANGE),
         (["--similarity", "cosine"], "--similarity cosine: expected xdim, "),
         (["--gate", "ajar"], "--gate ajar: expected adaptive, "),
         (["--similarity", "independent", "--gate", "open"], "--gate open: --similarity independent has no gate"),
@@ -164,10 +137,7 @@ def test_numbers_that_training_does_not_take(refused_training, flags):
         (["--gate", "open:1.4"], "--gate open:1.4: expected open:option=value"),
         (["--max_violation", "--loss", "ramped"], "--max_violation: "),
         (["--resume", "auto", "--init_from", "a"], "--init_from: "),
-        (
-            ["--local-rank=0"],
-            "--local-rank: torch.distributed.launch is not supported, start",
-        ),
+        (["--local-rank=0"], "--local-rank: torch.distributed.launch is not supported, start"),
         (["--batch_size", 121], "--batch_size 121: larger than the 120 pairs"),
         (["--img_dim", 2048], "--img_dim 2048"),
     ],
@@ -176,12 +146,7 @@ def test_settings_that_training_refuses(refused_training, flags, words):
     assert words in refused_training(*flags)
 
 
-def test_a_flag_of_the_familys_scripts_is_accepted(refusal, tmp_path):
-    assert "no data set" in refusal("train", "--precomp_enc_type", "basic", "--data_path", tmp_path)
-    assert "--precomp_enc_type" in refusal("train", "--precomp_enc_type", "weight_norm", "--data_path", tmp_path)
-
-
-@pytest.mark.parametrize("device", ["nonsense", "", "meta", "cuda", "cuda:1"])
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:1"])
 def test_devices_that_are_not_there(refused_training, refused_evaluation, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for refused in (refused_training, refused_evaluation):
@@ -193,11 +158,7 @@ def test_devices_that_are_not_there(refused_training, refused_evaluation, monkey
     ("missing", "error", "words"),
     [
         ("transformers", ModuleNotFoundError("No module named 'transformers'"), "pip install -r requirements.txt"),
-        (
-            "torchvision",
-            RuntimeError("operator torchvision::nms does not exist"),
-            "install --force-reinstall torch",
-        ),
+        ("torchvision", RuntimeError("operator torchvision::nms does not exist"), "install --force-reinstall torch"),
     ],
 )
 def test_packages_that_are_missing_or_do_not_fit(refusal, monkeypatch, missing, error, words):
@@ -212,38 +173,19 @@ def test_packages_that_are_missing_or_do_not_fit(refusal, monkeypatch, missing, 
         assert words in line
 
 
-# Text model
-
-
-def test_text_models_that_are_not_there_or_damaged(refused_training, tmp_path):
-    folder = tmp_path / "bert"
-    assert f"--bert {folder}: " in refused_training("--bert", folder)
-    assert f"--bert {PUBLISHED}: " in refused_training("--bert", PUBLISHED)
-    folder.mkdir()
-    assert f"--bert {folder}: " in refused_training("--bert", folder)
-    for damaged in ("vocab.txt", "config.json", "model.safetensors"):
-        for path in TINY_BERT.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        (folder / damaged).write_bytes(b"junk")
-        assert f"--bert {folder}: " in refused_training("--bert", folder), damaged
-        (folder / damaged).unlink()
-
-
 # Checkpoints
 
 
-@pytest.mark.parametrize("program", ["test", "testall", "eval"])
-def test_no_checkpoint_below_runs(refusal, program, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    line = refusal(program)
-    assert f"no {BEST} below runs/" in line
-    assert "--checkpoint" in line
-
-
-def test_checkpoints_that_are_not_there(refusal, tmp_path):
+def test_checkpoints_and_text_models_that_are_not_there(refusal, refused_training, tmp_path, monkeypatch):
     for program, flag in (("eval", "--checkpoint"), ("train", "--resume"), ("train", "--init_from")):
         assert f"{tmp_path / 'no.pt'}: no such checkpoint" in refusal(program, flag, tmp_path / "no.pt")
     assert f"{tmp_path}: no checkpoint in it" in refusal("train", "--resume", tmp_path)
+    assert f"--bert {tmp_path}: " in refused_training("--bert", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for program in ("test", "testall", "eval"):
+        line = refusal(program)
+        assert f"no {BEST} below runs/" in line
+        assert "--checkpoint" in line
 
 
 @pytest.mark.parametrize("name", [BEST, LAST])
@@ -267,12 +209,16 @@ def test_a_published_checkpoint_needs_to_be_told_where_the_data_is(refusal):
 # Run folders and results
 
 
-def test_a_folder_that_holds_a_run_is_not_trained_into(refused_training, trained_run):
+def test_run_folders_that_hold_a_run_or_cannot_be_written(refused_training, trained_run, tmp_path):
     before = (trained_run / LAST).read_bytes()
     line = refused_training("--model_name", trained_run)
     assert f"--model_name {trained_run}: holds a run already" in line
     assert f"--resume {trained_run}" in line
     assert (trained_run / LAST).read_bytes() == before
+    (tmp_path / "file").write_text("kept")
+    for flag in ("--model_name", "--logger_name"):
+        line = refused_training(flag, tmp_path / "file" / "run")
+        assert f"{flag} {tmp_path / 'file' / 'run'}: cannot be written" in line
 
 
 @pytest.mark.parametrize("flag", ["--json", "--save_sims"])
@@ -284,16 +230,10 @@ def test_results_that_cannot_be_written(refused_evaluation, tmp_path, flag, plac
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-@pytest.mark.parametrize("flag", ["--model_name", "--logger_name"])
-def test_run_folders_that_cannot_be_written(refused_training, tmp_path, flag):
-    (tmp_path / "file").write_text("kept")
-    assert f"{flag} {tmp_path / 'file' / 'run'}: cannot be written" in refused_training(flag, tmp_path / "file" / "run")
-
-
 # What libraries say
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(st.text() | st.text().map(lambda text: text * QUOTED))
 def test_any_reason_is_one_short_line_that_can_be_printed(said):
     quoted = reason(ValueError(said))
