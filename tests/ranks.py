@@ -46,17 +46,15 @@ class RankFailed(Exception):
     """A rank that was killed, that hung or that raised what cannot be pickled; the message holds all of the output."""
 
 
-def run_ranks(
-    target: Callable, count: int, *args: Any, deadline: float = DEADLINE, check: bool = True, **environment: str
-) -> list[Outcome]:
+def run_ranks(target: Callable, count: int, *args: Any, check: bool = True) -> list[Outcome]:
     """Run target(*args) in `count` ranks of one job, on one thread each; returns the outcomes in order of ranks.
 
-    target: a function of a module. environment: further variables. Raises what the first rank to fail has raised;
-    check=False: raises nothing. A job that takes longer than the deadline is killed and RankFailed raised in any case.
+    target: a function of a module. Raises what the first rank to fail has raised; check=False: raises nothing. A job
+    that takes longer than the deadline is killed and RankFailed raised in any case.
     """
     with socket.socket() as free:
         free.bind((ENVIRONMENT["MASTER_ADDR"], 0))
-        environment = {**ENVIRONMENT, "MASTER_PORT": str(free.getsockname()[1]), **environment}
+        environment = {**ENVIRONMENT, "MASTER_PORT": str(free.getsockname()[1])}
     environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     work = pickle.dumps((target, args))
     with patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=str(ROOT)):
@@ -67,12 +65,12 @@ def run_ranks(
             for rank in range(count):
                 pipe, theirs = _context.Pipe(duplex=False)
                 own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = _context.Process(target=_run, args=(theirs, work, own, f"{folder}/{rank}", 0.9 * deadline))
+                process = _context.Process(target=_run, args=(theirs, work, own, f"{folder}/{rank}", 0.9 * DEADLINE))
                 process.start()
                 theirs.close()
                 processes.append(process)
                 pipes.append(pipe)
-            results, failed = _receive(pipes, deadline)
+            results, failed = _receive(pipes)
         finally:
             for process, pipe in zip(processes, pipes, strict=True):
                 process.join(GRACE if pipe.closed else 0)  # one that has reported ends by itself
@@ -86,7 +84,7 @@ def run_ranks(
     ]
     output = "\n".join(f"rank {rank} printed:\n{out}{err}" for rank, (out, err) in enumerate(texts))
     if failed is None and (hanging := [rank for rank, pipe in enumerate(pipes) if not pipe.closed]):
-        raise RankFailed(f"ranks {hanging} hang: killed after {deadline:.0f} s\n{output}")
+        raise RankFailed(f"ranks {hanging} hang: killed after {DEADLINE:.0f} s\n{output}")
     if check and failed is not None:
         raise outcomes[failed].error or RankFailed(
             f"rank {failed} was killed, exit code {outcomes[failed].exitcode}\n{output}"
@@ -94,9 +92,9 @@ def run_ranks(
     return outcomes
 
 
-def _receive(pipes: list[Connection], deadline: float) -> tuple[list[tuple], int | None]:
+def _receive(pipes: list[Connection]) -> tuple[list[tuple], int | None]:
     """(value, error) of each rank, and the first rank to fail, after which the others have GRACE left."""
-    results, failed, until = [(None, None)] * len(pipes), None, time.monotonic() + deadline
+    results, failed, until = [(None, None)] * len(pipes), None, time.monotonic() + DEADLINE
     running = list(pipes)
     while running and (ready := wait(running, max(0, until - time.monotonic()))):
         for pipe in ready:

@@ -20,8 +20,6 @@ FLAGS = ["--device", "cpu", "--workers", "0"]
 CHOICES = {
     "independent": ["--similarity", "independent"],
     "gpo": ["--similarity", "gpo"],
-    "dense": ["--gate", "dense"],
-    "diagonal": ["--gate", "diagonal"],
     "option": ["--gate", "open:start=1.2", "--loss", "ramped"],
 }
 

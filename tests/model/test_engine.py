@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lib.losses import hinge, hinge_all, violations
 from lib.model import registry
-from lib.model.engine import Embedded, TiledEngine, autograd, make_engine, norms, tiles
+from lib.model.engine import Embedded, autograd, make_engine, norms, tiles
 from lib.model.engine.norms import GramNorm
 from lib.model.xdim import XDimSimilarity
 
@@ -215,20 +215,6 @@ def test_gradients_of_few_pairs_are_computed_in_float32_under_autocast_too():
     assert all(torch.equal(*both) for both in zip(within[:2], outside[:2], strict=True))  # those of the inputs
     for one, other in zip(outside, expected, strict=True):
         assert_close_to_largest(one.double(), other, 1e-4)
-
-
-def test_a_summed_loss_of_most_pairs_scores_wrong_ones_once_and_true_ones_with_their_gradient(monkeypatch):
-    scored = []
-
-    def count(self, regions, queries, *others, tile=autograd.Scorer.tile):
-        scored.append(len(regions) * queries.shape[1])
-        return tile(self, regions, queries, *others)
-
-    monkeypatch.setattr(autograd.Scorer, "tile", count)
-    monkeypatch.setattr(TiledEngine, "_share_of_violations", lambda *_: 1.0)
-    model = make()
-    summed(model, random_inputs(16, [3, 8, 1, 5] * 4)).backward()
-    assert sum(scored) == 16 + 16 * 16 + 16
 
 
 def test_hardest_negatives_differentiate_no_more_than_three_pairs_a_row(monkeypatch):
