@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from lib.checkpoints.native import read_checkpoint
 from lib.checkpoints.record import read_record
-from lib.config import TrainSettings, parse
 from lib.data.dataset import open_split
 from lib.prepare import scenes
 from lib.runtime import versions
@@ -74,7 +73,7 @@ def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(tiny_flags, 
 def test_float16_features_train_like_float32_ones_and_on_the_device_like_in_the_file(make_data, tiny_flags, tmp_path):
     losses = {}
     for name, dtype, more in (("whole", np.float32, []), ("half", np.float16, []), ("device", np.float32, DEVICE)):
-        make_data(tmp_path / name / "tiny_precomp", dtype=dtype)
+        make_data(tmp_path / name / "tiny_precomp", {"train": 24, "dev": 10}, dtype=dtype)  # no test split
         losses[name] = run([*tiny_flags, "--data_path", str(tmp_path / name)], tmp_path / f"run-{name}", *more)
     assert list(losses["half"].values()) == pytest.approx(list(losses["whole"].values()), rel=1e-2)
     assert losses["half"] != losses["whole"]
@@ -82,20 +81,6 @@ def test_float16_features_train_like_float32_ones_and_on_the_device_like_in_the_
 
 
 DEVICE = ["--device_features", "--workers", "2"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([], ["hinge_all", "hinge", "hinge"]),
-        (["--max_violation"], ["hinge"] * 3),
-        (["--vse_mean_warmup_epochs", "2"], ["hinge_all", "hinge_all", "hinge"]),
-        (["--loss", "ramped"], ["ramped"] * 3),
-    ],
-)
-def test_the_hardest_negatives_take_over_after_the_warmup(flags, expected):
-    settings = parse(TrainSettings, "", flags)
-    assert [loop.loss_of(settings, epoch).__name__ for epoch in range(3)] == expected
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
@@ -149,15 +134,10 @@ def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
     assert events.Scalars("rate/bert")[0].value == pytest.approx(5e-5)
 
 
-def test_training_needs_no_test_split(tiny_flags, make_data, tmp_path):
-    make_data(tmp_path / "some_precomp", images={"train": 24, "dev": 10})
-    run([*tiny_flags, "--data_path", str(tmp_path), "--data_name", "some_precomp"], tmp_path / "run")
-
-
 # When it goes wrong
 
 
-@pytest.mark.parametrize(("step", "saved"), [(1, []), (3, []), (12, [4, 8]), (15, [4, 8, 12])])
+@pytest.mark.parametrize(("step", "saved"), [(1, []), (12, [4, 8]), (15, [4, 8, 12])])
 def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_saved_from_its_step_on(
     tiny_flags, tmp_path, monkeypatch, capsys, step, saved
 ):
@@ -178,23 +158,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_saved_from_its_s
     assert sorted(folder.glob("step-*.pt")) == [folder / f"step-{done:08d}.pt" for done in saved]
 
 
-def test_an_infinite_gradient_of_a_finite_loss_stops_it_too(tmp_path):
-    figures = StepFigures(0.2, RunLog(tmp_path, tmp_path, 0), "run")
-    figures.add(7, torch.tensor([1.0, float("inf"), 0.5]))
-    with pytest.raises(log.TrainingStopped, match=r"step 7: the loss is 1\.0, the gradient norm inf"):
-        figures.read()
-
-
 @pytest.mark.parametrize(("spreads", "warnings"), [([0.019], 1), ([0.021], 0), ([0.019, float("nan")], 0)])
 def test_scores_that_stay_equal_are_reported_once_with_what_to_do(tmp_path, capsys, spreads, warnings):
-    """NaN: the step did not compute all scores."""
+    """NaN: the step did not compute all scores. An infinite gradient of a finite loss stops the run."""
     figures = StepFigures(0.2, RunLog(tmp_path, tmp_path, 0), "run")
     for step in range(2 * COLLAPSED_STEPS):
         figures.add(step, torch.tensor([1.0, 1.0, spreads[step % len(spreads)]]))
     figures.read()
     out = capsys.readouterr().out
     assert out.count("the scores have collapsed to one value") == out.count("--loss ramped") == warnings
-
-
-def test_scripts_of_the_family_may_pass_precomp_enc_type_basic(tiny_flags, tmp_path):
-    run(tiny_flags, tmp_path / "run", "--precomp_enc_type", "basic")
+    figures.add(7, torch.tensor([1.0, float("inf"), 0.5]))
+    with pytest.raises(log.TrainingStopped, match=r"step 7: the loss is 1\.0, the gradient norm inf"):
+        figures.read()
