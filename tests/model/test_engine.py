@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lib.losses import hinge, hinge_all, violations
 from lib.model import registry
-from lib.model.engine import Embedded, autograd, make_engine, norms, tiles
+from lib.model.engine import Embedded, TiledEngine, autograd, make_engine, norms, tiles
 from lib.model.engine.norms import GramNorm
 from lib.model.xdim import XDimSimilarity
 

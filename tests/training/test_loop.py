@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from lib.checkpoints.native import read_checkpoint
 from lib.checkpoints.record import read_record
+from lib.config import TrainSettings, parse
 from lib.data.dataset import open_split
 from lib.prepare import scenes
 from lib.runtime import versions
@@ -81,6 +82,20 @@ def test_float16_features_train_like_float32_ones_and_on_the_device_like_in_the_
 
 
 DEVICE = ["--device_features", "--workers", "2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ["hinge_all", "hinge", "hinge"]),
+        (["--max_violation"], ["hinge"] * 3),
+        (["--vse_mean_warmup_epochs", "2"], ["hinge_all", "hinge_all", "hinge"]),
+        (["--loss", "ramped"], ["ramped"] * 3),
+    ],
+)
+def test_the_hardest_negatives_take_over_after_the_warmup(flags, expected):
+    settings = parse(TrainSettings, "", flags)
+    assert [loop.loss_of(settings, epoch).__name__ for epoch in range(3)] == expected
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
