@@ -275,7 +275,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
         else:
             model, tokenizer, note = new_model(asdict(settings))
             print(note)
-    model.image_encoder.mask_padding |= train_split.features.varies
+    model.image_encoder.mask_padding = settings.mask_padding or train_split.features.varies
     model.text_encoder.micro_batch = settings.micro_batch
     model.use_engine(settings.engine or "tiled")
     model.to(compute.device)
