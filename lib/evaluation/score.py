@@ -149,8 +149,8 @@ def embed_split(
 def score_all(scorer: Any, embeddings: Embeddings) -> Tensor:
     """Scores (I, C) of all pairs, on the CPU of every process."""
     scores = embeddings.words.new_zeros(embeddings.images, len(embeddings.lengths))
-    pieces = list(product(embeddings.blocks, embeddings.chunks()))
-    for block, (captions, words, lengths) in with_bar(pieces, "scores"):
+    pieces = list(product(embeddings.chunks(), embeddings.blocks))  # a scorer may keep what it made of a chunk's words
+    for (captions, words, lengths), block in with_bar(pieces, "scores"):
         scores[block.images, captions] = scorer.all_pairs(block.regions, words, lengths, block.real)
     return embeddings.shard.sum(scores).cpu()
 

@@ -1,4 +1,4 @@
-"""Coarse-to-fine ranking against the plain definition."""
+"""Coarse-to-fine ranking against the plain definition; no work twice in scoring."""
 
 from itertools import pairwise
 
@@ -9,8 +9,12 @@ import torch
 from hypothesis import given, settings
 
 from lib.cli import InputError
+from lib.evaluation import score
 from lib.evaluation.metrics import parts_of_split
 from lib.evaluation.score import Reranker
+from lib.model import registry
+from lib.model.engine import make_engine
+from lib.model.layers import Shard
 
 
 class Exact:
@@ -87,3 +91,19 @@ def test_equal_exact_scores_count_against_the_query_and_nan_is_an_error():
     assert ranks.i2t.tolist() == ranks.t2i.tolist() == [1, 1]
     with pytest.raises(InputError, match="NaN"):
         Reranker(coarse, Exact(torch.full((2, 2), torch.nan)), image_of_caption, parts).ranks(1)
+
+
+def test_pooled_captions_are_pooled_once_whatever_the_number_of_blocks_and_chunks(monkeypatch):
+    monkeypatch.setattr(score, "CHUNK", 2)
+    model = registry.build("similarity", {"name": "gpo", "options": {}}, 6)
+    pooled, pool = [], model.pool_captions
+    monkeypatch.setattr(
+        model, "pool_captions", lambda words, lengths: pooled.append(len(lengths)) or pool(words, lengths)
+    )
+    regions, lengths = torch.randn(6, 3, 6), torch.tensor([2, 1, 3, 2, 1])
+    words = torch.randn(9, 6)
+    blocks = [score.Block(slice(k, k + 2), regions[k : k + 2], None) for k in (0, 2, 4)]
+    scorer = make_engine("tiled", model).scorer()
+    scores = score.score_all(scorer, score.Embeddings(blocks, 6, words, lengths, Shard(3)))
+    assert pooled == [2, 2, 1]
+    torch.testing.assert_close(scores, model(regions, words, lengths).detach())
