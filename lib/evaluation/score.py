@@ -24,7 +24,7 @@ from lib.data.dataset import Split
 from lib.data.features import ranges
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation.metrics import RECALL_AT, Part, Ranks, rank_parts
-from lib.model.layers import Shard, real_rows
+from lib.model.layers import Shard, real_rows, upload
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
 
@@ -89,7 +89,7 @@ class Matcher:
         """A block of each batch of images, in order. first: number of the first image."""
         blocks = []
         for images, counts in with_bar(batches, "images"):
-            images = images.to(self.compute.device, non_blocking=True).to(torch.get_default_dtype())
+            images = upload(images, self.compute.device).to(torch.get_default_dtype())
             with self.compute.autocast():
                 regions, counts = self.model.encode_images(images, counts)
             blocks.append(Block(slice(first, first := first + len(counts)), regions, real_rows(counts, regions.device)))
@@ -108,9 +108,9 @@ class Matcher:
         for group in with_bar([groups[k] for k in mixed[shard.own]], "captions"):
             ids = torch.as_tensor(self.tokenizer.pad(captions.select(group.numpy()))[0])
             with self.compute.autocast():
-                embedded = self.model.encode_captions(ids.to(words.device), lengths[group])
+                embedded = self.model.encode_captions(upload(ids, words.device), lengths[group])
             places = ranges(starts[group].numpy(), lengths[group].numpy())
-            words[torch.from_numpy(places).to(words.device)] = embedded
+            words[upload(torch.from_numpy(places), words.device)] = embedded
         return shard.sum(words), lengths
 
     def scorer(self, coarse: bool = False) -> Any:
@@ -177,7 +177,7 @@ def pool(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     for block in embeddings.blocks:
         real = block.regions.new_ones(block.regions.shape[:2], dtype=torch.bool) if block.real is None else block.real
         images[block.images] = block.regions.where(real[..., None], 0).sum(dim=1) / real.sum(dim=1, keepdim=True)
-    captions = torch.segment_reduce(words, "mean", lengths=embeddings.lengths.to(words.device))
+    captions = torch.segment_reduce(words, "mean", lengths=upload(embeddings.lengths, words.device))
     return F.normalize(embeddings.shard.sum(images), dim=1).cpu(), F.normalize(captions, dim=1).cpu()
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lib.model.backbone import build_backbone
-from lib.model.layers import BatchNorm, Shard, at_least_float32, l2_normalize, pad_rows
+from lib.model.layers import BatchNorm, Shard, at_least_float32, l2_normalize, pad_rows, upload
 
 # Captions that the language model takes at a time, by kind of device. A CPU's time grows with every padding token:
 # BERT-base, 128 captions of 5 to 35 tokens, forward and backward on one thread take 36 s in one padded batch, 19 s in
@@ -119,13 +119,14 @@ class TextEncoder(nn.Module):
         compute = self._recomputed if micro_batch else self._hidden
         hidden, starts, end = [], torch.empty_like(lengths), 0  # starts: where a caption starts in `hidden`
         for group in groups_of_like_length(lengths, micro_batch or GROUP.get(ids.device.type, len(lengths))):
-            padded = compute(ids[group, : int(lengths[group].max())], lengths[group])  # (captions, longest, hidden)
+            chosen = group if isinstance(group, slice) else upload(group, ids.device)
+            padded = compute(ids[chosen, : int(lengths[group].max())], lengths[group])  # (captions, longest, hidden)
             starts[group] = end + padded.shape[1] * torch.arange(len(padded))
             end += len(padded) * padded.shape[1]
             hidden.append(padded.flatten(0, 1))
         before = lengths.cumsum(0) - lengths  # where a caption starts in the result
         places = torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
-        return torch.cat(hidden).index_select(0, places.to(ids.device, non_blocking=True))
+        return torch.cat(hidden).index_select(0, upload(places, ids.device))
 
     def _recomputed(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """`_hidden`, computed again with the same dropout in the backward pass instead of keeping its activations."""
@@ -140,7 +141,7 @@ class TextEncoder(nn.Module):
         """Last hidden state (C, N, hidden) of captions (C, N) that have `lengths` tokens (C,)."""
         if self.pad_id is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
-            attended = positions < lengths.to(ids.device, non_blocking=True)[:, None]
+            attended = positions < upload(lengths, ids.device)[:, None]
         else:  # beyond `lengths` too, all tokens are padding
             attended = ids != self.pad_id
         # Attention is faster without a mask. On CUDA, to look whether one is needed would be to wait for the device;

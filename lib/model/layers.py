@@ -20,6 +20,13 @@ def l2_normalize(vectors: Tensor) -> Tensor:
     return vectors / (vectors.norm(dim=-1, keepdim=True) + EPSILON)
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. From the CPU to CUDA it is copied from pinned memory, so that Python does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def pad_rows(rows: Tensor, counts: Tensor, longest: int | None = None) -> Tensor:
     """Packed rows (sum of counts, D) as (items, longest, D), zero beyond each item's count.
 
@@ -31,7 +38,7 @@ def pad_rows(rows: Tensor, counts: Tensor, longest: int | None = None) -> Tensor
         return rows.view(len(counts), longest, -1)
     places = (torch.arange(longest) < counts[:, None]).flatten().nonzero().squeeze(1)
     padded = rows.new_zeros(len(counts) * longest, rows.shape[1])
-    return padded.index_copy(0, places.to(rows.device, non_blocking=True), rows).view(len(counts), longest, -1)
+    return padded.index_copy(0, upload(places, rows.device), rows).view(len(counts), longest, -1)
 
 
 def real_rows(counts: Tensor, device: torch.device) -> Tensor | None:
@@ -39,7 +46,7 @@ def real_rows(counts: Tensor, device: torch.device) -> Tensor | None:
     longest = int(counts.max())
     if (counts == longest).all():
         return None
-    return (torch.arange(longest) < counts[:, None]).to(device, non_blocking=True)
+    return upload(torch.arange(longest) < counts[:, None], device)
 
 
 class Shard:

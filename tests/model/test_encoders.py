@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lib.model import encoders, registry
 from lib.model.encoders import RegionEncoder, TextEncoder
-from lib.model.layers import l2_normalize, pad_rows, real_rows
+from lib.model.layers import l2_normalize, pad_rows, real_rows, upload
 from lib.model.xdim import XDim
 from tests.conftest import TINY_BERT
 
@@ -42,6 +42,15 @@ def test_normalisation_divides_by_the_norm_plus_epsilon(double):
     expected = torch.tensor([[0.5, 4 / 6], [0.6, 0.8], [0.0, 0.0]])
     torch.testing.assert_close(l2_normalize(vectors), expected, rtol=1e-7, atol=0)
     assert l2_normalize(vectors.bfloat16()).dtype == torch.float32
+
+
+def test_what_goes_to_cuda_is_pinned_so_that_nothing_waits_and_on_a_cpu_nothing_is_copied(monkeypatch):
+    lengths, calls = torch.arange(3), []
+    assert upload(lengths, torch.device("cpu")) is lengths
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda _, device, non_blocking: calls.append((str(device), non_blocking)))
+    upload(lengths, torch.device("cuda:1"))
+    assert calls == ["pinned", ("cuda:1", True)]
 
 
 def test_image_encoder_starts_as_specified():
