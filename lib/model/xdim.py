@@ -89,10 +89,10 @@ def score_caption(
     delta = T.new_ones(T.shape[-1]) if D is None else D.sum(dim=0)
     Z = at_least_float32((T * delta) @ V.mT)  # (I, W, R) = T diag(delta) V^T
     A = F.leaky_relu(Z.tanh(), 0.1)
-    A = A / (A.norm(dim=1, keepdim=True) + EPSILON)  # over the caption's words, for each region
+    A = temperature * A / (A.norm(dim=1, keepdim=True) + EPSILON)  # over the caption's words, for each region
     if real is not None:
-        A = A.masked_fill(~real[:, None], -math.inf)
-    A = (temperature * A).softmax(dim=-1)  # over the regions
+        A = A.masked_fill(~real[:, None], -math.inf)  # after the product: the temperature's gradient would be NaN
+    A = A.softmax(dim=-1)  # over the regions
     C = l2_normalize(A @ V)  # (I, W, D) attended image context of each word
     S = C * T  # (I, W, D) correspondence of each dimension
     if D is None:
