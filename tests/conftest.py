@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tensors are tiny: more threads only wait for each other
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run without a GPU then
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run without a GPU; 0: on it
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib.data import batches as module
-from lib.data.batches import Batch, EpochBatches, ImageBatches, IndexedBatch, loader, on_device
+from lib.data.batches import Batch, EpochBatches, ImageBatches, loader, on_device
 from lib.data.dataset import open_split
 from lib.data.features import DeviceFeatures, FeatureFile
 from lib.data.tokenizer import load_tokenizer
@@ -203,15 +203,3 @@ def test_on_cuda_each_batch_is_copied_ahead_and_waited_for_in_order(monkeypatch,
     expected = ["copy", "copy", "wait 0", "step 0", "copy", "wait 1", "step 1", "wait 2", "step 2"]
     assert happened == {0: [], 1: ["copy", "wait 0", "step 0"], 3: expected}[count]
     stream.wait_stream.assert_called_once()  # features on the device are there before the first copy
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_on_a_gpu_are_those_of_the_cpu(epoch_batches, split):
-    device = torch.device("cuda")
-    expected = list(on_device(epoch_batches(half=True), CPU))
-    resident = DeviceFeatures(split.features, device)
-    for batches in (epoch_batches(half=True), epoch_batches(indexed=True)):
-        assert isinstance(batches[0], IndexedBatch) == batches.indexed
-        for batch, other in zip(on_device(loader(batches, 0, device), device, resident), expected, strict=True):
-            assert [tensor.device.type for tensor in batch] == ["cuda", "cpu", "cuda", "cpu"]
-            assert equal([tensor.cpu() for tensor in batch], other)
