@@ -79,8 +79,9 @@ def first_step(settings: Namespace, micro_batch: int) -> list[float]:
 
 def steps(run, batches: list[Batch]) -> Tensor:
     """Train on batches; the last one's loss and gradient norm."""
-    for batch in on_device(batches, run.compute.device):
-        figures = train_step(run, batch, hinge)
+    with run.compute.in_force():
+        for batch in on_device(batches, run.compute.device):
+            figures = train_step(run, batch, hinge)
     return figures[:2]
 
 

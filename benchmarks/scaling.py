@@ -136,7 +136,7 @@ def measure(settings) -> None:
     precision = settings.precision or ("tf32" if settings.device == "cuda" else "fp32")
     run, batches = training.start(settings, precision)
     batches = [_own_part(batch) for batch in batches]
-    with distributed.joined(run.compute.device):
+    with run.compute.in_force(), distributed.joined(run.compute.device):
         run.batch_loss = average_gradients(run.batch_loss)
 
         def steps() -> None:

@@ -46,6 +46,11 @@ def main() -> None:
 def measure(settings, precision: str, loss: Loss) -> dict:
     """Milliseconds a step; on a GPU memory, and what the profiler saw of two further steps."""
     run, batches = start(settings, precision)
+    with run.compute.in_force():
+        return measure_steps(settings, run, batches, loss)
+
+
+def measure_steps(settings, run: SimpleNamespace, batches: list[Batch], loss: Loss) -> dict:
 
     def steps(count: int) -> None:
         for batch in on_device(islice(cycle(batches), count), run.compute.device):

@@ -1,7 +1,9 @@
 """What every program shares: errors that end as one line on stderr, exit codes, flags, progress bars."""
 
 import argparse
+import atexit
 import functools
+import multiprocessing.util
 import os
 import sys
 import time
@@ -152,6 +154,7 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         distributed.keep_quiet()
+        atexit.register(_end_workers)  # runs before the handler of multiprocessing.util, which was registered earlier
         try:
             main(argv)
         except (InputError, TrainingStopped, PeerLost) as error:
@@ -179,6 +182,13 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
         return 0
 
     return run
+
+
+def _end_workers() -> None:
+    """Kill a loader's workers: multiprocessing would send them SIGTERM, which they ignore, and wait forever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _without_traceback(error: Exception) -> str:

@@ -84,16 +84,13 @@ def keep_quiet() -> None:
 def joined(device: "torch.device") -> Iterator[None]:
     """Connects the processes of the job while the context lasts: NCCL between GPUs, gloo otherwise.
 
-    device: the one that this process computes on. Raises PeerLost when another process has ended.
+    device: this process's own, on CUDA the current one. Raises PeerLost when another process has ended.
     """
     if world_size() == 1:
         yield
         return
-    import torch
     import torch.distributed as dist
 
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     store = _connect(hosts=is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
     watchdog = _Watchdog()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

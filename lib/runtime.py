@@ -3,11 +3,14 @@
 import os
 import platform
 import random
+import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +35,35 @@ class Compute:
         """Whether region features may be sent to the device in float16: the products round them as much anyway."""
         return self.precision != "fp32"
 
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """While it lasts PyTorch computes as chosen here, backward passes too; afterwards its switches are as before.
+
+        float32 products are exact but for tf32, in cuDNN's recurrent layers too, which have a switch of their own. On
+        CUDA algorithms are deterministic where there are such, and the device is the current one.
+        """
+        backends: Any = torch.backends
+        with ExitStack() as undo:
+            for part in (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+                undo.callback(setattr, part, "fp32_precision", part.fp32_precision)
+            with suppress(RuntimeError):  # these cannot be read where only the newer switches above have been set
+                undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            with suppress(RuntimeError):
+                undo.callback(setattr, backends.cudnn, "allow_tf32", backends.cudnn.allow_tf32)
+            torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+            backends.cudnn.allow_tf32 = self.precision == "tf32"
+            if self.device.type == "cuda":
+                more: Any = torch.utils.deterministic
+                undo.enter_context(torch.cuda.device(self.device))
+                undo.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+                undo.callback(setattr, more, "fill_uninitialized_memory", more.fill_uninitialized_memory)
+                torch.set_deterministic_debug_mode("warn")
+                more.fill_uninitialized_memory = False  # else every torch.empty is filled with NaN
+                if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+                    undo.callback(os.environ.pop, "CUBLAS_WORKSPACE_CONFIG", None)
+                    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with it
+            yield
+
     def synchronize(self) -> None:
         """Wait until the device has done its work, before a clock is read."""
         if self.device.type == "cuda":
@@ -45,32 +77,21 @@ class Compute:
 
 
 def choose_compute(device: str = "auto", precision: str = "") -> Compute:
-    """Resolve --device and --precision, and set PyTorch up for them. Raises InputError for a device that is not there.
-
-    Each process of a job takes a GPU of its node.
-    """
+    """Resolve --device and --precision; each process of a job takes a GPU of its node. Raises InputError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if distributed.world_size() > 1 and device.startswith("cuda"):
         device = _gpu_of_this_process(device)
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
         raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and not 0 <= (chosen.index or 0) < torch.cuda.device_count():
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
         )
     precision = precision or ("tf32" if chosen.type == "cuda" else "fp32")
     if precision == "tf32" and chosen.type == "cpu":
         raise InputError("--precision tf32: needs a CUDA device; a CPU takes fp32 or bf16")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if chosen.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Compute(chosen, precision)
 
 
@@ -94,18 +115,11 @@ def versions() -> dict[str, str]:
 
 def git_commit(root: Path) -> str:
     """The commit checked out in a folder, with a + if tracked files differ from it; empty without git."""
-    try:
-        top, commit = _git(root, "rev-parse", "--show-toplevel", "HEAD").splitlines()
-        if Path(top).resolve() != root.resolve():  # a folder within another project's checkout
-            return ""
-        return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ""
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    if (root / ".git").exists():  # it is no folder within another project's checkout
+        with suppress(OSError):
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def seed_everything(seed: int) -> None:
@@ -117,8 +131,7 @@ def seed_everything(seed: int) -> None:
 
 def random_state(device: torch.device) -> dict:
     """The state of all generators, in plain types and tensors."""
-    numpy: Any = np.random.get_state()
-    name, keys, *rest = numpy
+    name, keys, *rest = cast(Any, np.random.get_state())
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),

@@ -51,10 +51,15 @@ LOSS = re.compile(r"step (\d+) loss ([\d.]+)")
 
 @contextmanager
 def computing(precision: str, device: str = "cuda"):
-    """The forward pass of a program with --device and --precision."""
+    """The forward pass of a program with --device and --precision; for the backward pass there is `differentiating`."""
     compute = choose_compute(device, precision)
-    with compute.autocast():
+    with compute.in_force(), compute.autocast():
         yield compute.device
+
+
+def differentiating(precision: str):
+    """The backward pass of a program with --precision."""
+    return choose_compute("cuda", precision).in_force()
 
 
 def on_gpu(similarity, inputs, device):
@@ -88,7 +93,8 @@ def test_scores_and_gradients_are_those_of_the_cpu(name, gate, masked, precision
     assert ours.device.type == "cuda"
     assert (ours.cpu() - scores).abs().max() < SCORES[precision]
     for weights, theirs in zip((everywhere, few), expected, strict=True):
-        actual = gradients(model, ours, inputs, weights.float().to(device))
+        with differentiating(precision):
+            actual = gradients(model, ours, inputs, weights.float().to(device))
         for one, other in zip(cpu(actual), theirs, strict=True):
             assert (one - other).norm() <= GRADIENTS[precision] * max(other.norm(), 1e-3)
 
@@ -102,7 +108,8 @@ def test_each_loss_and_its_gradients_are_those_of_the_cpu(loss, precision):
     with computing(precision) as device:
         model, inputs = on_gpu(model, inputs, device)
         value, _ = batch_loss(make_engine("tiled", model), Embedded(*inputs), loss, MARGIN)
-    ours = torch.autograd.grad(value, [*inputs[:2], *model.parameters()])
+    with differentiating(precision):
+        ours = torch.autograd.grad(value, [*inputs[:2], *model.parameters()])
     assert value.item() == pytest.approx(expected.item(), rel=SCORES[precision])
     if precision == "fp32" or loss is hinge_all:  # rounded scores may choose other hardest negatives
         for one, other in zip(cpu(ours), theirs, strict=True):
@@ -164,7 +171,8 @@ def three_steps(device, bert, loss):
         images = torch.randn(int(counts.sum()), 24, generator=generator)
         ids = torch.randint(1, 134, (10, 12), generator=generator)
         batches.append(Batch(images, counts, ids.masked_fill(torch.arange(12) >= lengths[:, None], 0), lengths))
-    figures = [train_step(run, batch, loss)[:2] for batch in on_device(batches, compute.device)]
+    with compute.in_force():
+        figures = [train_step(run, batch, loss)[:2] for batch in on_device(batches, compute.device)]
     return torch.stack(figures).cpu(), before, torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
 
 

@@ -1,9 +1,7 @@
 """Batches of tensors for training and for evaluation."""
 
-import atexit
 import functools
 import math
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -232,17 +230,6 @@ def _hand_over(batch: Batch, copied: torch.cuda.Event) -> Batch:
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach workers too; they go on until the main process ends them."""
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; they go on until the main process ends them, see lib.cli."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register  # registered after multiprocessing's handler, so it runs before that one
-def _end_workers() -> None:
-    """Kill workers of a loader that is still referenced at exit, by a traceback for instance.
-
-    multiprocessing would send them SIGTERM, which they ignore, and wait forever.
-    """
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()

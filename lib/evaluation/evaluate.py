@@ -93,15 +93,17 @@ def measure_split(
 
 
 class Clock(dict):
-    """Seconds spent on each part of an evaluation, by the names of --json."""
+    """Seconds spent on each part of an evaluation, by the names of --json. A part ends when the device has done it."""
 
-    def __init__(self):
+    def __init__(self, compute: Compute):
+        self.compute = compute
         super().__init__({f"{part}_s": 0.0 for part in ("load", "encode", "similarity", "rank", "protocols")})
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
+        self.compute.synchronize()
         self[f"{part}_s"] += time.perf_counter() - started
 
     def __str__(self) -> str:
@@ -171,11 +173,11 @@ class Job(NamedTuple):
 @contextmanager
 def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
     """Sources and the split, by the flags or else of the first's training; within it processes can communicate."""
-    clock = Clock()
+    compute = choose_compute(settings.device, settings.precision)
+    clock = Clock(compute)
     with clock("load"):
         sources = [Source(one, settings) for one in given]
-        compute = choose_compute(settings.device, settings.precision)
-    with distributed.joined(compute.device):
+    with compute.in_force(), distributed.joined(compute.device):
         with clock("load"):
             contents = [source.content for source in sources if source.content]
             trained = contents[0]["settings"] if contents else {}

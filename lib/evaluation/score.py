@@ -82,7 +82,8 @@ class Matcher:
         batches = (Images(torch.cat(part), torch.tensor([len(image) for image in part])) for part in parts)
         words, lengths = self.embed_captions(self.tokenizer.tokenize(list(captions)), batch_size)
         blocks = self.embed_images(batches)
-        return score_all(self.scorer(), Embeddings(blocks, len(images), words, lengths, Shard(len(blocks))))
+        with self.compute.in_force():
+            return score_all(self.scorer(), Embeddings(blocks, len(images), words, lengths, Shard(len(blocks))))
 
     @torch.inference_mode()
     def embed_images(self, batches: Iterable[Images], first: int = 0) -> list[Block]:
@@ -90,7 +91,7 @@ class Matcher:
         blocks = []
         for images, counts in with_bar(batches, "images"):
             images = upload(images, self.compute.device).to(torch.get_default_dtype())
-            with self.compute.autocast():
+            with self.compute.in_force(), self.compute.autocast():
                 regions, counts = self.model.encode_images(images, counts)
             blocks.append(Block(slice(first, first := first + len(counts)), regions, real_rows(counts, regions.device)))
         return blocks
@@ -107,7 +108,7 @@ class Matcher:
         words = torch.zeros(int(lengths.sum()), self.model.text_encoder.width, device=self.compute.device)
         for group in with_bar([groups[k] for k in mixed[shard.own]], "captions"):
             ids = torch.as_tensor(self.tokenizer.pad(captions.select(group.numpy()))[0])
-            with self.compute.autocast():
+            with self.compute.in_force(), self.compute.autocast():
                 embedded = self.model.encode_captions(upload(ids, words.device), lengths[group])
             places = ranges(starts[group].numpy(), lengths[group].numpy())
             words[upload(torch.from_numpy(places), words.device)] = embedded
@@ -115,7 +116,7 @@ class Matcher:
 
     def scorer(self, coarse: bool = False) -> Any:
         """Scores embeddings in this matcher's precision. coarse: a cheaper score that ranks almost alike."""
-        with self.compute.autocast():
+        with self.compute.in_force(), self.compute.autocast():
             return self.model.engine.scorer(coarse)
 
 
@@ -125,10 +126,7 @@ def load(checkpoint: str | Path, bert: str, device: str, precision: str, engine:
     content = read_checkpoint(path, mapped=True)
     model, tokenizer = build_model(content, bert)
     model.use_engine(engine := engine or content["settings"].get("engine") or "tiled")
-    notes = [
-        *content.get("notes", []),
-        *(["scored by the plain formula (--engine plain)"] if engine == "plain" else []),
-    ]
+    notes = content["notes"] + ["scored by the plain formula (--engine plain)"] * (engine == "plain")
     return Matcher(model, tokenizer, compute, {**content, "path": path, "model": None, "notes": notes})
 
 
@@ -142,7 +140,6 @@ def embed_split(
     own = Subset(batches, range(len(batches))[shard.own])
     blocks = matcher.embed_images(loader(own, workers, matcher.compute.device), first=size * shard.own.start)
     words, lengths = matcher.embed_captions(captions, batch_size, collectives.shard)
-    matcher.compute.synchronize()
     return Embeddings(blocks, len(split.features), words, lengths, shard)
 
 

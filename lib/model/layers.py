@@ -22,9 +22,8 @@ def l2_normalize(vectors: Tensor) -> Tensor:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. From the CPU to CUDA it is copied from pinned memory, so that Python does not wait."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def pad_rows(rows: Tensor, counts: Tensor, longest: int | None = None) -> Tensor:

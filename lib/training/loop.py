@@ -66,7 +66,7 @@ def train(settings: TrainSettings, origin: Origin | None = None) -> None:
     is not finite or nothing can be saved, Interrupted where a signal has ended the run.
     """
     compute = choose_compute(settings.device, settings.precision)
-    with distributed.joined(compute.device):
+    with compute.in_force(), distributed.joined(compute.device):
         run = prepare(settings, compute, origin)
         with run.folder, run.log, run.signals:
             introduce(run, origin)
@@ -145,9 +145,9 @@ def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:
     Returns (3,) on the device: loss, global gradient norm before clipping, standard deviation of the scores or NaN.
     """
     distributed.heartbeat()
+    run.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations take their memory
     with run.compute.autocast():
         loss, spread = run.batch_loss(batch, loss_function)
-    run.optimizer.zero_grad(set_to_none=True)
     (loss * distributed.world_size()).backward()  # the gradients of the processes add up, but DDP averages them
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     run.optimizer.step()  # also where the loss is NaN: that is found before the next checkpoint is written
@@ -174,11 +174,7 @@ class BatchLoss(nn.Module):
 
 
 def batch_loss(
-    engine: PlainEngine,
-    embedded: Embedded,
-    loss_function: Loss,
-    margin: float,
-    shard: Shard | None = None,
+    engine: PlainEngine, embedded: Embedded, loss_function: Loss, margin: float, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, computed with the least scoring and differentiating; the scores' standard deviation.
 
@@ -233,9 +229,8 @@ def evaluate_on_dev(run: Run) -> None:
     run.figures.read()
     try:
         with run.signals.at_once():
-            sizes = settings.batch_size, settings.workers
             matcher = Matcher(run.model, run.tokenizer, run.compute)
-            metrics = measure_split(matcher, *run.dev, *sizes)
+            metrics = measure_split(matcher, *run.dev, settings.batch_size, settings.workers)
     except EndNow:
         save(run)  # raises Interrupted; the resumed run evaluates
     progress.end_epoch({name: metrics[name] for name in ("rsum", "i2t", "t2i")})
@@ -323,8 +318,7 @@ def introduce(run: Run, origin: Origin | None) -> None:
     if features.varies:
         regions = f"{features.counts.min()} to {features.regions} of an image"
         lines.insert(1, f"regions     {regions}; padding is masked (--mask_padding)")
-    if origin:
-        lines += origin.notes
+    lines += origin.notes if origin else []
     if origin and origin.exact:
         done = f"{progress.step} steps done, {progress.batch} of them in epoch {progress.epoch + 1}"
         lines.append(f"continues {origin.path}: {done}")

@@ -153,18 +153,24 @@ def test_no_more_workers_than_cores(epoch_batches, monkeypatch):
     assert [loader(epoch_batches(), workers, CPU).num_workers for workers in (0, 2, 3, 10)] == [0, 2, 3, 3]
 
 
-def test_a_program_that_still_holds_a_loader_ends_all_the_same(tiny_data):
+def test_a_program_whose_traceback_still_holds_a_loader_ends_all_the_same(tiny_data):
     """Its workers ignore the SIGTERM by which multiprocessing would end them."""
     program = """
 import sys, torch
+from lib.cli import program
 from lib.data.batches import ImageBatches, loader
 from lib.data.dataset import open_split
-held = iter(loader(ImageBatches(open_split(*sys.argv[1:], "train").features, 2), 1, torch.device("cpu")))
-print(len(next(held).counts))
+@program
+def main(argv):
+    held = iter(loader(ImageBatches(open_split(*sys.argv[1:], "train").features, 2), 1, torch.device("cpu")))
+    print(len(next(held).counts))
+    raise RuntimeError("a bug")
+main()
 """
     command = [sys.executable, "-c", program, *tiny_data]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (1, "2\n"), ended.stderr
+    assert "RuntimeError: a bug" in ended.stderr
 
 
 # Evaluation

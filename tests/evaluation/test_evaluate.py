@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -16,8 +19,11 @@ import train
 from lib import load
 from lib.checkpoints.native import build_model, read_checkpoint
 from lib.cli import InputError
+from lib.evaluation import score
+from lib.evaluation.evaluate import Clock
 from lib.evaluation.metrics import rank_matrix, retrieval_metrics
 from lib.model.xdim import XDim, score_caption
+from lib.runtime import ROOT
 from tests.conftest import write_data
 from tests.evaluation.test_metrics import five_each, sorted_ranks
 
@@ -114,6 +120,69 @@ def test_python_interface_gives_the_same_scores(evaluate, trained_run, data):
     some = model.score([images[0][:4], images[1]], captions[:3])  # different numbers of regions
     np.testing.assert_allclose(some[1], expected[1, :3], atol=1e-6)
     np.testing.assert_allclose(some[:1], model.score(images[:1, :4], captions[:3]), atol=1e-6)
+
+
+def test_a_program_that_loads_a_model_keeps_its_switches_and_its_children(trained_run):
+    """Its daemonic child gets multiprocessing's SIGTERM at exit; of the programs here it would be killed."""
+    program = """
+import multiprocessing, signal, sys, time
+import torch
+from lib import load
+
+def child(ready):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("asked to end", flush=True)))
+    ready.set()
+    time.sleep(300)
+
+def switches():
+    matmul, cudnn = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.allow_tf32
+    return torch.get_float32_matmul_precision(), matmul, cudnn, torch.get_deterministic_debug_mode()
+
+fork = multiprocessing.get_context("fork")
+ready = fork.Event()
+fork.Process(target=child, args=[ready], daemon=True).start()
+ready.wait()
+torch.set_float32_matmul_precision("medium")
+before = switches()
+model = load(sys.argv[1], device="cpu")
+model.score([torch.ones(2, 16)], ["a ball"])
+print(switches() == before)
+"""
+    ended = subprocess.run([sys.executable, "-c", program, trained_run], capture_output=True, text=True, cwd=ROOT)
+    assert ended.stdout == "True\nasked to end\n", ended.stderr
+
+
+def test_a_models_methods_compute_in_its_precision_whatever_the_programs_is(trained_run, monkeypatch):
+    model, seen = load(trained_run, device="cpu"), []
+
+    def spying(method):
+        def spy(*arguments):
+            seen.append(torch.get_float32_matmul_precision())
+            return method(*arguments)
+
+        return spy
+
+    for owner, name in ((model.model, "encode_images"), (model.model, "encode_captions"), (score, "score_all")):
+        monkeypatch.setattr(owner, name, spying(getattr(owner, name)))
+    monkeypatch.setattr(model.model.engine, "scorer", spying(model.model.engine.scorer))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        model.score([torch.ones(2, 16)], ["a ball"])
+    finally:
+        assert torch.get_float32_matmul_precision() == "medium"
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"] * 4
+
+
+def test_a_part_of_an_evaluation_ends_when_the_device_has_done_its_work(monkeypatch):
+    device = Mock()
+    monkeypatch.setattr("lib.evaluation.evaluate.time", device)
+    device.perf_counter.side_effect = [1.0, 4.0]
+    clock = Clock(device)
+    with clock("rank"):
+        device.work()
+    assert device.method_calls == [call.perf_counter(), call.work(), call.synchronize(), call.perf_counter()]
+    assert clock["rank_s"] == 3.0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lib.checkpoints.record import read_record
 from lib.config import TrainSettings, parse
 from lib.data.dataset import open_split
 from lib.prepare import scenes
-from lib.runtime import versions
+from lib.runtime import Compute, versions
 from lib.training import log, loop
 from lib.training.log import COLLAPSED_STEPS, RunLog, StepFigures
 from tests.conftest import GOLDEN, bert_without_dropout
@@ -112,6 +113,23 @@ def test_clipping_bounds_the_norm_over_all_parameters_and_zero_switches_it_off(t
     printed = re.findall(r"gradient ([\d.]+)", (tmp_path / "run" / "run.log").read_text())
     expected = [clip] * STEPS if clip else [float(norm) for norm in printed]
     assert norms == pytest.approx(expected, rel=1e-3, abs=0.0 if clip else 0.01)
+
+
+def test_gradients_of_the_step_before_are_gone_before_the_forward_pass():
+    """Activations take their memory."""
+    weight, seen = torch.nn.Parameter(torch.ones(())), []
+
+    def batch_loss(*_):
+        seen.append(weight.grad)
+        return weight * 2, weight.detach()
+
+    model, optimizer = torch.nn.Module(), torch.optim.SGD([weight], lr=1.0)
+    model.weight = weight
+    compute, settings = Compute(torch.device("cpu"), "fp32"), SimpleNamespace(grad_clip=0.0)
+    run = SimpleNamespace(model=model, batch_loss=batch_loss, optimizer=optimizer, compute=compute, settings=settings)
+    for _ in range(2):
+        loop.train_step(run, None, None)
+    assert (seen, weight.grad.item(), weight.item()) == ([None, None], 2, -3)
 
 
 # What it writes
