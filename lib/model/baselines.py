@@ -4,10 +4,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lib.model.engine.plain import PlainScorer
-from lib.model.layers import l2_normalize, pad_rows
+from lib.model.layers import l2_normalize, pad_rows, real_rows, upload
 from lib.model.xdim import AdaptiveGate, XDimSimilarity
 
 
@@ -96,12 +95,11 @@ class GpoSimilarity(nn.Module):
 
     def pool_images(self, regions: Tensor, real: Tensor | None) -> Tensor:
         """Unit vectors (I, D)."""
-        counts = torch.full((len(regions),), regions.shape[1]) if real is None else real.sum(dim=1).cpu()
-        return l2_normalize(self.image_pooling(regions, counts))
+        return l2_normalize(self.image_pooling(regions, real))
 
     def pool_captions(self, words: Tensor, lengths: Tensor) -> Tensor:
         """Unit vectors (C, D)."""
-        return l2_normalize(self.caption_pooling(pad_rows(words, lengths.cpu()), lengths.cpu()))
+        return l2_normalize(self.caption_pooling(pad_rows(words, lengths), real_rows(lengths, words.device)))
 
     def scorer(self) -> "PooledScorer":
         """Scores without gradients."""
@@ -140,24 +138,27 @@ class GeneralizedPooling(nn.Module):
         self.gru = nn.GRU(ENCODING, HIDDEN, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(HIDDEN, 1, bias=False)  # softmax would cancel a bias
 
-    def forward(self, vectors: Tensor, counts: Tensor) -> Tensor:
-        """Pool sets (S, N, D), of which the first `counts` (S,), on the CPU, are real. Returns (S, D)."""
-        sizes, which = counts.unique(return_inverse=True)
-        weights = self.weights(sizes, vectors)[which.to(vectors.device)]  # (S, N)
-        padding = torch.arange(vectors.shape[1]) >= counts[:, None]
-        padding = padding.to(vectors.device)[..., None]
-        ordered = vectors.masked_fill(padding, float("-inf")).sort(dim=1, descending=True).values
-        return (ordered.masked_fill(padding, 0) * weights[..., None]).sum(dim=1)
+    def forward(self, vectors: Tensor, real: Tensor | None = None) -> Tensor:
+        """Pool sets (S, N, D), of which real (S, N) is True for the first ones; None: for all. Returns (S, D)."""
+        weights = self.weights(vectors)
+        if real is None:
+            return (vectors.sort(dim=1, descending=True).values * weights[-1, :, None]).sum(dim=1)
+        ordered = vectors.masked_fill(~real[..., None], -math.inf).sort(dim=1, descending=True).values
+        return (ordered.masked_fill(~real[..., None], 0) * weights[real.sum(dim=1) - 1, :, None]).sum(dim=1)
 
-    def weights(self, sizes: Tensor, like: Tensor) -> Tensor:
-        """Weights of the positions (sizes, N) for sets of some sizes (sizes,), 0 from a set's own size on."""
-        positions = _encode_positions(like.shape[1]).to(like).expand(len(sizes), -1, -1)
-        packed = pack_padded_sequence(positions, sizes, batch_first=True, enforce_sorted=False)
-        states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=like.shape[1])
-        forwards, backwards = states.unflatten(-1, (2, HIDDEN)).unbind(dim=-2)
-        scores = self.linear((forwards + backwards) / 2).squeeze(-1) / TEMPERATURE
-        padding = torch.arange(like.shape[1]) >= sizes[:, None]
-        return scores.masked_fill(padding.to(scores.device), float("-inf")).softmax(dim=-1)
+    def weights(self, like: Tensor) -> Tensor:
+        """Weights (N, N) of the positions in sets of 1 to N vectors, a row for each size, 0 beyond it. like: (S, N, D).
+
+        Of all sizes, so that the device need not be asked for any. Backwards the GRU begins a set at its last position,
+        where a row of the input ends; forwards all sets begin alike.
+        """
+        size = like.shape[1]
+        order = (torch.arange(1, size + 1)[:, None] + torch.arange(size)) % size  # (N, N), row 1: 2, ..., N - 1, 0, 1
+        places = upload(order.argsort(dim=1), like.device)  # where each position stands in a row
+        states = self.gru(upload(_encode_positions(size)[order].to(like.dtype), like.device))[0]
+        forwards, backwards = self.linear(states.unflatten(-1, (2, HIDDEN))).squeeze(-1).unbind(dim=-1)
+        scores = (forwards[-1] + backwards.gather(1, places)) / (2 * TEMPERATURE)
+        return scores.masked_fill(torch.ones_like(places, dtype=torch.bool).triu(1), -math.inf).softmax(dim=1)
 
 
 def _encode_positions(number: int) -> Tensor:

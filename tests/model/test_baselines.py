@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from lib.model import registry
+from lib.model.baselines import GeneralizedPooling, GpoSimilarity
 from lib.model.xdim import AdaptiveGate
 from tests.model.test_engine import make, random_inputs
 
@@ -47,6 +49,46 @@ def test_gpo_scores_are_cosines_of_sets_pooled_alone_whatever_padding_stands_bes
     for i, image in enumerate(images):
         for j, caption in enumerate(captions):
             torch.testing.assert_close(scores[i, j], torch.cosine_similarity(image, caption, dim=0))
+
+
+def packed_weights(pooling, counts, longest):
+    """Weights (sets, longest) by PyTorch's packed sequences, 0 beyond each count."""
+    rates = 10_000 ** (-torch.arange(0, 32, 2) / 32)
+    angles = torch.arange(longest)[:, None] * rates
+    positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).expand(len(counts), -1, -1)
+    packed = nn.utils.rnn.pack_padded_sequence(positions, counts, batch_first=True, enforce_sorted=False)
+    states, _ = nn.utils.rnn.pad_packed_sequence(pooling.gru(packed)[0], batch_first=True, total_length=longest)
+    scores = pooling.linear(states.unflatten(-1, (2, 32)).mean(dim=2)).squeeze(-1) / 0.1
+    return scores.masked_fill(torch.arange(longest) >= counts[:, None], -math.inf).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 9, 3, 6], [9, 9], [1], [1, 2]])
+def test_gpo_pools_sets_of_uneven_sizes_and_differentiates_as_with_packed_sequences(counts, double):
+    torch.manual_seed(0)
+    pooling, counts, longest = GeneralizedPooling(), torch.tensor(counts), max(counts)
+    vectors = torch.randn(len(counts), longest, 4, requires_grad=True)
+    real = None if counts.min() == longest else torch.arange(longest) < counts[:, None]
+    weights = packed_weights(pooling, counts, longest)
+    expected = torch.stack(
+        [w[:n] @ v[:n].sort(dim=0, descending=True)[0] for w, v, n in zip(weights, vectors, counts, strict=True)]
+    )
+    pooled, weight = pooling(vectors, real), torch.randn(len(counts), 4)
+    torch.testing.assert_close(pooled, expected)
+    inputs = [vectors, *pooling.parameters()]
+    ours, theirs = (torch.autograd.grad((one * weight).sum(), inputs) for one in (pooled, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_gpo_asks_the_device_for_no_value():
+    """Tensors of PyTorch's meta device have none: what needs one to go on (boolean indices, unique, packing) raises."""
+    model = GpoSimilarity(4).to("meta")
+    regions, words = (torch.randn(shape, device="meta", requires_grad=True) for shape in ((3, 7, 4), (17, 4)))
+    for real in (None, torch.ones(3, 7, dtype=torch.bool, device="meta")):
+        scores = model.pool_images(regions, real) @ model.pool_captions(words, torch.tensor([4, 9, 4])).T
+        scores.sum().backward()
+        assert (scores.shape, words.grad.shape) == ((3, 3), words.shape)
+    with pytest.raises(NotImplementedError):
+        regions[real]
 
 
 def test_xdim_without_dependencies_is_independent_aggregation_over_the_norm_of_correspondences(monkeypatch):
