@@ -18,6 +18,8 @@ from lib import distributed
 from lib.distributed import PeerLost
 
 QUOTED = 200  # characters of a foreign text that an error message quotes
+# Our own messages say what is fetched and what is wrong; the libraries' would come beside them, of unused weights too.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 LINE_INTERVAL = 30.0  # seconds between two lines of progress where stderr is no terminal
 
 Item = TypeVar("Item")
@@ -154,6 +156,7 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         distributed.keep_quiet()
+        os.environ.update({**QUIET, **os.environ})
         atexit.register(_end_workers)  # runs before the handler of multiprocessing.util, which was registered earlier
         try:
             main(argv)

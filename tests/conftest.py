@@ -8,6 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tensors are tiny: more threads only wait for each other
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run without a GPU; 0: on it
 
+from lib.cli import QUIET
+
+os.environ.update(QUIET)  # as in a program of its own: before anything imports transformers
+
 import numpy as np
 import pytest
 import torch

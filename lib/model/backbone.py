@@ -12,15 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import logging
-
-# Our own messages say what is fetched and what is wrong; the libraries' would come beside them, of unused weights too.
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-hub_logging.set_verbosity_error()
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their .index.json where they are in parts
 TOWERS = {  # AutoModel does not know all of these, or gives the two-tower model

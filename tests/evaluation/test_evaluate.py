@@ -18,7 +18,7 @@ import testall as testall_program
 import train
 from lib import load
 from lib.checkpoints.native import build_model, read_checkpoint
-from lib.cli import InputError
+from lib.cli import QUIET, InputError
 from lib.evaluation import score
 from lib.evaluation.evaluate import Clock
 from lib.evaluation.metrics import rank_matrix, retrieval_metrics
@@ -122,11 +122,11 @@ def test_python_interface_gives_the_same_scores(evaluate, trained_run, data):
     np.testing.assert_allclose(some[:1], model.score(images[:1, :4], captions[:3]), atol=1e-6)
 
 
-def test_a_program_that_loads_a_model_keeps_its_switches_and_its_children(trained_run):
+def test_a_program_that_loads_a_model_keeps_its_switches_its_children_and_its_libraries_messages(trained_run):
     """Its daemonic child gets multiprocessing's SIGTERM at exit; of the programs here it would be killed."""
     program = """
 import multiprocessing, signal, sys, time
-import torch
+import huggingface_hub.utils, torch, transformers
 from lib import load
 
 def child(ready):
@@ -136,7 +136,9 @@ def child(ready):
 
 def switches():
     matmul, cudnn = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.allow_tf32
-    return torch.get_float32_matmul_precision(), matmul, cudnn, torch.get_deterministic_debug_mode()
+    logging = [package.utils.logging.get_verbosity() for package in (transformers, huggingface_hub)]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    return torch.get_float32_matmul_precision(), matmul, cudnn, torch.get_deterministic_debug_mode(), logging, bars
 
 fork = multiprocessing.get_context("fork")
 ready = fork.Event()
@@ -148,7 +150,11 @@ model = load(sys.argv[1], device="cpu")
 model.score([torch.ones(2, 16)], ["a ball"])
 print(switches() == before)
 """
-    ended = subprocess.run([sys.executable, "-c", program, trained_run], capture_output=True, text=True, cwd=ROOT)
+    command, host = (
+        [sys.executable, "-c", program, trained_run],
+        {k: v for k, v in os.environ.items() if k not in QUIET},
+    )
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=host)
     assert ended.stdout == "True\nasked to end\n", ended.stderr
 
 
