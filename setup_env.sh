@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it: sets PYTHON to one that has what the project needs, and LAUNCH to what starts a program.
 #
-# The active Python is used if it has the packages; else .venv, which is made, or completed, here. Packages come from
-# wherever pip is set up to find them; PyTorch with CUDA is about 5 GB.
+# PYTHON=path is taken as it is. Else the active Python is used if it has the packages; else .venv, which is made, or
+# completed, here. Packages come from wherever pip is set up to find them; PyTorch with CUDA is about 5 GB.
 # REQUIREMENTS: the requirements files. NPROC: processes that train together, one for each GPU.
 
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
@@ -39,7 +39,7 @@ choose_python() {
     "$PYTHON" -m pip install --quiet --disable-pip-version-check $FILES || exit 2
 }
 
-choose_python
+[ -n "${PYTHON:-}" ] || choose_python
 
 LAUNCH=$PYTHON
 case ${NPROC:=1} in

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib.files import replacing
 from lib.model import registry
 from lib.model.xdim import XDimSimilarity
 
@@ -30,6 +31,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--json", default="", help="write the figures to this file too")
     made.add_argument("--toy", action="store_true", help="tiny BERT and data: measures nothing, tests the benchmark")
     return made
+
+
+def parse(flags: argparse.ArgumentParser, **toy: object) -> argparse.Namespace:
+    """The settings; toy: what --toy sets, unless a flag says otherwise."""
+    if flags.parse_known_args()[0].toy:
+        flags.set_defaults(embed_size=16, rounds=1, **toy)
+    return flags.parse_args()
 
 
 def bert_sizes(settings: argparse.Namespace) -> dict[str, int]:
@@ -57,8 +65,10 @@ def random_similarity(dims: int, device: str, similarity: str = "xdim", gate: st
     return registry.build("similarity", part, dims).to(device)
 
 
-def clock(work: Callable[[], object], device: str) -> tuple[float, object]:
-    """Seconds that some work takes, and what it returns."""
+def clock(work: Callable[[], object], device: str, warm: bool = False) -> tuple[float, object]:
+    """Seconds that some work takes, and what it returns. warm: on a GPU do it once before, which compiles kernels."""
+    if warm and device == "cuda":
+        work()
     synchronize(device)
     started = time.perf_counter()
     result = work()
@@ -100,6 +110,14 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def start_peak_memory(device: str) -> float:
+    """Begin to measure peak_memory anew, where that can be; bytes that are held now, or were at most."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return peak_memory(device)
+
+
 def median(values) -> float:
     return statistics.median(values)
 
@@ -133,7 +151,8 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def write_json(path: str, figures: dict, device: str) -> None:
+    """Write what was measured so far; a benchmark that is ended while it writes leaves the file as it was."""
     if path:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine(device), "cores": os.cpu_count(), **figures}, file, indent=2)
-            file.write("\n")
+        with replacing(path) as file:
+            text = json.dumps({"machine": machine(device), "cores": os.cpu_count(), **figures}, indent=2)
+            file.write(f"{text}\n".encode())

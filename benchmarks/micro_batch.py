@@ -14,7 +14,6 @@ from argparse import Namespace
 from itertools import cycle, islice
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,10 +55,7 @@ def later_steps(settings: Namespace, micro_batch: int) -> dict:
     run, batches = start(settings, settings.precision)
     steps(run, [random_batch(Namespace(batch_size=2, device=settings.device))])
     run.model.text_encoder.micro_batch = micro_batch
-    before = common.peak_memory(settings.device)
-    if settings.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    before = common.start_peak_memory(settings.device)
     steps(run, batches[:1])
     held = common.peak_memory(settings.device) - before
     timed = list(islice(cycle(batches), settings.steps))

@@ -1,13 +1,16 @@
-"""Whole training steps with BERT: seconds, pairs a second, and on a GPU how much of the time it is busy.
+"""Whole training steps with BERT: seconds, pairs a second, and on a GPU what the profiler saw.
 
     python benchmarks/training.py                      # BERT-base; on a CPU name a smaller --batch_size
 
-Batches of random features and tokens wait in memory (pinned for a GPU), so that the loader is left out. Memory is the
-most that was held above what model and optimiser take. Busy is the share of the time in which the profiler saw a kernel
-or a copy run, gap the longest time between two of them.
+Batches of random features and tokens wait in memory (pinned for a GPU), so that the loader is left out; the learning
+rate is 0, so that all is measured with the same weights. Memory is the most that was held above what model and
+optimiser take. Of a step the profiler counts launches (kernels, copies, fills) and waits (calls in which Python waits
+for the GPU); busy is the share of the time in which a kernel or a copy ran, gap the longest time between two of them.
 """
 
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,49 +29,71 @@ from lib.training.optim import build_optimizer
 
 IMG_DIM = 2048
 MARGIN = 0.2
-FLICKR30K = 145_000  # pairs of an epoch
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
+PAIRS = {"Flickr30K": 145_000, "COCO": 566_435}  # of an epoch
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "tf32", "fp32")}
+PROFILED = 3  # steps
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+KERNELS = 15  # lines of the table of kernels
 
 
 def main() -> None:
     flags = common.parser(__doc__.splitlines()[0])
     flags.add_argument("--batch_size", type=int, default=128, help="pairs")
     flags.add_argument("--steps", type=int, default=5, help="steps of a measurement, after as many to warm up")
-    settings = flags.parse_args()
-    results = {}
-    for precision in PRECISIONS[settings.device]:
+    settings = common.parse(flags, batch_size=4, steps=1)
+    precisions = PRECISIONS[settings.device]
+    run, batches = start(settings, precisions[0])
+    figures, kernels = {}, {}
+    for precision in precisions:
+        run.compute = choose_compute(settings.device, precision)
         for loss in (hinge_all, hinge, ramped):
             name = f"{precision}, {loss.__name__}"
-            results[name] = [measure(settings, precision, loss) for _ in range(settings.rounds)]
-    report(settings, results)
+            with run.compute.in_force():
+                figures[name], kernels[name] = measure(settings, run, batches, loss)
+            common.write_json(settings.json, {"figures": figures, "kernels": kernels}, settings.device)
+    report(settings, figures, kernels)
 
 
-def measure(settings, precision: str, loss: Loss) -> dict:
-    """Milliseconds a step; on a GPU memory, and what the profiler saw of two further steps."""
-    run, batches = start(settings, precision)
-    with run.compute.in_force():
-        return measure_steps(settings, run, batches, loss)
-
-
-def measure_steps(settings, run: SimpleNamespace, batches: list[Batch], loss: Loss) -> dict:
+def measure(settings, run: SimpleNamespace, batches: list[Batch], loss: Loss) -> tuple[dict, dict]:
+    """Milliseconds a step and what follows from it; on a GPU memory, and what the profiler saw of further steps."""
 
     def steps(count: int) -> None:
         for batch in on_device(islice(cycle(batches), count), run.compute.device):
             train_step(run, batch, loss)
 
     steps(settings.steps)
-    if settings.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    seconds, _ = common.clock(lambda: steps(settings.steps), settings.device)
-    figures = {"milliseconds": 1e3 * seconds / settings.steps}
-    if settings.device == "cuda":
-        figures["bytes"] = common.peak_memory(settings.device) - before
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            common.clock(lambda: steps(2), settings.device)
-        spans = [event.time_range for event in profiler.events() if event.device_type.name == "CUDA"]
-        figures["busy"], figures["gap_milliseconds"] = busy_share([(span.start, span.end) for span in spans])
-    return figures
+    before = common.start_peak_memory(settings.device)
+    seconds = common.median(
+        common.clock(lambda: steps(settings.steps), settings.device)[0] for _ in range(settings.rounds)
+    )
+    step = seconds / settings.steps
+    figures = {"milliseconds": 1e3 * step, "pairs_a_second": settings.batch_size / step}
+    for name, pairs in PAIRS.items():
+        figures[f"minutes_an_epoch_of_{name}"] = pairs / settings.batch_size * step / 60
+    if settings.device == "cpu":
+        return figures, {}
+    figures["bytes"] = common.peak_memory(settings.device) - before
+    seen, kernels = look_at(lambda: steps(PROFILED))
+    return figures | seen, kernels
+
+
+def look_at(steps: Callable[[], None]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """What the profiler saw of PROFILED steps; by name of kernel how often a step launches it and its milliseconds."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        steps()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if not getattr(event, "is_user_annotation", False)]
+    on_gpu = [event for event in events if event.device_type.name == "CUDA"]
+    if not on_gpu:  # a profiler that may not look
+        return {}, {}
+    busy, gap = busy_share([(event.time_range.start, event.time_range.end) for event in on_gpu])
+    kernels = defaultdict(lambda: [0.0, 0.0])
+    for event in on_gpu:
+        kernels[event.name][0] += 1 / PROFILED
+        kernels[event.name][1] += (event.time_range.end - event.time_range.start) / 1e3 / PROFILED
+    waits = sum(event.name in WAITS for event in events)
+    seen = {"launches": len(on_gpu) / PROFILED, "waits": waits / PROFILED, "busy": busy, "gap_milliseconds": gap}
+    return seen, dict(sorted(kernels.items(), key=lambda kernel: -kernel[1][1])[:KERNELS])
 
 
 def start(settings, precision: str) -> tuple[SimpleNamespace, list[Batch]]:
@@ -84,7 +109,7 @@ def start(settings, precision: str) -> tuple[SimpleNamespace, list[Batch]]:
     architecture["text_encoder"]["options"]["config"] = BertConfig(**common.bert_sizes(settings)).to_dict()
     model = XDim.build(architecture)
     model = model.to(compute.device).train()
-    parts = {"model": model, "batch_loss": BatchLoss(model, MARGIN), "optimizer": build_optimizer(model, 5e-4)}
+    parts = {"model": model, "batch_loss": BatchLoss(model, MARGIN), "optimizer": build_optimizer(model, 0.0)}
     run = SimpleNamespace(settings=SimpleNamespace(grad_clip=2.0), compute=compute, **parts)
     return run, [random_batch(settings) for _ in range(2)]
 
@@ -110,23 +135,33 @@ def busy_share(spans: list[tuple[float, float]]) -> tuple[float, float]:
     return busy / (end - spans[0][0]), gap / 1e3
 
 
-def report(settings, results: dict[str, list[dict]]) -> None:
-    rows, figures = [], {}
-    for name, rounds in results.items():
-        one = figures[name] = {key: common.median(figure[key] for figure in rounds) for key in rounds[0]}
-        epoch = FLICKR30K / settings.batch_size * one["milliseconds"] / 1e3
-        one["pairs_a_second"] = 1e3 * settings.batch_size / one["milliseconds"]
-        cells = [f"{one['milliseconds']:.1f}", f"{one['pairs_a_second']:.0f}", f"{epoch / 60:.1f}"]
-        if "busy" in one:
-            cells += [f"{one['bytes'] / 1e9:.2f}", f"{100 * one['busy']:.0f} %", f"{one['gap_milliseconds']:.2f}"]
+def report(settings, figures: dict[str, dict], kernels: dict[str, dict]) -> None:
+    columns = ["step", "ms", "pairs/s", *(f"minutes an epoch of {name}" for name in PAIRS)]
+    more = {
+        "bytes": "GB",
+        "launches": "launches",
+        "waits": "waits",
+        "busy": "busy",
+        "gap_milliseconds": "longest gap, ms",
+    }
+    columns += more.values() if settings.device == "cuda" else []
+    rows = []
+    for name, one in figures.items():
+        cells = [f"{one['milliseconds']:.1f}", f"{one['pairs_a_second']:.0f}"]
+        cells += [f"{one[f'minutes_an_epoch_of_{name}']:.1f}" for name in PAIRS]
+        if settings.device == "cuda":
+            cells.append(f"{one['bytes'] / 1e9:.2f}")
+            cells += [f"{one[key]:.2f}" if key in one else "" for key in list(more)[1:]]
         rows.append([name, *cells])
-    columns = ["step", "ms", "pairs/s", "minutes an epoch of Flickr30K"]
-    columns += ["GB", "busy", "longest gap, ms"] if settings.device == "cuda" else []
     title = (
         f"{settings.batch_size} pairs, BERT-base, {settings.embed_size} dimensions, median of {settings.rounds} rounds"
     )
     common.show(title, columns, rows, settings.device)
-    common.write_json(settings.json, {"figures": figures}, settings.device)
+    for name, of_step in kernels.items():
+        lines = [[kernel[:80], f"{launches:.1f}", f"{took:.3f}"] for kernel, (launches, took) in of_step.items()]
+        if lines:
+            print()
+            common.print_table([f"{name}: kernels of a step", "launches", "ms"], lines)
 
 
 if __name__ == "__main__":

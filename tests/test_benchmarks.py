@@ -3,16 +3,21 @@
 import importlib
 import io
 import json
+import os
+import re
+import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import evaluate
+from benchmarks import evaluate, training
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+PARTS = re.findall(r"^ *part (\w+)", (BENCHMARKS / "gpu.sh").read_text(), flags=re.MULTILINE)
 SMALL = ["--embed_size", "16", "--rounds", "1", "--device", "cpu", "--toy"]
 FLAGS = {
     "evaluate": ["--images", "4", "--ways", "float32, best 20 exact"],
@@ -21,9 +26,11 @@ FLAGS = {
     "protocols": [],
     "scaling": ["--batch_size", "4", "--steps", "1", "--processes", "1"],
     "similarities": ["--batch_size", "4"],
-    "similarity": ["--images", "4", "--captions", "4", "--some", "2", "--loop", "2", "--rerank", "2"],
-    "train_step": ["--batch_size", "4"],
-    "training": ["--batch_size", "4", "--steps", "1"],
+    "real_training": [],
+    "scoring": [],
+    "similarity": [],
+    "train_step": [],
+    "training": [],
 }
 
 
@@ -55,7 +62,7 @@ def run_within(command, **_):
 
 
 def test_every_benchmark_is_run_here():
-    assert {path.stem for path in BENCHMARKS.glob("*.py")} == {*FLAGS, "common"}
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} == {*FLAGS, "common", "gpu"}  # the last by gpu.sh, below
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -73,3 +80,74 @@ def test_a_benchmark_writes_figures(name, tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["machine"] in capsys.readouterr().out
     assert written["figures"]
+
+
+def test_the_profile_of_a_step_counts_launches_waits_and_the_share_that_the_gpu_is_busy(monkeypatch):
+    def event(name, start, end, device="CUDA"):
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=start, end=end), device_type=SimpleNamespace(name=device)
+        )
+
+    seen = [event("mm", 0, 3000), event("add", 3000, 4000), event("mm", 9000, 12000), event("add", 10000, 11000)]
+    seen += [event(name, 0, 50, "CPU") for name in ("cudaLaunchKernel", "cudaStreamSynchronize", "cudaMemcpyAsync")]
+    monkeypatch.setattr(training, "profile", lambda activities: nullcontext(SimpleNamespace(events=lambda: seen)))
+    monkeypatch.setattr(training, "PROFILED", 2)
+    monkeypatch.setattr(training.torch.cuda, "synchronize", lambda: None)
+    figures, kernels = training.look_at(lambda: None)
+    assert figures == pytest.approx({"launches": 2, "waits": 0.5, "busy": 7 / 12, "gap_milliseconds": 5})
+    assert kernels == {"mm": pytest.approx([1, 3]), "add": pytest.approx([1, 1])}
+
+
+# gpu.sh
+
+
+def run_script(folder, python, *flags):
+    environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["sh", str(BENCHMARKS / "gpu.sh"), str(folder), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    return done, json.loads((folder / "gpu.json").read_text()), (folder / "gpu.md").read_text()
+
+
+def test_the_script_for_a_gpu_runs_in_toy_mode_and_says_what_it_leaves_out(tmp_path):
+    done, parts, text = run_script(tmp_path, sys.executable, "--toy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(parts) == PARTS
+    assert parts["tests"]["machine"] in text
+    for name in PARTS[:-1]:
+        assert parts[name]["outcome"] == "done"
+        for row, figures in parts[name]["figures"].items():
+            assert f"| {row} |" in text
+            assert figures
+    (tests,) = parts["tests"]["figures"].values()
+    assert (tests["passed"], tests["failed"]) == (0, 0)
+    assert tests["skipped"] == sum(parts["tests"]["skipped"].values()) > 0
+    assert "tests: Skipped: needs a GPU" in text
+    assert "| demo | 0 | skipped: toy mode" in text
+    assert text in done.stdout
+
+
+PYTHON = f"""#!/bin/sh
+case "$1 $2" in
+    *"gpu.py summary") exec {sys.executable} "$@" ;;
+    *similarity.py*) echo "out of memory"; exit 3 ;;
+    *training.py*) exec {sys.executable} -c '
+import json, sys
+json.dump({{"figures": {{"bf16": {{"bytes": 10**9, "seconds": 0.5}}}}}}, open(sys.argv[-1], "w"))
+print("half of it"); sys.exit(124)' "$@" ;;
+esac
+"""
+
+
+def test_a_part_that_fails_or_is_cut_off_is_reported_and_the_next_one_runs(tmp_path):
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    done, parts, text = run_script(tmp_path / "out", tmp_path / "python")
+    assert done.returncode == 1
+    assert list(parts) == PARTS
+    assert parts["similarity"]["outcome"] == "exit code 3; its last line: out of memory"
+    assert parts["training"]["outcome"] == "out of time; its last line: half of it"
+    assert parts["scoring"]["outcome"] == parts["demo"]["outcome"] == "done"
+    assert "| bf16 | 1 | 0.5 |" in text
+    assert "similarity: exit code 3: out of memory" in done.stdout
+    limits = re.findall(r"^ *part \w+ (\d+)", (BENCHMARKS / "gpu.sh").read_text(), flags=re.MULTILINE)
+    assert sum(map(int, limits)) <= 480

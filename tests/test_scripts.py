@@ -28,7 +28,7 @@ def commands(tmp_path):
 
     def run(script, *flags, **environment):
         path = f"{tmp_path}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "COMMANDS": str(written), **environment}
+        environment = {**os.environ, "PATH": path, "COMMANDS": str(written), "PYTHON": "", **environment}
         subprocess.run(["sh", script, *flags], cwd=ROOT, env=environment, check=True, capture_output=True)
         return [shlex.split(line) for line in written.read_text().splitlines()]
 
@@ -66,3 +66,8 @@ def test_the_published_recipe(commands, recipe, data, epochs, lr_update):
 def test_nproc_starts_as_many_processes(commands):
     ((*launch, _), *_) = [line[:6] for line in commands("train_region_f30k.sh", NPROC="4")]
     assert launch == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+
+
+def test_a_python_that_is_named_is_taken_as_it_is(commands):
+    with pytest.raises(subprocess.CalledProcessError):
+        commands("train_region_f30k.sh", PYTHON="false")
