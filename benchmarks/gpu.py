@@ -51,7 +51,8 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed:
-            self.failures[report.nodeid] = report.longreprtext.splitlines()[-1:]
+            errors = [line[1:].strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            self.failures[report.nodeid] = (errors or [""])[0]
         if report.skipped:
             self.skipped[report.longrepr[2]] += 1
         if report.when == "call" or not report.passed:
@@ -146,12 +147,12 @@ def outcome(code: str, said: str) -> str:
 
 def report(parts: dict[str, dict]) -> str:
     tests = parts.get("tests", {})
-    about = ", ".join(f"{name} {value}" for name, value in tests.get("about", {}).items() if value)
+    about = ", ".join(f"{name} {cell(value)}" for name, value in tests.get("about", {}).items() if value)
     lines = [tests.get("machine", "unknown machine"), "", about, "", "| part | seconds | outcome |", "|---|---|---|"]
     lines += [f"| {name} | {part['seconds']} | {cell(part['outcome'])} |" for name, part in parts.items()]
     for name, part in parts.items():
         lines += ["", f"### {name}", "", *table(part["figures"])] if part.get("figures") else []
-        notes = [f"* failed: {test}: {' '.join(why)}" for test, why in part.get("failures", {}).items()]
+        notes = [f"* failed: {test}: {why}" for test, why in part.get("failures", {}).items()]
         notes += [f"* {count} tests: {why}" for why, count in part.get("skipped", {}).items()]
         lines += ["", *notes] if notes else []
     return "\n".join(lines) + "\n"

@@ -43,16 +43,16 @@ without() {
     "$PYTHON" benchmarks/gpu.py summary "$OUT"
 }
 
-part tests 90 benchmarks/gpu.py tests
+part tests 120 benchmarks/gpu.py tests
 part similarity 40 benchmarks/similarity.py
-part train_step 40 benchmarks/train_step.py
+part train_step 35 benchmarks/train_step.py
 part training 70 benchmarks/training.py
-part real_training 110 benchmarks/real_training.py --step "$OUT/training.json"
-part scoring 50 benchmarks/scoring.py
+part real_training 100 benchmarks/real_training.py --step "$OUT/training.json"
+part scoring 45 benchmarks/scoring.py
 if [ "$TOY" ]; then
     without demo "toy mode: it takes minutes on a CPU"
 else
-    part demo 80 benchmarks/gpu.py demo
+    part demo 70 benchmarks/gpu.py demo
 fi
 
 echo

@@ -35,7 +35,7 @@ def main() -> None:
     settings = common.parse(flags, sizes=[8], rerank=2)
     compute = choose_compute(settings.device, settings.precision)
     similarity = common.random_similarity(settings.embed_size, settings.device)
-    with compute.in_force(), compute.autocast(), torch.inference_mode():
+    with compute.in_force(), compute.autocast(), torch.no_grad():
         engine, figures = make_engine("tiled", similarity), {}
         for way in (all_pairs, coarse_to_fine):  # kernels are compiled and libraries loaded at their first use
             way(settings, engine, random_split(settings, 2 * BLOCK if settings.device == "cuda" else 2))

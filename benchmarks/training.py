@@ -39,8 +39,9 @@ KERNELS = 15  # lines of the table of kernels
 def main() -> None:
     flags = common.parser(__doc__.splitlines()[0])
     flags.add_argument("--batch_size", type=int, default=128, help="pairs")
-    flags.add_argument("--steps", type=int, default=5, help="steps of a measurement, after as many to warm up")
+    flags.add_argument("--steps", type=int, default=0, help="steps of a measurement, after as many to warm up")
     settings = common.parse(flags, batch_size=4, steps=1)
+    settings.steps = settings.steps or {"cpu": 5, "cuda": 20}[settings.device]
     precisions = PRECISIONS[settings.device]
     run, batches = start(settings, precisions[0])
     figures, kernels = {}, {}
