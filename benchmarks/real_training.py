@@ -93,11 +93,9 @@ def train(settings, data: Path, bert: Path, way: list[str]) -> dict[str, float]:
         process.wait()
     elif process.returncode:
         sys.exit(process.returncode)
-    rates = speeds(run) or [0.0]
-    figures = {
-        "pairs_a_second": common.median(rates[2:] or rates[-1:]),
-        "start_seconds": (first or time.perf_counter()) - started,
-    }
+    rates = speeds(run)
+    rate = common.median(rates[2:] or rates[-1:] or [0.0])
+    figures = {"pairs_a_second": rate, "lines": len(rates), "start_seconds": (first or time.perf_counter()) - started}
     if step := alone(settings):
         figures["of_the_step_alone"] = figures["pairs_a_second"] / step
     return figures
