@@ -44,7 +44,8 @@ class Subject:
         half = self.settings.precision == "bf16"
         with torch.autocast(self.settings.device, torch.bfloat16, enabled=half):
             if name == "scores":
-                self.engine.scorer().all_pairs(*self.inputs)
+                scorer = self.engine.scorer()
+                scorer.all_pairs(self.inputs[0], scorer.captions(*self.inputs[1:]))
             else:
                 self.gradients(ramped if "ramped" in name else hinge_all)
 

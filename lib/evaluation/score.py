@@ -6,7 +6,6 @@ and leaves zeros where others compute; the sum is the same to the last bit on an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
 
 BLOCK = 64  # images
-CHUNK = 2048  # captions scored at a time against a block: enough to fill tiles of captions of one length
+CHUNK = {"cpu": 512, "cuda": 4096}  # captions prepared for the scorer at a time, by kind of device
 
 
 class Block(NamedTuple):
@@ -51,7 +50,7 @@ class Embeddings(NamedTuple):
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Consecutive captions, their words and their lengths."""
-        lengths, first = self.lengths.split(CHUNK), 0
+        lengths, first = self.lengths.split(CHUNK[self.words.device.type]), 0
         for some, words in zip(lengths, self.words.split([int(some.sum()) for some in lengths]), strict=True):
             yield slice(first, first := first + len(some)), words, some
 
@@ -146,10 +145,17 @@ def embed_split(
 def score_all(scorer: Any, embeddings: Embeddings) -> Tensor:
     """Scores (I, C) of all pairs, on the CPU of every process."""
     scores = embeddings.words.new_zeros(embeddings.images, len(embeddings.lengths))
-    pieces = list(product(embeddings.chunks(), embeddings.blocks))  # a scorer may keep what it made of a chunk's words
-    for (captions, words, lengths), block in with_bar(pieces, "scores"):
-        scores[block.images, captions] = scorer.all_pairs(block.regions, words, lengths, block.real)
+    number = len(list(embeddings.chunks())) * len(embeddings.blocks)
+    for captions, chunk, block in with_bar(_pieces(scorer, embeddings), "scores", number):
+        scores[block.images, captions] = scorer.all_pairs(block.regions, chunk, block.real)
     return embeddings.shard.sum(scores).cpu()
+
+
+def _pieces(scorer: Any, embeddings: Embeddings) -> Iterator[tuple[slice, Any, Block]]:
+    for captions, words, lengths in embeddings.chunks():
+        chunk = scorer.captions(words, lengths)
+        for block in embeddings.blocks:
+            yield captions, chunk, block
 
 
 def score_pairs(scorer: Any, embeddings: Embeddings, images: Tensor, captions: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ def score_pairs(scorer: Any, embeddings: Embeddings, images: Tensor, captions: T
         if len(some):
             pairs = images[some] - block.images.start, captions[some]
             exact = scorer.pairs(block.regions, embeddings.words, embeddings.lengths, *pairs, block.real)
-            scores[some.to(scores.device)] = exact
+            scores[upload(some, scores.device)] = exact
     return embeddings.shard.sum(scores).cpu()
 
 

@@ -111,19 +111,21 @@ class GpoSimilarity(nn.Module):
 
 
 class PooledScorer(PlainScorer):
-    """Pools captions once that are scored against several blocks of images, one after the other."""
+    """Pools captions once for all images that they are scored against."""
 
     similarity: GpoSimilarity
-    words: Tensor | None = None  # of the last call
-    captions: Tensor | None = None
 
     @torch.no_grad()
-    def all_pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+    def captions(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """The captions' unit vectors (C, D)."""
+        with torch.autocast(words.device.type, enabled=False):
+            return self.similarity.pool_captions(words, lengths)
+
+    @torch.no_grad()
+    def all_pairs(self, regions: Tensor, captions: Tensor, real: Tensor | None = None) -> Tensor:
         """Scores (I, C)."""
         with torch.autocast(regions.device.type, enabled=False):
-            if self.captions is None or words is not self.words:
-                self.words, self.captions = words, self.similarity.pool_captions(words, lengths)
-            return self.similarity.pool_images(regions, real) @ self.captions.T
+            return self.similarity.pool_images(regions, real) @ captions.T
 
 
 class GeneralizedPooling(nn.Module):

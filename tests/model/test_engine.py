@@ -80,8 +80,8 @@ def assert_same(similarity, ours, plain, inputs, tolerance=1e-10, **weights):
 
 def tile(monkeypatch, tile_bytes=5000, block=5, few_pairs=-1):
     """Small, uneven tiles; few_pairs: -1 differentiates all pairs, 1 only those with a gradient."""
-    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile_bytes)
-    monkeypatch.setattr(norms, "BLOCK", block)
+    monkeypatch.setitem(tiles.CACHE_BYTES, "cpu", tile_bytes)
+    monkeypatch.setitem(norms.BLOCK, "cpu", block)
     monkeypatch.setattr(autograd, "FEW_PAIRS", few_pairs)
 
 
@@ -156,12 +156,13 @@ def test_a_scorer_gives_the_same_scores_without_gradients(monkeypatch, name, gat
     model, inputs = make(name, gate), random_inputs(6, LENGTHS)
     real, engine = torch.arange(7) < COUNTS[:, None], make_engine(engine, model)
     scorer = engine.scorer()
-    scores = scorer.all_pairs(*inputs, real)
+    captions_of_all = scorer.captions(*inputs[1:])
+    scores = scorer.all_pairs(inputs[0], captions_of_all, real)
     assert not scores.requires_grad
     torch.testing.assert_close(scores, engine(*inputs, real).detach())
     images, captions = torch.tensor([0, 4, 4, 2]), torch.tensor([3, 0, 4, 2])
     torch.testing.assert_close(scorer.pairs(*inputs, images, captions, real), scores[images, captions])
-    torch.testing.assert_close(scorer.all_pairs(inputs[0][:2], *inputs[1:], real[:2]), scores[:2])
+    torch.testing.assert_close(scorer.all_pairs(inputs[0][:2], captions_of_all, real[:2]), scores[:2])
 
 
 def test_a_similarity_with_another_formula_is_not_scored_by_tiles():
@@ -176,7 +177,9 @@ def test_a_similarity_with_another_formula_is_not_scored_by_tiles():
 def test_coarse_scores_take_the_diagonal_of_the_gram_matrix_alone():
     model, inputs = make(), random_inputs(5, LENGTHS)
     expected = make(gate="diagonal")(*inputs)
-    torch.testing.assert_close(make_engine("tiled", model).scorer(coarse=True).all_pairs(*inputs), expected.detach())
+    scorer = make_engine("tiled", model).scorer(coarse=True)
+    coarse = scorer.all_pairs(inputs[0], scorer.captions(*inputs[1:]))
+    torch.testing.assert_close(coarse, expected.detach())
 
 
 @pytest.mark.parametrize("engine", ["tiled", "plain"])

@@ -13,6 +13,7 @@ that depends on most pairs is differentiated while it is computed.
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from lib.model.engine.norms import ContextNorm, DiagonalNorm, FactorNorm, Norm, differentiable_norm
 from lib.model.engine.plain import Embedded, PairLoss, PlainEngine
-from lib.model.engine.tiles import Tile, all_tiles, pair_tiles, rows_of_tile
+from lib.model.engine.tiles import CACHE_BYTES, Bags, SharedTile, Tile, pair_tiles, rows_of_tile, shared_tiles
 from lib.model.layers import EPSILON, Shard
 
 # Pairs are differentiated one by one where the loss depends on no more than this share of them.
@@ -47,7 +48,8 @@ class TiledEngine(PlainEngine):
         """As PlainEngine's; differentiated while it is computed where most pairs count."""
         regions, words, lengths, real = embedded
         shard = shard or Shard(len(lengths))
-        if self._share_of_violations(loss, embedded, shard) <= FEW_PAIRS:
+        # Where tiles are large, to ask for the share would cost more than to differentiate every pair.
+        if regions.device.type in CACHE_BYTES and self._share_of_violations(loss, embedded, shard) <= FEW_PAIRS:
             return super().sum_over_negatives(loss, embedded, shard)
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
@@ -94,7 +96,7 @@ class TiledEngine(PlainEngine):
         scorer, images = self.scorer(coarse=True), torch.arange(len(regions))
         true = shard.gather(scorer.pairs(regions, words, lengths, images, images + shard.own.start, real), shard.sizes)
         some = slice(None, None, ONE_IN)
-        scores = scorer.all_pairs(regions[some], words, lengths, None if real is None else real[some])
+        scores = scorer.all_pairs(regions[some], scorer.captions(words, lengths), None if real is None else real[some])
         counts = loss(scores, true[shard.own][some, None], true) != 0
         return (shard.sum(counts.sum()) / shard.sum(counts.new_tensor(counts.numel(), dtype=torch.long))).item()
 
@@ -120,18 +122,36 @@ def _triton_norm(device: torch.device, dtype: torch.dtype) -> Callable[..., Norm
     return TritonNorm if works(device, dtype) else None
 
 
-class Scorer:
-    """Scores pairs without gradients; `tile` is differentiable where its inputs are."""
+class Captions(NamedTuple):
+    """Captions as a scorer takes them for all pairs."""
 
-    def __init__(self, delta: Tensor, temperature: Tensor, norm: Norm, dtype):
+    queries: Tensor  # words (sum of W, D) times delta
+    weights: Tensor  # words as the norm takes them
+    lengths: Tensor  # (C,), on the CPU
+    bags: Bags
+
+
+class Scorer:
+    """Scores pairs without gradients; `score` is differentiable where its inputs are."""
+
+    def __init__(self, delta: Tensor, temperature: Tensor, norm: Norm, dtype: torch.dtype):
         """delta: column sums of D (D,). norm: see norms.py. dtype: of the products."""
         self.delta, self.temperature, self.norm, self.dtype = delta, temperature, norm, dtype
 
     @torch.no_grad()
-    def all_pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
-        """Scores (I, C); arguments as XDimSimilarity.forward takes them."""
-        tiles = all_tiles(len(regions), lengths.cpu(), self.rows(regions), regions.device)
-        return self._fill(regions.new_empty(len(regions), len(lengths)), tiles, regions, words, real)
+    def captions(self, words: Tensor, lengths: Tensor) -> Captions:
+        """Words (sum of W, D) and lengths (C,), on the CPU, prepared once for any number of images."""
+        return Captions(*self.prepare(words), lengths, Bags.of_lengths(lengths, words.device))
+
+    @torch.no_grad()
+    def all_pairs(self, regions: Tensor, captions: Captions, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C). regions: (I, R, D). real: (I, R), False for padding."""
+        queries, weights, lengths, bags = captions
+        scores, regions = regions.new_empty(len(regions), len(lengths)), regions.to(self.dtype)
+        for tile in shared_tiles(len(regions), lengths, bags, self.rows(regions)):
+            words = queries[tile.words], weights[tile.words]
+            scores[tile.place] = self.score(tile, regions[tile.images], *words, real)
+        return scores
 
     @torch.no_grad()
     def pairs(
@@ -144,52 +164,32 @@ class Scorer:
         real: Tensor | None = None,
     ) -> Tensor:
         """Scores (P,) of image k and caption k, for indices (P,) of both."""
-        tiles = pair_tiles(images.cpu(), captions.cpu(), lengths.cpu(), self.rows(regions), regions.device)
-        return self._fill(regions.new_empty(len(images)), tiles, regions, words, real)
-
-    def _fill(self, scores: Tensor, tiles: Iterable[Tile], regions: Tensor, words: Tensor, real: Tensor | None):
-        regions = regions.to(self.dtype)
-        indices: Tensor | None = None
-        for tile in tiles:
-            if tile.words is not indices:  # tiles that share captions come one after the other
-                indices = tile.words
-                queries, weights = self.prepare(words[indices])
-            mask = None if real is None else real[tile.images]
-            scores.view(-1)[tile.places] = self.tile(regions[tile.images], queries, weights, mask)
+        scores, regions = regions.new_empty(len(images)), regions.to(self.dtype)
+        for tile in pair_tiles(images, captions, lengths, self.rows(regions), words):
+            scores[tile.place] = self.score(tile, regions[tile.images], *self.prepare(words[tile.words]), real)
         return scores
 
     def rows(self, regions: Tensor) -> int:
         """(word, image) pairs of a tile."""
-        return rows_of_tile(regions.device, self.dtype, regions.shape[-1])
+        return rows_of_tile(regions, self.dtype, self.norm.wide(regions))
 
     def prepare(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Words (1 or G, c, n, D) as `tile` takes them: times delta, for the affinity, and weighted, for the norm."""
+        """Words (..., D) as `score` takes them: times delta, for the affinity, and weighted, for the norm."""
         return (words * self.delta).to(self.dtype), self.norm.weigh(words).to(self.dtype)
 
-    def tile(self, regions: Tensor, queries: Tensor, weights: Tensor, real: Tensor | None = None) -> Tensor:
-        """Scores (G, c) of regions (G, R, D) and captions of n words, shared by all images (1) or each its own (G).
-
-        queries, weights: (1 or G, c, n, D), see `prepare`. real: (G, R).
-        """
+    def score(self, tile: Tile, regions: Tensor, queries: Tensor, weights: Tensor, real: Tensor | None) -> Tensor:
+        """A tile's scores, from its own regions and words (see `prepare`); real: of all images."""
         exact = torch.promote_types(self.dtype, torch.float32)  # of norms, exp and softmax
-        shape = (len(regions), *queries.shape[1:3])  # (G, c, n)
-        queries, weights = queries.flatten(1, 2), weights.flatten(1, 2)  # (1|G, W, D)
-
-        if len(queries) == 1:  # one product for all images
-            affinity = (queries[0] @ regions.flatten(0, 1).T).unflatten(1, regions.shape[:2]).transpose(0, 1)
-        else:
-            affinity = torch.bmm(queries, regions.mT)
-        affinity = affinity.to(exact).unflatten(1, shape[1:])  # Z (G, c, n, R)
+        affinity = tile.affinity(queries, regions).to(exact)  # Z
         attention = F.leaky_relu(affinity.tanh(), 0.1)
-        squares = attention.square().sum(dim=2, keepdim=True)
-        norms = squares.clamp(min=1e-30).sqrt()  # the clamp keeps the gradient of a masked region's zeros finite
-        attention = attention * (self.temperature / (norms + EPSILON))
+        norms = tile.over_words(attention.square()).clamp(min=1e-30).sqrt()  # sqrt has no finite gradient at 0
+        attention = attention * tile.to_words(self.temperature / (norms + EPSILON))
         if real is not None:
-            attention = attention.masked_fill(~real[:, None, None], float("-inf"))
+            attention = attention.masked_fill(~tile.mask(real), float("-inf"))
         attention = attention.softmax(dim=-1)
-
-        dependent = self.norm(attention.flatten(1, 2).to(self.dtype), regions, weights).view(shape)
-        return ((attention * affinity).sum(dim=-1) / dependent).mean(dim=-1)
+        weights = weights.view(-1, *weights.shape[-2:])  # (1 or images, words, D)
+        dependent = self.norm(tile.by_image(attention).to(self.dtype), regions, weights)
+        return tile.mean((attention * affinity).sum(dim=-1) / tile.by_image(dependent))
 
 
 class _AllPairs(torch.autograd.Function):
@@ -197,19 +197,25 @@ class _AllPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, norm):
-        ctx.save_for_backward(regions, words, delta, gram, temperature, lengths, real)
-        ctx.dtype = dtype
-        return Scorer(delta, temperature, norm, dtype).all_pairs(regions, words, lengths, real)
+        ctx.save_for_backward(regions, words, delta, gram, temperature, real)
+        ctx.lengths, ctx.dtype = lengths, dtype
+        scorer = Scorer(delta, temperature, norm, dtype)
+        return scorer.all_pairs(regions, scorer.captions(words, lengths), real)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        *inputs, lengths, real = ctx.saved_tensors
+        *inputs, real = ctx.saved_tensors
+        chosen = gradient.nonzero()  # the one time in a step that Python waits for the device
+        few = len(chosen) <= FEW_PAIRS * gradient.numel()
         with torch.autocast(gradient.device.type, enabled=False):
-            tiles, gradient, dtype = _tiles_with_gradient(gradient, inputs[0], lengths.cpu(), ctx.dtype)
-            differentiator = _Differentiator(*inputs, real, dtype)  # type: ignore[call-arg]
-            for tile in tiles:
-                differentiator.add(tile, lambda _, tile=tile: gradient[tile.places])  # type: ignore[misc]
+            # exact products cost little where few pairs remain
+            differentiator = _Differentiator(*inputs, ctx.lengths, real, inputs[0].dtype if few else ctx.dtype)
+            if few:
+                images, captions = chosen.unbind(dim=1)
+                gradient = gradient[images, captions]
+            for tile in differentiator.pair_tiles(images, captions) if few else differentiator.shared_tiles():
+                differentiator.add(tile, lambda _, tile=tile: gradient[tile.place])  # type: ignore[misc]
             return *differentiator.gradients(), None, None, None, None
 
 
@@ -218,20 +224,19 @@ class _SumOverNegatives(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, loss, shard):
-        inputs = (regions, words, delta, gram, temperature, real)
+        inputs = (regions, words, delta, gram, temperature, lengths, real)
         exact = regions.dtype  # of the true pairs, which are few
-        lengths, images = lengths.cpu(), torch.arange(len(regions))
+        images = torch.arange(len(regions))
         true_pairs = (images, images + shard.own.start)
         scorer = Scorer(delta, temperature, differentiable_norm(gram, exact), exact)
         true_scores = shard.gather(scorer.pairs(regions, words, lengths, *true_pairs, real), shard.sizes)
         negatives = _Negatives(loss, true_scores, shard.own.start)
         wrong, true = _Differentiator(*inputs, dtype), _Differentiator(*inputs, exact)
-        rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
-        for tile in all_tiles(len(regions), lengths, rows, regions.device):
-            wrong.add(tile, lambda scores, tile=tile: negatives.add(scores, tile.places))
+        for tile in wrong.shared_tiles():
+            wrong.add(tile, lambda scores, tile=tile: negatives.add(scores, *tile.place))
         total, of_true = shard.sum(negatives.sum), shard.sum(negatives.of_true)[shard.own]
-        for tile in pair_tiles(*true_pairs, lengths, scorer.rows(regions), regions.device):
-            true.add(tile, lambda _, tile=tile: of_true[tile.places])
+        for tile in true.pair_tiles(*true_pairs):
+            true.add(tile, lambda _, tile=tile: of_true[tile.place])
         both = zip(wrong.gradients(), true.gradients(), strict=True)
         ctx.save_for_backward(*(None if a is None else a + b for a, b in both))
         return total
@@ -248,57 +253,53 @@ class _Negatives:
     def __init__(self, loss: PairLoss, true: Tensor, first: int):
         """true: (B,) scores of image k and caption k. first: this process's first image among all."""
         self.loss, self.true, self.first = loss, true, first
+        self.numbers = torch.arange(len(true), device=true.device)
         self.sum, self.of_true = true.new_zeros(()), torch.zeros_like(true)
 
-    def add(self, scores: Tensor, places: Tensor) -> Tensor:
-        """The gradient in scores (G, c) of pairs, given as places in the flattened matrix of this process's scores."""
-        images, captions = self.first + places[:, 0] // len(self.true), places[0] % len(self.true)
+    def add(self, scores: Tensor, images: slice, captions: slice) -> Tensor:
+        """The gradient in scores (G, c) of this process's images and of captions."""
+        images = slice(self.first + images.start, self.first + images.stop)
         with torch.enable_grad():
             parts = [part.detach().requires_grad_() for part in (scores, self.true[images, None], self.true[captions])]
-            loss = self.loss(*parts).masked_fill(images[:, None] == captions, 0).sum()
+            own = self.numbers[images, None] == self.numbers[captions]
+            loss = self.loss(*parts).masked_fill(own, 0).sum()
         of_scores, of_images, of_captions = torch.autograd.grad(loss, parts)
         self.sum += loss.detach()
-        self.of_true.index_add_(0, images, of_images[:, 0]).index_add_(0, captions, of_captions)
+        self.of_true[images] += of_images[:, 0]
+        self.of_true[captions] += of_captions
         return of_scores
-
-
-def _tiles_with_gradient(
-    gradient: Tensor, regions: Tensor, lengths: Tensor, dtype: torch.dtype
-) -> tuple[Iterable[Tile], Tensor, torch.dtype]:
-    """Tiles of the pairs to differentiate, the scores' gradients that their places mean, the type of the products."""
-    images, captions = gradient.nonzero().cpu().unbind(dim=1)
-    if len(images) > FEW_PAIRS * gradient.numel():
-        rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
-        return all_tiles(len(regions), lengths, rows, regions.device), gradient.flatten(), dtype
-    dtype = regions.dtype  # exact products cost little where few pairs remain
-    rows = rows_of_tile(regions.device, dtype, regions.shape[-1])
-    chosen = gradient[gradient != 0]  # in the same order
-    return pair_tiles(images, captions, lengths, rows, regions.device), chosen, dtype
 
 
 class _Differentiator:
     """Scores tiles and adds up their gradients in regions, words, delta, K and the temperature."""
 
-    def __init__(self, regions, words, delta, gram, temperature, real: Tensor | None, dtype: torch.dtype):
-        self.inputs, self.real, self.dtype = (regions.to(dtype), words, delta, temperature), real, dtype
+    def __init__(self, regions, words, delta, gram, temperature, lengths, real: Tensor | None, dtype: torch.dtype):
+        self.regions, self.words, self.others = regions.to(dtype), words, (delta, temperature)
+        self.lengths, self.real, self.dtype = lengths, real, dtype
         self.totals = [torch.zeros_like(tensor) for tensor in (regions, words, delta, temperature)]
         self.norm = differentiable_norm(gram, dtype)
+        self.rows = rows_of_tile(self.regions, dtype, self.norm.wide(self.regions))
+
+    def shared_tiles(self) -> Iterable[SharedTile]:
+        """Tiles of all pairs."""
+        bags = Bags.of_lengths(self.lengths, self.words.device)
+        return shared_tiles(len(self.regions), self.lengths, bags, self.rows)
+
+    def pair_tiles(self, images: Tensor, captions: Tensor) -> Iterable[Tile]:
+        """Tiles of image k and caption k, for indices (P,) of both."""
+        return pair_tiles(images, captions, self.lengths, self.rows, self.words)
 
     def add(self, tile: Tile, gradient_of: Callable[[Tensor], Tensor]) -> None:
-        """gradient_of: takes the tile's scores (G, c), returns the loss's gradient in them."""
-        mask = None if self.real is None else self.real[tile.images]
-        parts = (self.inputs[0][tile.images], self.inputs[1][tile.words], *self.inputs[2:])
+        """gradient_of: takes the tile's scores, returns the loss's gradient in them."""
+        parts = (self.regions[tile.images], self.words[tile.words], *self.others)
         regions, words, delta, temperature = parts = [part.detach().requires_grad_() for part in parts]
         with torch.enable_grad():
             scorer = Scorer(delta, temperature, self.norm, self.dtype)
-            scores = scorer.tile(regions, *scorer.prepare(words), mask)
+            scores = scorer.score(tile, regions, *scorer.prepare(words), self.real)
         leaves = [*parts, *self.norm.leaves]
         of_regions, of_words, *others = torch.autograd.grad(scores, leaves, gradient_of(scores.detach()))
-        if isinstance(tile.images, slice):
-            self.totals[0][tile.images] += of_regions
-        else:
-            self.totals[0].index_add_(0, tile.images, of_regions)
-        self.totals[1].index_add_(0, tile.words.flatten(), of_words.flatten(0, 2))
+        tile.add(self.totals[0], tile.images, of_regions)
+        tile.add(self.totals[1], tile.words, of_words)
         for total, other in zip([*self.totals[2:], *self.norm.totals], others, strict=True):
             total += other
 

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from lib.model.layers import EPSILON
 
-# Rows of a triangular factor that are multiplied at once: the fewer, the less of its zero half is touched.
-BLOCK = 128
+# Rows of a triangular factor that are multiplied at once: the fewer, the less of its zero half is touched, but the more
+# launches on a device where they cost.
+BLOCK = {"cpu": 128, "cuda": 512}
 
 
 class Scratch:
@@ -48,6 +49,10 @@ class Norm:
     leaves: tuple[Tensor, ...] = ()
     totals: tuple[Tensor, ...] = ()
 
+    def wide(self, regions: Tensor) -> int:
+        """How many tensors of D numbers a call holds for each word and image, with regions (I, R, D)."""
+        return 2
+
     def weigh(self, words: Tensor) -> Tensor:
         """The words as the norm takes them."""
         return words
@@ -65,7 +70,7 @@ class FactorNorm(Norm):
 
     def __init__(self, factor: Tensor, triangular: bool):
         """factor: F (D, D) with F^T F = D^T D. triangular: F is zero below its diagonal."""
-        step = BLOCK if triangular else len(factor)
+        step = BLOCK[factor.device.type] if triangular else len(factor)
         self.blocks = [factor[i : i + step, i * triangular :].clone().T for i in range(0, len(factor), step)]
         self.scratch = Scratch()
 
@@ -138,6 +143,10 @@ class GramNorm(Norm):
         self.upper = torch.zeros_like(gram)  # blocks on and above the diagonal
         self.scratch = Scratch()
 
+    def wide(self, regions: Tensor) -> int:
+        """Context, x, x K and one more."""
+        return 4
+
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         return _GramNorm.apply(attention, regions, weights, self)
 
@@ -166,8 +175,9 @@ class _GramNorm(torch.autograd.Function):
         context, x, product, upper = ctx.context, ctx.x, ctx.product, ctx.norm.upper
         scale = (gradient.flatten() / norms)[:, None].to(x.dtype)
         scaled = torch.mul(x, scale, out=ctx.each)
-        for i in range(0, x.shape[1], BLOCK):
-            upper[i : i + BLOCK, i:] += scaled[:, i : i + BLOCK].T @ x[:, i:]
+        step = BLOCK[x.device.type]
+        for i in range(0, x.shape[1], step):
+            upper[i : i + step, i:] += scaled[:, i : i + step].T @ x[:, i:]
         of_x = product.mul_(scale).view_as(context)
         of_weights = torch.mul(of_x, context, out=ctx.each.view_as(context))
         of_weights = of_weights.sum(dim=0, keepdim=True) if len(weights) == 1 else of_weights.clone()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.model.layers import Shard
+from lib.model.layers import Shard, upload
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -59,13 +59,17 @@ class PlainScorer:
         kinds = {parameter.device.type for parameter in similarity.parameters()} or {"cpu"}
         self.autocast = {kind: (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds}
 
+    def captions(self, words: Tensor, lengths: Tensor) -> Any:
+        """Captions as `all_pairs` takes them: words (sum of W, D) and lengths (C,)."""
+        return words, lengths
+
     @torch.no_grad()
-    def all_pairs(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
-        """Scores (I, C)."""
+    def all_pairs(self, regions: Tensor, captions: Any, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C) of regions (I, R, D) and `captions`; real: (I, R), False for padding."""
         kind = regions.device.type
         dtype, enabled = self.autocast.get(kind, (torch.bfloat16, False))
         with torch.autocast(kind, dtype, enabled):
-            return self.similarity(regions, words, lengths, real)
+            return self.similarity(regions, *captions, real)
 
     def pairs(
         self,
@@ -77,4 +81,5 @@ class PlainScorer:
         real: Tensor | None = None,
     ) -> Tensor:
         """Scores (P,) of image k and caption k, for indices (P,) of both."""
-        return self.all_pairs(regions, words, lengths, real)[images.to(regions.device), captions.to(regions.device)]
+        scores = self.all_pairs(regions, self.captions(words, lengths), real)
+        return scores[upload(images, scores.device), upload(captions, scores.device)]

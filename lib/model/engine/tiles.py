@@ -1,68 +1,210 @@
-"""Pairs of images and captions in tiles whose captions all have one length, so that nothing is padded."""
+"""Pairs of images and captions in tiles: what is scored at once, and how its tensors are laid out.
 
+A tile knows where its images and words are, how affinities are computed, and how to add over a caption's words. Nothing
+in it makes Python wait for the device: sizes come from lengths on the CPU.
+"""
+
+from bisect import bisect_right
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# The largest tensor of a tile, (word, image) pairs x D numbers: it stays in a CPU's cache, it fills a GPU.
-TILE_BYTES = {"cpu": 2**23, "cuda": 2**27}
-# Images of a tile, where there are as many.
-TILE_IMAGES = {"cpu": 8, "cuda": 32}
+from lib.model.layers import upload
 
-
-class Tile(NamedTuple):
-    """G images, each against c captions of n words: either the same captions for all (1) or each image its own (G)."""
-
-    images: slice | Tensor  # consecutive ones where they share captions, else indices (G,)
-    words: Tensor  # (1 or G, c, n) indices of the captions' words among all words
-    places: Tensor  # (G, c) where the scores belong in the flattened result
+# On a CPU the largest tensor of a tile, (word, image) pairs x D numbers, stays in the cache. On other devices a launch
+# costs more than memory, and all tensors of a tile together take MEMORY_SHARE of the device's memory: of all of it, not
+# of what is free, so that other programs on the device do not change the order in which numbers are added.
+CACHE_BYTES = {"cpu": 2**23}
+CACHE_IMAGES = 8  # images of such a tile, where there are as many
+MEMORY_SHARE = 1 / 8
+NARROW = 10  # tensors of R numbers, in float32, for each (word, image) pair of a tile
 
 
-def rows_of_tile(device: torch.device, dtype: torch.dtype, dims: int) -> int:
-    """How many (word, image) pairs make a tile on a device."""
-    return max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (dims * dtype.itemsize))
+class Bags(NamedTuple):
+    """Which rows belong together: bag k has the rows from starts[k] to starts[k + 1]. All on the device."""
+
+    rows: Tensor  # (W,) 0, 1, 2, ...
+    starts: Tensor  # (c,)
+    bag_of_row: Tensor  # (W,)
+    sizes: Tensor  # (c, 1)
+
+    @classmethod
+    def of_lengths(cls, lengths: Tensor, device: torch.device) -> "Bags":
+        """The captions' words. lengths: (C,), on the CPU."""
+        total, number = int(lengths.sum()), len(lengths)
+        numbers = torch.cat([lengths.cumsum(0) - lengths, torch.arange(number).repeat_interleave(lengths), lengths])
+        starts, bag_of_row, sizes = upload(numbers, device).split([number, total, number])
+        return cls(torch.arange(total, device=device), starts, bag_of_row, sizes[:, None])
+
+    def part(self, captions: slice, words: slice) -> "Bags":
+        """Some consecutive bags."""
+        if captions.stop - captions.start == len(self.starts):
+            return self
+        starts, bag_of_row = self.starts[captions] - words.start, self.bag_of_row[words] - captions.start
+        return Bags(self.rows[: words.stop - words.start], starts, bag_of_row, self.sizes[captions])
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sums (c, ...) of the rows of each bag, x: (W, ...); in one kernel, in one order."""
+        return torch.embedding_bag(x.flatten(1), self.rows, self.starts)[0].view(-1, *x.shape[1:])
+
+    def spread(self, x: Tensor) -> Tensor:
+        """For each row what its bag has: (W, ...) of x (c, ...)."""
+        return x.index_select(0, self.bag_of_row)
 
 
-def all_tiles(images: int, lengths: Tensor, rows: int, device: torch.device) -> Iterator[Tile]:
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bags: Bags) -> Tensor:
+        ctx.bags = bags
+        return bags.sum(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.bags.spread(gradient), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bags: Bags) -> Tensor:
+        ctx.bags = bags
+        return bags.spread(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.bags.sum(gradient), None
+
+
+class SharedTile(NamedTuple):
+    """G images, each against the same c consecutive captions of W words. Tensors of words are (W, G, ...)."""
+
+    images: slice
+    words: slice
+    place: tuple[slice, slice]  # of the scores (G, c) among all scores: images, captions
+    bags: Bags
+
+    def affinity(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """Products (W, G, R) of queries (W, D) with regions (G, R, D)."""
+        return (queries @ regions.flatten(0, 1).T).unflatten(1, regions.shape[:2])
+
+    def over_words(self, x: Tensor) -> Tensor:
+        """Sums over each caption's words, for each of its words: (W, G, R) -> (c, G, R); see `to_words`."""
+        return _Sum.apply(x, self.bags)
+
+    def to_words(self, x: Tensor) -> Tensor:
+        """Back from captions to words: (c, G, R) -> (W, G, R)."""
+        return _Spread.apply(x, self.bags)
+
+    def by_image(self, x: Tensor) -> Tensor:
+        """(W, G, ...) -> (G, W, ...), and back."""
+        return x.transpose(0, 1)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Means over each caption's words: (W, G) -> (G, c)."""
+        return (_Sum.apply(x, self.bags) / self.bags.sizes).T
+
+    def mask(self, real: Tensor) -> Tensor:
+        """What broadcasts to (W, G, R), from (I, R) of all images."""
+        return real[self.images]
+
+    def add(self, total: Tensor, rows: slice, gradient: Tensor) -> Tensor:
+        """Add gradients of images or of words to those of all of them."""
+        total[rows] += gradient
+        return total
+
+
+class PairTile(NamedTuple):
+    """P pairs of an image and its caption, padded to n words. Tensors of words are (P, n, ...)."""
+
+    images: Tensor  # (P,)
+    words: Tensor  # (P, n), some other word's index for padding
+    place: Tensor  # (P,) of the scores among all of the pairs
+    inside: Tensor  # (P, n, 1) one for a word of the caption, zero for padding
+
+    def affinity(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """Products (P, n, R) of queries (P, n, D) with regions (P, R, D)."""
+        return torch.bmm(queries, regions.mT)
+
+    def over_words(self, x: Tensor) -> Tensor:
+        """Sums over each caption's words: (P, n, R) -> (P, 1, R)."""
+        return (x * self.inside).sum(dim=1, keepdim=True)
+
+    def to_words(self, x: Tensor) -> Tensor:
+        """What broadcasts to (P, n, R)."""
+        return x
+
+    def by_image(self, x: Tensor) -> Tensor:
+        """They are by image already."""
+        return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Means over each caption's words: (P, n) -> (P,)."""
+        inside = self.inside.squeeze(-1)
+        return (x * inside).sum(dim=1) / inside.sum(dim=1)
+
+    def mask(self, real: Tensor) -> Tensor:
+        """What broadcasts to (P, n, R), from (I, R) of all images."""
+        return real[self.images][:, None]
+
+    def add(self, total: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
+        """Add gradients of images or of words to those of all of them."""
+        return total.index_add_(0, rows.flatten(), gradient.flatten(0, rows.ndim - 1).to(total.dtype))
+
+
+Tile = SharedTile | PairTile
+
+
+def rows_of_tile(regions: Tensor, dtype: torch.dtype, wide: int) -> int:
+    """How many (word, image) pairs of regions (I, R, D) make a tile. wide: tensors of D numbers that each takes."""
+    count, dims = regions.shape[1:]
+    if cached := CACHE_BYTES.get(regions.device.type):
+        return max(1, cached // (dims * dtype.itemsize))
+    return max(1, int(MEMORY_SHARE * memory(regions.device)) // (wide * dims * dtype.itemsize + NARROW * count * 4))
+
+
+@cache
+def memory(device: torch.device) -> int:
+    """Bytes of a device."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def shared_tiles(images: int, lengths: Tensor, bags: Bags, rows: int) -> Iterator[SharedTile]:
     """Every image against every caption once. lengths: (C,), on the CPU; rows: (word, image) pairs of a tile."""
-    images_of_tile = min(images, TILE_IMAGES.get(device.type, TILE_IMAGES["cuda"]))
-    starts = lengths.cumsum(0) - lengths
-    for captions, words in _group_by_length(lengths, starts, max(1, rows // images_of_tile), device):
-        first, words = 0, words[None]
-        for block in torch.arange(images, device=device).split(max(1, rows // words.numel())):
-            places = block[:, None] * len(lengths) + captions
-            yield Tile(slice(first, first + len(block)), words, places)
-            first += len(block)
+    images_of_tile = min(images, CACHE_IMAGES) if bags.rows.device.type in CACHE_BYTES else images
+    ends, first = [0, *lengths.cumsum(0).tolist()], 0
+    while first < len(lengths):
+        last = max(first + 1, bisect_right(ends, ends[first] + rows // images_of_tile) - 1)
+        captions, words = slice(first, last), slice(ends[first], ends[last])
+        part, step = bags.part(captions, words), max(1, rows // (ends[last] - ends[first]))
+        for image in range(0, images, step):
+            block = slice(image, min(image + step, images))
+            yield SharedTile(block, words, (block, captions), part)
+        first = last
 
 
-def pair_tiles(images: Tensor, captions: Tensor, lengths: Tensor, rows: int, device: torch.device) -> Iterator[Tile]:
-    """Image k against caption k alone, for indices (P,) on the CPU; the result is (P,)."""
-    starts, images = lengths.cumsum(0) - lengths, _upload(images, device)
-    for pairs, words in _group_by_length(lengths[captions], starts[captions], rows, device):
-        yield Tile(images[pairs], words[:, None], pairs[:, None])
+def pair_tiles(images: Tensor, captions: Tensor, lengths: Tensor, rows: int, like: Tensor) -> Iterator[PairTile]:
+    """Image k against caption k alone, for indices (P,) on the CPU or on the device; the result is (P,).
 
-
-def _group_by_length(
-    lengths: Tensor, starts: Tensor, words: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices (c,) of entries that have one length n, at most `words` words in all, and the words' indices (c, n).
-
-    All indices go to the device at once: were each group's sent alone, Python would wait for the device each time.
+    lengths: (C,), on the CPU. like: a tensor whose device and dtype the tiles get. Pairs known on the CPU are ordered
+    by length, so that little is padded.
     """
-    ordered, order = lengths.sort(stable=True)
-    ends = ordered.cumsum(0)
-    shift = torch.repeat_interleave(starts[order] - (ends - ordered), ordered)
-    indices, order = _upload(torch.arange(len(shift)) + shift, device), _upload(order, device)
-    first = begin = 0
-    for length, count in zip(*(one.tolist() for one in ordered.unique_consecutive(return_counts=True)), strict=True):
-        step = max(1, words // length)
-        for size in (min(step, count - done) for done in range(0, count, step)):
-            end = begin + size * length
-            yield order[first : first + size], indices[begin:end].view(size, length)
-            first, begin = first + size, end
-
-
-def _upload(indices: Tensor, device: torch.device) -> Tensor:
-    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices
+    if not len(images):
+        return
+    device, longest = like.device, int(lengths.max())
+    position, starts = torch.arange(longest), lengths.cumsum(0) - lengths
+    words = upload((starts[:, None] + position).clamp(max=int(lengths.sum()) - 1), device)  # (C, longest)
+    inside = upload((position < lengths[:, None]).to(like.dtype), device)[..., None]
+    step, places = max(1, rows // longest), torch.arange(len(images), device=captions.device)
+    widths = [longest] * -(-len(images) // step)
+    if captions.device.type == "cpu":
+        places = lengths[captions].argsort(stable=True)
+        images, captions = images[places], captions[places]
+        widths = [int(some.max()) for some in lengths[captions].split(step)]
+    parts = (upload(one, device).split(step) for one in (images, captions, places))
+    for n, some_images, some, place in zip(widths, *parts, strict=True):
+        yield PairTile(some_images, words[some, :n], place, inside[some, :n])
