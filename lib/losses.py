@@ -69,10 +69,9 @@ def hinge(scores: Tensor, margin: float) -> Tensor:
 
     The published recipe: the first epochs, by default one, take all negatives.
     """
-    true, diagonal = scores.diagonal(), _diagonal(scores)
-    of_images = (margin + scores - true[:, None]).clamp(min=0).masked_fill(diagonal, 0)
-    of_captions = (margin + scores - true).clamp(min=0).masked_fill(diagonal, 0)
-    return of_images.max(dim=1).values.sum() + of_captions.max(dim=0).values.sum()
+    wrong = scores.masked_fill(_diagonal(scores), float("-inf"))
+    hardest = torch.cat([wrong.max(dim=1).values, wrong.max(dim=0).values])
+    return (margin + hardest - scores.diagonal().repeat(2)).clamp(min=0).sum()
 
 
 def ramped(scores: Tensor, margin: float) -> Tensor:
@@ -83,13 +82,11 @@ def ramped(scores: Tensor, margin: float) -> Tensor:
     an untrained model learns from many negatives, a trained one mostly from the hardest, and one whose scores have
     become equal is at recall 0 and gets the gradients that it started with (measurements: docs/training.md).
     """
-    return _ramped_over_rows(scores, margin) + _ramped_over_rows(scores.T, margin)
-
-
-def _ramped_over_rows(scores: Tensor, margin: float) -> Tensor:
-    true, diagonal = scores.diagonal()[:, None], _diagonal(scores)
-    recall = (scores.detach().masked_fill(diagonal, float("-inf")) < true).all(dim=1).to(scores.dtype).mean()
-    violated = (margin + scores - true).clamp(min=0).masked_fill(diagonal, 0)
+    wrong = scores.masked_fill(_diagonal(scores), float("-inf"))
+    wrong, true = torch.cat([wrong, wrong.T]), scores.diagonal().repeat(2)[:, None]  # (2 B, B): images, then captions
+    is_first = (wrong < true).all(dim=1).unflatten(0, (2, -1))
+    recall = is_first.to(scores.dtype).mean(dim=1, keepdim=True).expand(is_first.shape).flatten()
+    violated = (margin + wrong - true).clamp(min=0)
     mean = violated.sum(dim=1) / (violated > 0).sum(dim=1).clamp(min=1)
     return (recall * violated.max(dim=1).values + (1 - recall) * mean).sum()
 

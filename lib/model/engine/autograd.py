@@ -27,6 +27,7 @@ from lib.model.layers import EPSILON, Shard
 
 # Pairs are differentiated one by one where the loss depends on no more than this share of them.
 FEW_PAIRS = 0.4
+SLOPE = 0.1  # of LeakyReLU
 ONE_IN = 8  # every eighth image is scored coarsely to estimate that share
 
 
@@ -45,11 +46,10 @@ class TiledEngine(PlainEngine):
             return _AllPairs.apply(regions, words, *parameters, lengths, real, dtype, norm)
 
     def sum_over_negatives(self, loss: PairLoss, embedded: Embedded, shard: Shard | None = None) -> Tensor:
-        """As PlainEngine's; differentiated while it is computed where most pairs count."""
+        """As PlainEngine's; differentiated while it is computed where tiles are small and most pairs count."""
         regions, words, lengths, real = embedded
         shard = shard or Shard(len(lengths))
-        # Where tiles are large, to ask for the share would cost more than to differentiate every pair.
-        if regions.device.type in CACHE_BYTES and self._share_of_violations(loss, embedded, shard) <= FEW_PAIRS:
+        if regions.device.type not in CACHE_BYTES or self._share_of_violations(loss, embedded, shard) <= FEW_PAIRS:
             return super().sum_over_negatives(loss, embedded, shard)
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
@@ -147,10 +147,13 @@ class Scorer:
     def all_pairs(self, regions: Tensor, captions: Captions, real: Tensor | None = None) -> Tensor:
         """Scores (I, C). regions: (I, R, D). real: (I, R), False for padding."""
         queries, weights, lengths, bags = captions
-        scores, regions = regions.new_empty(len(regions), len(lengths)), regions.to(self.dtype)
+        scores, regions = None, regions.to(self.dtype)
         for tile in shared_tiles(len(regions), lengths, bags, self.rows(regions)):
-            words = queries[tile.words], weights[tile.words]
-            scores[tile.place] = self.score(tile, regions[tile.images], *words, real)
+            some = self.score(tile, regions[tile.images], queries[tile.words], weights[tile.words], real)
+            if some.shape == (len(regions), len(lengths)):
+                return some
+            scores = some.new_empty(len(regions), len(lengths)) if scores is None else scores
+            scores[tile.place] = some
         return scores
 
     @torch.no_grad()
@@ -181,15 +184,42 @@ class Scorer:
         """A tile's scores, from its own regions and words (see `prepare`); real: of all images."""
         exact = torch.promote_types(self.dtype, torch.float32)  # of norms, exp and softmax
         affinity = tile.affinity(queries, regions).to(exact)  # Z
-        attention = F.leaky_relu(affinity.tanh(), 0.1)
-        norms = tile.over_words(attention.square()).clamp(min=1e-30).sqrt()  # sqrt has no finite gradient at 0
-        attention = attention * tile.to_words(self.temperature / (norms + EPSILON))
-        if real is not None:
-            attention = attention.masked_fill(~tile.mask(real), float("-inf"))
-        attention = attention.softmax(dim=-1)
+        mask = None if real is None else ~tile.mask(real)
+        attention, sums = _Attention.apply(affinity, self.temperature, tile, mask)
         weights = weights.view(-1, *weights.shape[-2:])  # (1 or images, words, D)
         dependent = self.norm(tile.by_image(attention).to(self.dtype), regions, weights)
-        return tile.mean((attention * affinity).sum(dim=-1) / tile.by_image(dependent))
+        return tile.mean(sums / tile.by_image(dependent))
+
+
+class _Attention(torch.autograd.Function):
+    """Attention over regions from affinities Z, and each word's sum_r A_r Z_r; by hand, in half of autograd's steps."""
+
+    @staticmethod
+    def forward(ctx, affinity: Tensor, temperature: Tensor, tile: Tile, mask: Tensor | None):
+        tanh = affinity.tanh()
+        attention = F.leaky_relu(tanh, SLOPE)
+        norms = tile.over_words(attention.square()).clamp_(min=1e-30).sqrt_()  # above 0, which the gradient divides by
+        scale = temperature / (norms + EPSILON)
+        logits = attention * tile.to_words(scale)
+        softmax = (logits if mask is None else logits.masked_fill_(mask, float("-inf"))).softmax(dim=-1)
+        ctx.save_for_backward(affinity, temperature, tanh, attention, norms, scale, softmax)
+        ctx.tile = tile
+        return softmax, (softmax * affinity).sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_softmax: Tensor, of_sums: Tensor):
+        affinity, temperature, tanh, attention, norms, scale, softmax = ctx.saved_tensors
+        tile, of_sums = ctx.tile, of_sums[..., None]
+        inner = torch.addcmul(of_softmax, affinity, of_sums).mul_(softmax)
+        of_logits = torch.addcmul(inner, softmax, inner.sum(dim=-1, keepdim=True), value=-1)
+        of_scale = tile.over_words(of_logits * attention) * scale  # times the scale itself
+        of_squares = of_scale / (norms + EPSILON) / norms  # times -2
+        of_attention = of_logits * tile.to_words(scale)
+        of_attention = torch.addcmul(of_attention, attention, tile.to_words(of_squares), value=-1)
+        of_tanh = torch.where(tanh > 0, of_attention, SLOPE * of_attention)
+        of_affinity = torch.addcmul(of_tanh, of_tanh, tanh.square(), value=-1).addcmul_(softmax, of_sums)
+        return of_affinity, of_scale.sum() / temperature, None, None
 
 
 class _AllPairs(torch.autograd.Function):
@@ -238,7 +268,7 @@ class _SumOverNegatives(torch.autograd.Function):
         for tile in true.pair_tiles(*true_pairs):
             true.add(tile, lambda _, tile=tile: of_true[tile.place])
         both = zip(wrong.gradients(), true.gradients(), strict=True)
-        ctx.save_for_backward(*(None if a is None else a + b for a, b in both))
+        ctx.save_for_backward(*(a if b is None else a + b for a, b in both))
         return total
 
     @staticmethod
@@ -265,8 +295,8 @@ class _Negatives:
             loss = self.loss(*parts).masked_fill(own, 0).sum()
         of_scores, of_images, of_captions = torch.autograd.grad(loss, parts)
         self.sum += loss.detach()
-        self.of_true[images] += of_images[:, 0]
-        self.of_true[captions] += of_captions
+        self.of_true[images].add_(of_images[:, 0])
+        self.of_true[captions].add_(of_captions)
         return of_scores
 
 
@@ -274,9 +304,11 @@ class _Differentiator:
     """Scores tiles and adds up their gradients in regions, words, delta, K and the temperature."""
 
     def __init__(self, regions, words, delta, gram, temperature, lengths, real: Tensor | None, dtype: torch.dtype):
+        self.inputs = regions, words, delta, gram, temperature
         self.regions, self.words, self.others = regions.to(dtype), words, (delta, temperature)
         self.lengths, self.real, self.dtype = lengths, real, dtype
-        self.totals = [torch.zeros_like(tensor) for tensor in (regions, words, delta, temperature)]
+        self.of_rows: list[Tensor | None] = [None, None]  # regions, words
+        self.of_others: list[Tensor] = []  # delta, temperature, leaves of the norm
         self.norm = differentiable_norm(gram, dtype)
         self.rows = rows_of_tile(self.regions, dtype, self.norm.wide(self.regions))
 
@@ -298,15 +330,16 @@ class _Differentiator:
             scores = scorer.score(tile, regions, *scorer.prepare(words), self.real)
         leaves = [*parts, *self.norm.leaves]
         of_regions, of_words, *others = torch.autograd.grad(scores, leaves, gradient_of(scores.detach()))
-        tile.add(self.totals[0], tile.images, of_regions)
-        tile.add(self.totals[1], tile.words, of_words)
-        for total, other in zip([*self.totals[2:], *self.norm.totals], others, strict=True):
-            total += other
+        rows = zip(self.of_rows, (tile.images, tile.words), (of_regions, of_words), self.inputs[:2], strict=True)
+        self.of_rows = [tile.add(*one) for one in rows]
+        self.of_others = [a + b for a, b in zip(self.of_others, others, strict=True)] if self.of_others else others
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Of all tiles added so far, in regions, words, delta, K and temperature."""
-        *before, of_temperature = self.totals
-        return *before, self.norm.gradient(), of_temperature
+        if not self.of_others:  # no pair has a gradient
+            return tuple(None if one is None else torch.zeros_like(one) for one in self.inputs)
+        of_delta, of_temperature, *of_leaves = self.of_others
+        return *self.of_rows, of_delta, self.norm.gradient(of_leaves), of_temperature
 
 
 def product_dtype(like: Tensor) -> torch.dtype:

@@ -42,12 +42,10 @@ class Scratch:
 class Norm:
     """Divisors (G, W) for G images and W words.
 
-    leaves: what they are differentiated in besides the arguments. totals: for the caller to add up the gradients in the
-    leaves over all tiles.
+    leaves: what they are differentiated in besides the arguments.
     """
 
     leaves: tuple[Tensor, ...] = ()
-    totals: tuple[Tensor, ...] = ()
 
     def wide(self, regions: Tensor) -> int:
         """How many tensors of D numbers a call holds for each word and image, with regions (I, R, D)."""
@@ -60,8 +58,8 @@ class Norm:
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def gradient(self) -> Tensor | None:
-        """Gradient in K, or in its diagonal, of all calls that were differentiated so far."""
+    def gradient(self, of_leaves: list[Tensor]) -> Tensor | None:
+        """Gradient in K, or in its diagonal, of all calls that were differentiated so far, from that in the leaves."""
         return None
 
 
@@ -81,7 +79,7 @@ class FactorNorm(Norm):
             product = self.scratch("product", x, len(x), columns.shape[1])
             torch.mm(x[:, -len(columns) :], columns, out=product)
             torch.linalg.vector_norm(product, dim=-1, dtype=norm.dtype, out=norm)
-        return norms.square_().sum(dim=0).sqrt().view(attention.shape[:2]) + guard
+        return torch.linalg.vector_norm(norms, dim=0).view(attention.shape[:2]) + guard
 
 
 class DiagonalNorm(Norm):
@@ -104,7 +102,7 @@ def differentiable_norm(gram: Tensor | None, dtype: torch.dtype) -> Norm:
     """The norm with gradients: by K (D, D), by its diagonal (D,) alone, or without K the norm of the context."""
     if gram is None:
         return ContextNorm()
-    return (GramNorm if gram.ndim == 2 else DiagonalGramNorm)(gram, dtype)
+    return GramNorm(gram, dtype) if gram.ndim == 2 else DiagonalGramNorm(gram)
 
 
 class ContextNorm(Norm):
@@ -117,18 +115,17 @@ class ContextNorm(Norm):
 class DiagonalGramNorm(Norm):
     """sqrt(sum_j k_j x_j^2) with gradients, for the diagonal k (D,) of K, a leaf."""
 
-    def __init__(self, diagonal: Tensor, dtype: torch.dtype):
-        self.leaves = (diagonal.detach().to(dtype).requires_grad_(),)
-        self.totals = (torch.zeros_like(diagonal),)
+    def __init__(self, diagonal: Tensor):
+        self.leaves = (diagonal.detach().requires_grad_(),)
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         context = torch.bmm(attention, regions)
-        weighted = (context * weights).square() * self.leaves[0]
+        weighted = (context * weights).square() * self.leaves[0].to(context.dtype)
         squares = weighted.sum(dim=-1, dtype=torch.promote_types(context.dtype, torch.float32))
         return squares.clamp(min=1e-30).sqrt() + _guard(context)
 
-    def gradient(self) -> Tensor:
-        return self.totals[0]
+    def gradient(self, of_leaves: list[Tensor]) -> Tensor:
+        return of_leaves[0]
 
 
 class GramNorm(Norm):
@@ -150,7 +147,7 @@ class GramNorm(Norm):
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         return _GramNorm.apply(attention, regions, weights, self)
 
-    def gradient(self) -> Tensor:
+    def gradient(self, of_leaves: list[Tensor]) -> Tensor:
         return 0.5 * (self.upper.triu() + self.upper.triu(1).T)
 
 
@@ -177,7 +174,7 @@ class _GramNorm(torch.autograd.Function):
         scaled = torch.mul(x, scale, out=ctx.each)
         step = BLOCK[x.device.type]
         for i in range(0, x.shape[1], step):
-            upper[i : i + step, i:] += scaled[:, i : i + step].T @ x[:, i:]
+            upper[i : i + step, i:].add_(scaled[:, i : i + step].T @ x[:, i:])
         of_x = product.mul_(scale).view_as(context)
         of_weights = torch.mul(of_x, context, out=ctx.each.view_as(context))
         of_weights = of_weights.sum(dim=0, keepdim=True) if len(weights) == 1 else of_weights.clone()

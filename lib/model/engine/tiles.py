@@ -68,18 +68,6 @@ class _Sum(torch.autograd.Function):
         return ctx.bags.spread(gradient), None
 
 
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bags: Bags) -> Tensor:
-        ctx.bags = bags
-        return bags.spread(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.bags.sum(gradient), None
-
-
 class SharedTile(NamedTuple):
     """G images, each against the same c consecutive captions of W words. Tensors of words are (W, G, ...)."""
 
@@ -93,12 +81,12 @@ class SharedTile(NamedTuple):
         return (queries @ regions.flatten(0, 1).T).unflatten(1, regions.shape[:2])
 
     def over_words(self, x: Tensor) -> Tensor:
-        """Sums over each caption's words, for each of its words: (W, G, R) -> (c, G, R); see `to_words`."""
-        return _Sum.apply(x, self.bags)
+        """Sums over each caption's words: (W, G, R) -> (c, G, R); without gradients, as `to_words`."""
+        return self.bags.sum(x)
 
     def to_words(self, x: Tensor) -> Tensor:
         """Back from captions to words: (c, G, R) -> (W, G, R)."""
-        return _Spread.apply(x, self.bags)
+        return self.bags.spread(x)
 
     def by_image(self, x: Tensor) -> Tensor:
         """(W, G, ...) -> (G, W, ...), and back."""
@@ -112,9 +100,12 @@ class SharedTile(NamedTuple):
         """What broadcasts to (W, G, R), from (I, R) of all images."""
         return real[self.images]
 
-    def add(self, total: Tensor, rows: slice, gradient: Tensor) -> Tensor:
-        """Add gradients of images or of words to those of all of them."""
-        total[rows] += gradient
+    def add(self, total: Tensor | None, rows: slice, gradient: Tensor, like: Tensor) -> Tensor:
+        """Add gradients in the images or words `rows` to those in all of them, which are like `like`."""
+        if total is None and len(gradient) == len(like):
+            return gradient.to(like.dtype)
+        total = torch.zeros_like(like) if total is None else total
+        total[rows].add_(gradient)  # += would copy the slice onto itself
         return total
 
 
@@ -125,14 +116,15 @@ class PairTile(NamedTuple):
     words: Tensor  # (P, n), some other word's index for padding
     place: Tensor  # (P,) of the scores among all of the pairs
     inside: Tensor  # (P, n, 1) one for a word of the caption, zero for padding
+    sizes: Tensor  # (P,) words of each caption
 
     def affinity(self, queries: Tensor, regions: Tensor) -> Tensor:
-        """Products (P, n, R) of queries (P, n, D) with regions (P, R, D)."""
-        return torch.bmm(queries, regions.mT)
+        """Products (P, n, R) of queries (P, n, D) with regions (P, R, D); zero for padding, which then adds nothing."""
+        return torch.bmm(queries, regions.mT) * self.inside
 
     def over_words(self, x: Tensor) -> Tensor:
         """Sums over each caption's words: (P, n, R) -> (P, 1, R)."""
-        return (x * self.inside).sum(dim=1, keepdim=True)
+        return x.sum(dim=1, keepdim=True)
 
     def to_words(self, x: Tensor) -> Tensor:
         """What broadcasts to (P, n, R)."""
@@ -144,16 +136,16 @@ class PairTile(NamedTuple):
 
     def mean(self, x: Tensor) -> Tensor:
         """Means over each caption's words: (P, n) -> (P,)."""
-        inside = self.inside.squeeze(-1)
-        return (x * inside).sum(dim=1) / inside.sum(dim=1)
+        return x.sum(dim=1) / self.sizes
 
     def mask(self, real: Tensor) -> Tensor:
         """What broadcasts to (P, n, R), from (I, R) of all images."""
         return real[self.images][:, None]
 
-    def add(self, total: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
-        """Add gradients of images or of words to those of all of them."""
-        return total.index_add_(0, rows.flatten(), gradient.flatten(0, rows.ndim - 1).to(total.dtype))
+    def add(self, total: Tensor | None, rows: Tensor, gradient: Tensor, like: Tensor) -> Tensor:
+        """Add gradients in the images or words `rows` to those in all of them, which are like `like`."""
+        total = torch.zeros_like(like) if total is None else total
+        return total.index_add_(0, rows.flatten(), gradient.flatten(0, rows.ndim - 1))
 
 
 Tile = SharedTile | PairTile
@@ -205,6 +197,7 @@ def pair_tiles(images: Tensor, captions: Tensor, lengths: Tensor, rows: int, lik
         places = lengths[captions].argsort(stable=True)
         images, captions = images[places], captions[places]
         widths = [int(some.max()) for some in lengths[captions].split(step)]
+    sizes = upload(lengths, device)
     parts = (upload(one, device).split(step) for one in (images, captions, places))
     for n, some_images, some, place in zip(widths, *parts, strict=True):
-        yield PairTile(some_images, words[some, :n], place, inside[some, :n])
+        yield PairTile(some_images, words[some, :n], place, inside[some, :n], sizes[some])
