@@ -108,18 +108,17 @@ def scoring_norm(dependency: Tensor, dtype: torch.dtype, once: bool = False) -> 
     """
     triangular = not (once and dependency.is_cuda)
     factor = torch.linalg.qr(dependency.double(), mode="r").R if triangular else dependency
-    fused = _triton_norm(dependency.device, dtype)
-    return (fused or FactorNorm)(factor.to(dtype), triangular)
+    return _factor_norm(dependency.device, dtype)(factor.to(dtype), triangular)
 
 
-def _triton_norm(device: torch.device, dtype: torch.dtype) -> Callable[..., Norm] | None:
-    """The Triton kernel, where its products are as precise as was asked for and it runs."""
+def _factor_norm(device: torch.device, dtype: torch.dtype) -> type[FactorNorm]:
+    """The Triton kernel's, on CUDA where its products are as precise as was asked for."""
     rounded = dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
     if device.type != "cuda" or not rounded or find_spec("triton") is None:
-        return None
-    from lib.model.engine.triton_norm import TritonNorm, works
+        return FactorNorm
+    from lib.model.engine.triton_norm import TritonNorm
 
-    return TritonNorm if works(device, dtype) else None
+    return TritonNorm
 
 
 class Captions(NamedTuple):
