@@ -40,7 +40,7 @@ def run(tiny_flags, tmp_path_factory):
 
 def in_rank(flags):
     """The exit code of eval.py with small chunks."""
-    score.CHUNK = CHUNK
+    score.CHUNK = {"cpu": CHUNK}
     return eval_program.main(flags)
 
 
@@ -103,8 +103,8 @@ def test_the_size_of_blocks_and_chunks_changes_nothing_but_the_last_digits(run, 
 
 def with_a_nan_in_the_second(flags):
     if distributed.rank() == 1:
-        Scorer.all_pairs = lambda self, regions, words, lengths, real: torch.full(
-            (len(regions), len(lengths)), torch.nan
+        Scorer.all_pairs = lambda self, regions, captions, real: torch.full(
+            (len(regions), len(captions.lengths)), torch.nan
         )
     return eval_program.main(flags)
 

@@ -13,7 +13,7 @@ that depends on most pairs is differentiated while it is computed.
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,12 +146,11 @@ class Scorer:
     def all_pairs(self, regions: Tensor, captions: Captions, real: Tensor | None = None) -> Tensor:
         """Scores (I, C). regions: (I, R, D). real: (I, R), False for padding."""
         queries, weights, lengths, bags = captions
-        scores, regions = None, regions.to(self.dtype)
+        scores, regions = regions.new_empty(len(regions), len(lengths)), regions.to(self.dtype)
         for tile in shared_tiles(len(regions), lengths, bags, self.rows(regions)):
             some = self.score(tile, regions[tile.images], queries[tile.words], weights[tile.words], real)
-            if some.shape == (len(regions), len(lengths)):
+            if some.shape == scores.shape:
                 return some
-            scores = some.new_empty(len(regions), len(lengths)) if scores is None else scores
             scores[tile.place] = some
         return scores
 
@@ -239,7 +238,7 @@ class _AllPairs(torch.autograd.Function):
         few = len(chosen) <= FEW_PAIRS * gradient.numel()
         with torch.autocast(gradient.device.type, enabled=False):
             # exact products cost little where few pairs remain
-            differentiator = _Differentiator(*inputs, ctx.lengths, real, inputs[0].dtype if few else ctx.dtype)
+            differentiator = _Differentiator(*inputs, ctx.lengths, real, inputs[0].dtype if few else ctx.dtype)  # type: ignore[call-arg]
             if few:
                 images, captions = chosen.unbind(dim=1)
                 gradient = gradient[images, captions]
@@ -329,7 +328,7 @@ class _Differentiator:
             scores = scorer.score(tile, regions, *scorer.prepare(words), self.real)
         leaves = [*parts, *self.norm.leaves]
         of_regions, of_words, *others = torch.autograd.grad(scores, leaves, gradient_of(scores.detach()))
-        rows = zip(self.of_rows, (tile.images, tile.words), (of_regions, of_words), self.inputs[:2], strict=True)
+        rows: Any = zip(self.of_rows, (tile.images, tile.words), (of_regions, of_words), self.inputs[:2], strict=True)
         self.of_rows = [tile.add(*one) for one in rows]
         self.of_others = [a + b for a, b in zip(self.of_others, others, strict=True)] if self.of_others else others
 

@@ -83,10 +83,12 @@ def works(device: torch.device, dtype: torch.dtype, regions: int) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 5, regions), (2, regions, 80), (1, 5, 80), (80, 80))
-    *inputs, factor = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    inputs = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    attention, some, weights, factor = inputs
     factor = factor.triu()
     try:
-        fused, plain = norms(*inputs, factor, True), FactorNorm(factor, True)(*inputs)
+        fused = norms(attention, some, weights, factor, True)
+        plain = FactorNorm(factor, True)(attention, some, weights)
         found = "" if torch.allclose(fused, plain, rtol=0.02) else "it computes other norms than plain products"
     except Exception as error:  # whatever compilers and drivers raise, and Triton where shared memory is short
         found = f"{type(error).__name__}: {error}".splitlines()[0]
