@@ -94,7 +94,7 @@ def test_equal_exact_scores_count_against_the_query_and_nan_is_an_error():
 
 
 def test_pooled_captions_are_pooled_once_whatever_the_number_of_blocks_and_chunks(monkeypatch):
-    monkeypatch.setattr(score, "CHUNK", 2)
+    monkeypatch.setattr(score, "CHUNK", {"cpu": 2})
     model = registry.build("similarity", {"name": "gpo", "options": {}}, 6)
     pooled, pool = [], model.pool_captions
     monkeypatch.setattr(

@@ -27,7 +27,6 @@ from lib.model.layers import EPSILON, Shard
 
 # Pairs are differentiated one by one where the loss depends on no more than this share of them.
 FEW_PAIRS = 0.4
-SLOPE = 0.1  # of LeakyReLU
 ONE_IN = 8  # every eighth image is scored coarsely to estimate that share
 
 
@@ -182,42 +181,15 @@ class Scorer:
         """A tile's scores, from its own regions and words (see `prepare`); real: of all images."""
         exact = torch.promote_types(self.dtype, torch.float32)  # of norms, exp and softmax
         affinity = tile.affinity(queries, regions).to(exact)  # Z
-        mask = None if real is None else ~tile.mask(real)
-        attention, sums = _Attention.apply(affinity, self.temperature, tile, mask)
+        attention = F.leaky_relu(affinity.tanh(), 0.1)
+        norms = tile.over_words(attention.square()).clamp(min=1e-30).sqrt()  # sqrt has no finite gradient at 0
+        attention = attention * tile.to_words(self.temperature / (norms + EPSILON))
+        if real is not None:
+            attention = attention.masked_fill(~tile.mask(real), float("-inf"))
+        attention = attention.softmax(dim=-1)
         weights = weights.view(-1, *weights.shape[-2:])  # (1 or images, words, D)
         dependent = self.norm(tile.by_image(attention).to(self.dtype), regions, weights)
-        return tile.mean(sums / tile.by_image(dependent))
-
-
-class _Attention(torch.autograd.Function):
-    """Attention over regions from affinities Z, and each word's sum_r A_r Z_r; by hand, in half of autograd's steps."""
-
-    @staticmethod
-    def forward(ctx, affinity: Tensor, temperature: Tensor, tile: Tile, mask: Tensor | None):
-        tanh = affinity.tanh()
-        attention = F.leaky_relu(tanh, SLOPE)
-        norms = tile.over_words(attention.square()).clamp_(min=1e-30).sqrt_()  # above 0, which the gradient divides by
-        scale = temperature / (norms + EPSILON)
-        logits = attention * tile.to_words(scale)
-        softmax = (logits if mask is None else logits.masked_fill_(mask, float("-inf"))).softmax(dim=-1)
-        ctx.save_for_backward(affinity, temperature, tanh, attention, norms, scale, softmax)
-        ctx.tile = tile
-        return softmax, (softmax * affinity).sum(dim=-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, of_softmax: Tensor, of_sums: Tensor):
-        affinity, temperature, tanh, attention, norms, scale, softmax = ctx.saved_tensors
-        tile, of_sums = ctx.tile, of_sums[..., None]
-        inner = torch.addcmul(of_softmax, affinity, of_sums).mul_(softmax)
-        of_logits = torch.addcmul(inner, softmax, inner.sum(dim=-1, keepdim=True), value=-1)
-        of_scale = tile.over_words(of_logits * attention) * scale  # times the scale itself
-        of_squares = of_scale / (norms + EPSILON) / norms  # times -2
-        of_attention = of_logits * tile.to_words(scale)
-        of_attention = torch.addcmul(of_attention, attention, tile.to_words(of_squares), value=-1)
-        of_tanh = torch.where(tanh > 0, of_attention, SLOPE * of_attention)
-        of_affinity = torch.addcmul(of_tanh, of_tanh, tanh.square(), value=-1).addcmul_(softmax, of_sums)
-        return of_affinity, of_scale.sum() / temperature, None, None
+        return tile.mean((attention * affinity).sum(dim=-1) / tile.by_image(dependent))
 
 
 class _AllPairs(torch.autograd.Function):

@@ -25,47 +25,56 @@ NARROW = 10  # tensors of R numbers, in float32, for each (word, image) pair of 
 
 
 class Bags(NamedTuple):
-    """Which rows belong together: bag k has the rows from starts[k] to starts[k + 1]. All on the device."""
+    """Rows of consecutive captions, one bag for each caption's words. All on the device."""
 
     rows: Tensor  # (W,) 0, 1, 2, ...
-    starts: Tensor  # (c,)
+    starts: Tensor  # (c,) each caption's first row
     bag_of_row: Tensor  # (W,)
-    sizes: Tensor  # (c, 1)
+    sizes: Tensor  # (c, 1) words of each caption
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, device: torch.device) -> "Bags":
-        """The captions' words. lengths: (C,), on the CPU."""
-        total, number = int(lengths.sum()), len(lengths)
-        numbers = torch.cat([lengths.cumsum(0) - lengths, torch.arange(number).repeat_interleave(lengths), lengths])
-        starts, bag_of_row, sizes = upload(numbers, device).split([number, total, number])
-        return cls(torch.arange(total, device=device), starts, bag_of_row, sizes[:, None])
+        """lengths: (C,), on the CPU."""
+        sizes = [len(lengths), int(lengths.sum()), len(lengths)]
+        bag_of_row = torch.arange(len(lengths)).repeat_interleave(lengths)
+        numbers = upload(torch.cat([lengths.cumsum(0) - lengths, bag_of_row, lengths]), device)
+        starts, bag_of_row, lengths = numbers.split(sizes)
+        return cls(torch.arange(sizes[1], device=device), starts, bag_of_row, lengths[:, None])
 
     def part(self, captions: slice, words: slice) -> "Bags":
-        """Some consecutive bags."""
+        """Those of some consecutive captions, whose words are `words`."""
         if captions.stop - captions.start == len(self.starts):
             return self
         starts, bag_of_row = self.starts[captions] - words.start, self.bag_of_row[words] - captions.start
-        return Bags(self.rows[: words.stop - words.start], starts, bag_of_row, self.sizes[captions])
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sums (c, ...) of the rows of each bag, x: (W, ...); in one kernel, in one order."""
-        return torch.embedding_bag(x.flatten(1), self.rows, self.starts)[0].view(-1, *x.shape[1:])
-
-    def spread(self, x: Tensor) -> Tensor:
-        """For each row what its bag has: (W, ...) of x (c, ...)."""
-        return x.index_select(0, self.bag_of_row)
+        return Bags(self.rows[: len(bag_of_row)], starts, bag_of_row, self.sizes[captions])
 
 
 class _Sum(torch.autograd.Function):
+    """Sums (c, ...) of the rows of each bag, of x (W, ...): one kernel, which always adds in the same order."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, bags: Bags) -> Tensor:
         ctx.bags = bags
-        return bags.sum(x)
+        return torch.embedding_bag(x.flatten(1), bags.rows, bags.starts)[0].view(-1, *x.shape[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.bags.spread(gradient), None
+        return _Spread.apply(gradient, ctx.bags), None
+
+
+class _Spread(torch.autograd.Function):
+    """Gives each row what its bag has: (W, ...) of x (c, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bags: Bags) -> Tensor:
+        ctx.bags = bags
+        return x.index_select(0, bags.bag_of_row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.bags), None
 
 
 class SharedTile(NamedTuple):
@@ -81,12 +90,12 @@ class SharedTile(NamedTuple):
         return (queries @ regions.flatten(0, 1).T).unflatten(1, regions.shape[:2])
 
     def over_words(self, x: Tensor) -> Tensor:
-        """Sums over each caption's words: (W, G, R) -> (c, G, R); without gradients, as `to_words`."""
-        return self.bags.sum(x)
+        """Sums over each caption's words: (W, G, ...) -> (c, G, ...)."""
+        return _Sum.apply(x, self.bags)
 
     def to_words(self, x: Tensor) -> Tensor:
-        """Back from captions to words: (c, G, R) -> (W, G, R)."""
-        return self.bags.spread(x)
+        """For each word what its caption has: (c, G, R) -> (W, G, R)."""
+        return _Spread.apply(x, self.bags)
 
     def by_image(self, x: Tensor) -> Tensor:
         """(W, G, ...) -> (G, W, ...), and back."""
@@ -94,10 +103,10 @@ class SharedTile(NamedTuple):
 
     def mean(self, x: Tensor) -> Tensor:
         """Means over each caption's words: (W, G) -> (G, c)."""
-        return (_Sum.apply(x, self.bags) / self.bags.sizes).T
+        return (self.over_words(x) / self.bags.sizes).T
 
     def mask(self, real: Tensor) -> Tensor:
-        """What broadcasts to (W, G, R), from (I, R) of all images."""
+        """What broadcasts to (W, G, R), of (I, R)."""
         return real[self.images]
 
     def add(self, total: Tensor | None, rows: slice, gradient: Tensor, like: Tensor) -> Tensor:
@@ -119,7 +128,7 @@ class PairTile(NamedTuple):
     sizes: Tensor  # (P,) words of each caption
 
     def affinity(self, queries: Tensor, regions: Tensor) -> Tensor:
-        """Products (P, n, R) of queries (P, n, D) with regions (P, R, D); zero for padding, which then adds nothing."""
+        """Products (P, n, R) of queries (P, n, D) with regions (P, R, D); 0 for padding, which then adds nothing."""
         return torch.bmm(queries, regions.mT) * self.inside
 
     def over_words(self, x: Tensor) -> Tensor:
