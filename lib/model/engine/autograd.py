@@ -209,8 +209,8 @@ class _AllPairs(torch.autograd.Function):
         chosen = gradient.nonzero()  # the one time in a step that Python waits for the device
         few = len(chosen) <= FEW_PAIRS * gradient.numel()
         with torch.autocast(gradient.device.type, enabled=False):
-            # exact products cost little where few pairs remain
-            differentiator = _Differentiator(*inputs, ctx.lengths, real, inputs[0].dtype if few else ctx.dtype)  # type: ignore[call-arg]
+            dtype = inputs[0].dtype if few else ctx.dtype  # exact products cost little where few pairs remain
+            differentiator = _Differentiator(*inputs, ctx.lengths, real, dtype)  # type: ignore[call-arg]
             if few:
                 images, captions = chosen.unbind(dim=1)
                 gradient = gradient[images, captions]
