@@ -118,6 +118,10 @@ class DiagonalGramNorm(Norm):
     def __init__(self, diagonal: Tensor):
         self.leaves = (diagonal.detach().requires_grad_(),)
 
+    def wide(self, regions: Tensor) -> int:
+        """What autograd keeps: context, x, its squares; and gradients."""
+        return 5
+
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         context = torch.bmm(attention, regions)
         weighted = (context * weights).square() * self.leaves[0].to(context.dtype)
