@@ -268,7 +268,7 @@ def test_an_interrupted_command_leaves_nothing_under_the_final_name(tmp_path, mo
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scenes, "_write_split", interrupted)
+    monkeypatch.setattr(scenes, "write_split", interrupted)
     assert prepare(tmp_path) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["vocab"]
 

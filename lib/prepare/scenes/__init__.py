@@ -9,20 +9,20 @@ An interrupted run leaves nothing under the folders' names and begins again.
 
 import argparse
 import json
-from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 
 import numpy as np
+import PIL.Image
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from lib.cli import InputError, with_bar
 from lib.files import new_folder
-from lib.prepare.io import add_data_flags, write_lines
+from lib.prepare.io import Image, add_data_flags, write_lines, write_split
 from lib.prepare.scenes.captions import write_captions
 from lib.prepare.scenes.drawing import PICTURE_SIZE, draw, make_scene
 from lib.prepare.scenes.features import IMG_DIM, REGIONS, describe
@@ -98,28 +98,22 @@ def _write_splits(folder: Path, sizes: dict[str, int], seed: int) -> None:
     # On tensors this small, the threads within an operation wait for one another longer than they work
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         for split, count in sizes.items():
-            _write_split(folder, split, count, seed, executor)
+            make = partial(_make_images, folder / "images", feature_scale(), seed, split)
+            parts = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+            batches = with_bar(executor.map(make, parts), f"{split} batches", len(parts))
+            write_split(folder, split, chain.from_iterable(batches))
     torch.set_num_threads(threads)
 
 
-def _write_split(folder: Path, split: str, count: int, seed: int, executor: Executor) -> None:
-    mean, deviation = feature_scale()
-
-    def make(indices: range) -> tuple[list[str], np.ndarray, np.ndarray]:
-        made, boxes, features = make_batch(seed, split, indices)
-        for index, (picture, _) in zip(indices, made, strict=True):
-            path = folder / "images" / f"{split}_{index:05d}.png"
-            Image.fromarray(picture.transpose(1, 2, 0)).save(path, compress_level=1)  # noise hardly shrinks
-        captions = [caption for _, captions in made for caption in captions]
-        return captions, boxes, ((features - mean) / deviation).clip(-CLIP, CLIP)
-
-    parts = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-    batches = list(with_bar(executor.map(make, parts), f"{split} batches", len(parts)))
-    captions, boxes, features = zip(*batches, strict=True)
-    np.save(folder / f"{split}_boxes.npy", np.concatenate(boxes))
-    np.save(folder / f"{split}_ims.npy", np.concatenate(features))
-    write_lines(folder / f"{split}_caps.txt", chain.from_iterable(captions))
-    write_lines(folder / f"{split}_ids.txt", range(count))
+def _make_images(folder: Path, scale: tuple, seed: int, split: str, indices: range) -> list[Image]:
+    """A batch of pictures, which are written to the folder, as images of a data set."""
+    made, boxes, features = make_batch(seed, split, indices)
+    for index, (picture, _) in zip(indices, made, strict=True):
+        pixels = PIL.Image.fromarray(picture.transpose(1, 2, 0))
+        pixels.save(folder / f"{split}_{index:05d}.png", compress_level=1)  # noise hardly shrinks
+    features = ((features - scale[0]) / scale[1]).clip(-CLIP, CLIP)
+    rows = zip(map(str, indices), features, boxes, (captions for _, captions in made), strict=True)
+    return [Image(*row) for row in rows]
 
 
 def make_picture(seed: int, split: str, index: int) -> Made:
