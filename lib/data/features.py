@@ -132,7 +132,7 @@ class FeatureFile:
         bad, problem = ~np.isfinite(features), "NaN or infinite features; extract or download the file again"
         if not bad.any():
             bad = np.abs(features) > np.finfo(np.float16).max
-            problem = "a feature beyond float16's limit, 65504; use --precision fp32, without --device_features"
+            problem = "a feature beyond float16's limit, 65504: keep float32 (--precision fp32, no --device_features)"
         raise InputError(f"{self.path}: row {self.row_of(rows[bad.any(axis=1)][0])} holds {problem}")
 
 

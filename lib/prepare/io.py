@@ -22,17 +22,13 @@ NAMED = 5  # ids or rows that a message names
 
 
 class Image(NamedTuple):
-    """An image on its way into a data set.
-
-    features: (r, img_dim), one row a region. boxes: (r, 4), x1 y1 x2 y2 in pixels. origin: the file and line it was
-    read from, for error messages.
-    """
+    """An image on its way into a data set."""
 
     id: str
-    features: np.ndarray
-    boxes: np.ndarray | None = None
+    features: np.ndarray  # (r, img_dim), one row a region
+    boxes: np.ndarray | None = None  # (r, 4), x1 y1 x2 y2 in pixels
     captions: Sequence[str] = ()
-    origin: str = ""
+    origin: str = ""  # the file and line that it was read from, for error messages
 
 
 def add_data_flags(flags: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -147,12 +143,13 @@ def read_boxes(split: Split) -> np.ndarray | None:
     return boxes.reshape(-1, BOX)
 
 
-def read_image(split: Split, boxes: np.ndarray | None, place: int, image_id: str) -> Image:
-    """The image at a place of a split; boxes: those of all its images."""
-    first, last = split.features.starts[place : place + 2]
+def read_image(split: Split, boxes: np.ndarray | None, place: int, image_id: str, dtype: DTypeLike = None) -> Image:
+    """The image at a place of a split; boxes: those of all its images. None: features in the file's precision."""
+    features, (first, last) = split.features, split.features.starts[place : place + 2]
+    stored = np.empty((last - first, features.img_dim), dtype or features.dtype)
+    rows = features.read_rows(np.arange(first, last), out=stored)
     of_image = boxes[first:last] if boxes is not None else None
-    origin = f"{split.features.path}: image {image_id}"
-    return Image(image_id, split.features.read(np.array([place])), of_image, origin=origin)
+    return Image(image_id, rows, of_image, origin=f"{features.path}: image {image_id}")
 
 
 def read_json(path: Path) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lib.cli import InputError, with_bar
+from lib.cli import with_bar
 from lib.data.dataset import Split, read_ids
 from lib.files import check_space, new_folder
 from lib.prepare import io
@@ -34,16 +34,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _halve(split: Split) -> Iterator[io.Image]:
     """The images in float16. Raises InputError on NaN and on what float16 cannot hold, with the row in the file."""
-    features, boxes = split.features, io.read_boxes(split)
-    ids = read_ids(split) or list(map(str, range(len(features))))
-    ends = np.searchsorted(split.image_of_caption, np.arange(len(features) + 1))
+    images, boxes = len(split.features), io.read_boxes(split)
+    ids = read_ids(split) or list(map(str, range(images)))
+    ends = np.searchsorted(split.image_of_caption, np.arange(images + 1))
     for place, image_id in enumerate(with_bar(ids, split.name)):
-        image = io.read_image(split, boxes, place, image_id)
-        with np.errstate(over="ignore"):  # refused below
-            half = image.features.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise InputError(
-                f"{features.path}: row {features.row_of(features.starts[place])} holds a feature beyond float16's "
-                "largest number, 65504; this data set has to stay in float32"
-            )
-        yield image._replace(features=half, captions=split.captions[ends[place] : ends[place + 1]])
+        image = io.read_image(split, boxes, place, image_id, np.float16)
+        yield image._replace(captions=split.captions[ends[place] : ends[place + 1]])
