@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,8 @@ import numpy as np
 from lib.cli import InputError, refusing, with_bar
 from lib.data.dataset import read_ids
 from lib.files import check_space, new_folder
-from lib.prepare.io import (
-    FEATURES,
-    Image,
-    add_data_flags,
-    open_features,
-    read_boxes,
-    read_image,
-    some,
-    span,
-    table,
-    write_lines,
-    write_split,
-)
+from lib.prepare import io
+from lib.prepare.io import FEATURES, Image, some, span
 
 HEADER = ("split", "images", "captions", "an image", "regions", "missing")
 SAMPLED = 16  # images looked at to tell how large all are, and of which type
@@ -42,7 +32,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         help="features by image id: what `tsv` wrote or another data set (FOLDER, or FOLDER/SPLIT), "
         "or a folder of ID.npy or ID.npz; several are searched in turn",
     )
-    add_data_flags(flags)
+    io.add_data_flags(flags)
 
 
 class Features:
@@ -57,15 +47,10 @@ class Features:
         self._readers: dict[str, Callable[[], Image]] = {}
         for image_id, reader in (one for path in paths for one in _open(path)):
             self._readers.setdefault(image_id, reader)
-        endings: dict[str, list[str]] = {}
-        for name in self._readers:
-            if digits := re.search("[0-9]+$", name):
-                endings.setdefault(digits[0].lstrip("0") or "0", []).append(name)
-        self._aliases = {number: names[0] for number, names in endings.items() if len(names) == 1}
-
-    @property
-    def ids(self) -> list[str]:
-        return list(self._readers)
+        self.ids = list(self._readers)
+        ends = {name: digits[0].lstrip("0") or "0" for name in self.ids if (digits := re.search("[0-9]+$", name))}
+        times = Counter(ends.values())
+        self._aliases = {number: name for name, number in ends.items() if times[number] == 1}
 
     def find(self, image_id: str) -> str:
         """The id under which an image is there; empty where it is not."""
@@ -107,15 +92,15 @@ def write_dataset(
             images = (
                 features.read(found[one])._replace(id=one, captions=captions[one]) for one in with_bar(there, split)
             )
-            regions = write_split(temporary, split, images, dtype) if there else []
+            regions = io.write_split(temporary, split, images, dtype) if there else []
             left_out[f"{split}_missing.txt"] = f"no features for {split}", missing
             each = [len(captions[image_id]) for image_id in there]
             rows.append((split, f"{len(each):,}", f"{sum(each):,}", span(each), span(regions), f"{len(missing):,}"))
         left_out["without_captions.txt"] = "no captions", sorted(set(features.ids).difference(used))
         left_out = {file: (what, images) for file, (what, images) in left_out.items() if images}
         for file, (_, images) in left_out.items():
-            write_lines(temporary / file, images)
-    print(f"{folder}\n\n{table(HEADER, rows)}")
+            io.write_lines(temporary / file, images)
+    print(f"{folder}\n\n{io.table(HEADER, rows)}")
     for file, (what, images) in left_out.items():
         print(f"{what}: {some(images, 'image')}; all are in {folder / file}")
 
@@ -137,11 +122,11 @@ def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
     else:
         raise InputError(f"--features {path}: no such folder, nor a file {path.name}{FEATURES} in {path.parent}")
     for name in splits:
-        split = open_features(folder, name)
-        ids, boxes = read_ids(split), read_boxes(split)
+        split = io.open_features(folder, name)
+        ids, boxes = read_ids(split), io.read_boxes(split)
         if ids is None:
             raise InputError(f"--features {split.features.path}: needs {name}_ids.txt beside it, an image id a line")
-        yield from ((one, partial(read_image, split, boxes, place, one)) for place, one in enumerate(ids))
+        yield from ((one, partial(io.read_image, split, boxes, place, one)) for place, one in enumerate(ids))
     if not splits:
         files = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".npz"))
         if not files:

@@ -25,10 +25,8 @@ Result = TypeVar("Result")
 
 
 class Findings(NamedTuple):
-    """faults: what training would refuse, or what makes results wrong. notes: what is odd but may be right."""
-
-    faults: list[str]
-    notes: list[str]
+    faults: list[str]  # what training would refuse, or what makes results wrong
+    notes: list[str]  # what is odd but may be right
 
     def read(self, reader: Callable[..., Result], *arguments: object) -> Result | None:
         """What a reader returns; where it refuses, None and a fault."""
@@ -40,10 +38,10 @@ class Findings(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What identifies the images of a split. digests: of an image's features -> the first image that has them."""
+    """What identifies the images of a split."""
 
     split: Split
-    digests: dict[bytes, int]
+    digests: dict[bytes, int]  # of an image's features -> the first image that has them
     ids: list[str]  # empty where none are known
 
 
