@@ -11,7 +11,6 @@ import math
 import os
 import warnings
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +36,7 @@ class FeatureFile:
     """Region features of a split. Rows are regions, numbered through all images, each image once.
 
     starts: (images + 1,), image i has the rows from starts[i] to starts[i + 1]. counts: (images,) regions of each.
-    regions: the largest count. varies: whether counts differ. Pickled, it holds no features: each loader worker opens
-    the file for itself.
+    regions: the largest count. varies: whether counts differ.
     """
 
     def __init__(self, path: Path, repeats: int = 1):
@@ -53,13 +51,13 @@ class FeatureFile:
         self.counts = np.diff(self.starts)
         self.regions = int(self.counts.max())
         self.varies = bool((self.counts != self.regions).any())
-        self._file: FileIO | None = None
+        self._file = open(path, "rb", buffering=0)
 
     def __len__(self) -> int:
         return len(self.counts)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None}
+    def __reduce__(self) -> tuple:  # a loader's worker opens the file for itself
+        return FeatureFile, (self.path, self.repeats)
 
     def read(self, images: np.ndarray) -> np.ndarray:
         """All regions (n, img_dim) of some images, image after image; see `read_rows`."""
@@ -94,7 +92,7 @@ class FeatureFile:
             for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
                 for at in range(begin, end, READ_AHEAD_BYTES):
                     size = min(READ_AHEAD_BYTES, end - at)
-                    os.posix_fadvise(self._descriptor(), at, size, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(self._file.fileno(), at, size, os.POSIX_FADV_WILLNEED)
 
     def row_of(self, row: int) -> int:
         """The index into the file's array for error messages: of the row if it is packed, else of its (first) image."""
@@ -117,15 +115,10 @@ class FeatureFile:
 
     def _read_at(self, place: int, target: memoryview) -> None:
         while target:
-            count = os.preadv(self._descriptor(), [target], place)
+            count = os.preadv(self._file.fileno(), [target], place)
             if not count:
                 raise InputError(f"{self.path}: has become shorter while it was open; copy or download it again")
             place, target = place + count, target[count:]
-
-    def _descriptor(self) -> int:
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)
-        return self._file.fileno()
 
     def _refuse(self, rows: np.ndarray, features: np.ndarray) -> None:
         """Raise InputError naming the first image or row that cannot be used."""
