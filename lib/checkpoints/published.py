@@ -6,8 +6,8 @@ of their names is which symbol of the paper.
 """
 
 import argparse
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import ChainMap, OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from lib.cli import InputError
@@ -39,6 +39,7 @@ NAMES = (
 )
 # What are vectors and scalars here are matrices (1, D) and (1, 1) there.
 MATRICES = ("similarity.gate.threshold_scale", "similarity.gate.log_sharpness", "similarity.log_temperature")
+PUBLISHED = tuple({ours: theirs for theirs, ours in names.items()} for names in NAMES)
 PREFIX = "module."
 # The fields of `opt` that are settings here too; its paths, worker count and such are of the machine it came from.
 SETTINGS = (
@@ -65,7 +66,7 @@ def convert(content: dict[str, Any]) -> dict[str, Any]:
     weights = {}
     for part, names in zip(content["model"], NAMES, strict=True):
         for key, weight in part.items():
-            name = _renamed(key.removeprefix(PREFIX), names.items())
+            name = _renamed(key.removeprefix(PREFIX), names)
             weights[name] = weight.squeeze() if name in MATRICES else weight
     options = vars(content["opt"])
     settings = {"similarity": "xdim", "gate": "adaptive"}
@@ -88,8 +89,8 @@ def revert(content: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{content['path']}: the published code does not know {similarity['name']} {gate}".rstrip())
     parts = [OrderedDict() for _ in NAMES]
     for name, weight in content["model"].items():
-        for part, names in zip(parts, NAMES, strict=True):
-            if (key := _renamed(name, _reversed(names))) != name:
+        for part, names in zip(parts, PUBLISHED, strict=True):
+            if (key := _renamed(name, names)) != name:
                 part[PREFIX + key] = weight.reshape(1, -1) if name in MATRICES else weight
     progress, options = content["progress"], content.get("published", {"opt": content["settings"]})["opt"]
     figures = {"best_rsum": progress["best_rsum"], "opt": argparse.Namespace(**options), "Eiters": progress["step"]}
@@ -98,16 +99,12 @@ def revert(content: dict[str, Any]) -> dict[str, Any]:
 
 def published_name(name: str) -> str:
     """The name, without the prefix, that a weight of ours has in its published state dict; ours where it has none."""
-    return _renamed(name, [pair for names in NAMES for pair in _reversed(names)])
+    return _renamed(name, ChainMap(*PUBLISHED))
 
 
-def _reversed(names: dict[str, str]) -> list[tuple[str, str]]:
-    return [(ours, theirs) for theirs, ours in names.items()]
-
-
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """A name by the first of the pairs (old, new) that it fits; itself where it fits none."""
-    for old, new in pairs:
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """A name by the first of the names old -> new that it fits; itself where it fits none."""
+    for old, new in names.items():
         if name.startswith(old) if old.endswith(".") else name == old:
             return new + name[len(old) :]
     return name
