@@ -7,6 +7,7 @@ refused here, in the flags' own names; what a part (`--gate NAME:option=value`) 
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +172,7 @@ class CheckpointSettings(ScoringSettings):
     def __post_init__(self):
         super().__post_init__()
         self.checkpoint = tuple(self.checkpoint or [""])
-        is_number = self.rerank.isascii() and self.rerank.isdigit() and int(self.rerank) > 0
-        known = is_number or self.rerank in ("", "auto")
+        known = re.fullmatch("(auto|0*[1-9][0-9]*)?", self.rerank)
         _refuse(not known, f"--rerank {self.rerank}: expected a number above 0, or auto")
         for name in ("eccv", "ranks", "save_sims"):
             wanted = self.rerank and getattr(self, name)
