@@ -217,18 +217,18 @@ class Reranker:
     def _rank(self, part: Part, coarse_ranks: Ranks, k: int) -> Ranks:
         scores, exact = self.coarse[part], self.exact[part]
         is_right = self.image_of_caption[part.captions] == torch.arange(part.images.start, part.images.stop)[:, None]
-        ways = []  # dimension of the items, whether each is among the query's best, coarse ranks
-        for dim, ranks in ((1, coarse_ranks.i2t), (0, coarse_ranks.t2i)):
-            best = scores.topk(min(k, scores.shape[dim]), dim=dim).indices
-            ways.append((dim, torch.zeros_like(is_right).scatter_(dim, best, True), ranks))
-        images, captions = ((ways[0][1] | ways[1][1]) & exact.isnan()).nonzero(as_tuple=True)
+        best = []  # whether each item is among the query's best, for i2t and t2i
+        for dim in (1, 0):
+            places = scores.topk(min(k, scores.shape[dim]), dim=dim).indices
+            best.append(torch.zeros_like(is_right).scatter_(dim, places, True))
+        images, captions = ((best[0] | best[1]) & exact.isnan()).nonzero(as_tuple=True)
         found = self.score_pairs(images + part.images.start, captions + part.captions.start).to(exact)
         if found.isnan().any():
             raise InputError("the exact scores hold NaN: the checkpoint or the features are damaged")
         exact[images, captions] = found  # `exact` is a view
         self.exact_pairs += len(found)
         ranks = []
-        for dim, is_best, of_coarse in ways:
+        for dim, is_best, of_coarse in zip((1, 0), best, coarse_ranks, strict=True):
             right = exact.masked_fill(~(is_best & is_right), float("-inf")).amax(dim, keepdim=True)
             before = (is_best & ~is_right & (exact >= right)).sum(dim)
             ranks.append(np.where((is_best & is_right).any(dim), before, of_coarse))
