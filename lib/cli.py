@@ -46,8 +46,8 @@ class Interrupted(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of a library's error message, for a message of ours."""
-    return one_line(str(error)) or type(error).__name__
+    """The first line of a library's error message, or the system's word for what failed, for a message of ours."""
+    return one_line(str(getattr(error, "strerror", None) or error)) or type(error).__name__
 
 
 @contextmanager

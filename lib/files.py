@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +34,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         cause = _system_error(error)
         if cause is None:
             raise
-        what = f"{path} could not be written: {cause.strerror or cause}"
+        what = f"{path} could not be written: {reason(cause)}"
         raise InputError(f"{what}; a file that was there before is unchanged") from error
     finally:
         with suppress(OSError):
@@ -51,25 +51,22 @@ def new_folder(folder: Path, flag: str) -> Iterator[Path]:
     if os.path.lexists(folder):
         raise InputError(f"{folder} is already there; delete it, or choose another {flag}")
     temporary = folder.with_name(f".{folder.name}{TEMPORARY}")
-    with writing_to(folder):
+    with writing_to(folder), ExitStack() as undo:
         temporary.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_RDONLY)
+        undo.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in temporary.iterdir():  # of a try that was killed
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            try:
-                yield temporary
-                for path in temporary.iterdir():
-                    sync_folder(path)
-                os.rename(temporary, folder)
-                sync_folder(folder.parent)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
         except BlockingIOError:
             raise InputError(f"{folder}: another process is writing it; wait until it has ended") from None
-        finally:
-            os.close(descriptor)
+        undo.callback(shutil.rmtree, temporary, ignore_errors=True)
+        for path in temporary.iterdir():  # of a try that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield temporary
+        for path in temporary.iterdir():
+            sync_folder(path)
+        os.rename(temporary, folder)
+        sync_folder(folder.parent)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -95,7 +92,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename or folder} could not be written: {error.strerror or error}") from error
+        raise InputError(f"{error.filename or folder} could not be written: {reason(error)}") from error
 
 
 def check_writable(path: str) -> None:
@@ -110,7 +107,7 @@ def check_writable(path: str) -> None:
         temporary.touch()
         temporary.unlink()
     except OSError as error:
-        raise InputError(f"{path} could not be written: {error.strerror or error}") from None
+        raise InputError(f"{path} could not be written: {reason(error)}") from None
 
 
 def check_space(folder: str | Path, needed: int, what: str) -> None:

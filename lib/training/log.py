@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lib.cli import InputError, TrainingStopped, reason
+from lib.cli import TrainingStopped, reason, refusing
 from lib.distributed import is_first
 
 READ_EVERY = 10  # steps
@@ -38,12 +38,9 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         if is_first():
-            try:
+            with refusing(f"--logger_name {self._tensorboard_folder}: cannot be written"):
                 purge = self._step + 1 if self._step else None
                 self._writer = SummaryWriter(self._tensorboard_folder, purge_step=purge)
-            except OSError as error:
-                where = f"--logger_name {self._tensorboard_folder}"
-                raise InputError(f"{where}: cannot be written ({error.strerror or error})") from None
         return self
 
     def __exit__(self, *_) -> None:
@@ -89,10 +86,7 @@ class StepFigures:
         self._collapsed = 0  # steps in a row
 
     def add(self, step: int, figures: Tensor) -> None:
-        """figures: (3,) on the device: loss, gradient norm before clipping, standard deviation of the scores or NaN.
-
-        Raises as `read` does.
-        """
+        """figures: (3,) on the device, as `train_step` returns them. Raises as `read` does."""
         self._unread.append((step, figures))
         if len(self._unread) >= READ_EVERY:
             self.read()

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from lib import distributed
 from lib.checkpoints.native import BEST, LAST, OLD_BEST, find_checkpoint, verify, write_state, write_weights
 from lib.checkpoints.record import read_record, write_record
-from lib.cli import InputError, TrainingStopped
+from lib.cli import InputError, TrainingStopped, reason
 from lib.files import TEMPORARY, replacing, sync_folder
 
 LOCK = "run.lock"
@@ -97,7 +97,7 @@ class RunFolder:
             except Timeout:
                 raise InputError(f"--model_name {self.path}: another process is training there") from None
             except OSError as error:
-                raise InputError(f"--model_name {self.path}: cannot be written ({error.strerror or error})") from None
+                raise InputError(f"--model_name {self.path}: cannot be written ({reason(error)})") from None
             for path in self.path.glob(f"*{TEMPORARY}"):  # left by a kill
                 path.unlink(missing_ok=True)
         return self
