@@ -27,22 +27,16 @@ OF_A_NODE = ("data_path", "bert", "workers")  # may differ between the machines 
 
 @dataclass
 class Origin:
-    """A checkpoint that a run starts from.
-
-    defaults: its settings, instead of the program's defaults, with `model_name` where it lies in a run's folder.
-    progress: where the run stands. exact: whether it holds optimiser and random state, to continue to the bit.
-    in_place: whether the run stays in its folder. damaged: newer checkpoints that cannot be read, with what is wrong.
-    notes: what the run's log says about it.
-    """
+    """A checkpoint that a run starts from."""
 
     path: Path
     content: dict
-    defaults: dict
-    progress: Progress = field(default_factory=Progress)
-    exact: bool = False
-    in_place: bool = False
-    damaged: dict[Path, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    defaults: dict  # its settings, instead of the program's defaults, with `model_name` where it lies in a run's folder
+    progress: Progress = field(default_factory=Progress)  # where the run stands
+    exact: bool = False  # whether it holds optimiser and random state, to continue to the bit
+    in_place: bool = False  # whether the run stays in its folder
+    damaged: dict[Path, str] = field(default_factory=dict)  # newer ones that cannot be read, with what is wrong
+    notes: list[str] = field(default_factory=list)  # what the run's log says about it
 
     def begin_epoch_again(self) -> None:
         """An unfinished epoch cannot be continued in another order of its pairs."""
@@ -169,8 +163,8 @@ def _choose_folder(folder: Path, origin: Origin) -> None:
         if origin.exact:
             origin.notes.append(f"branches off {lies_in} into {folder}; the best epoch is counted from here on")
         return
-    later = [path for path in step_files(folder) if step_of(path) > origin.progress.step]
-    if later := [path for path in later if path not in origin.damaged]:
+    sound = [path for path in step_files(folder) if path not in origin.damaged]
+    if later := [path for path in sound if step_of(path) > origin.progress.step]:
         raise InputError(
             f"--resume {origin.path}: {later[0]} is later; continue with --resume {folder}, "
             "or branch off into a new folder with --model_name"
