@@ -143,7 +143,7 @@ def read_boxes(split: Split) -> np.ndarray | None:
     return boxes.reshape(-1, BOX)
 
 
-def read_image(split: Split, boxes: np.ndarray | None, place: int, image_id: str, dtype: DTypeLike = None) -> Image:
+def read_image(split: Split, boxes: np.ndarray | None, place: int, image_id: str, dtype: type | None = None) -> Image:
     """The image at a place of a split; boxes: those of all its images. None: features in the file's precision."""
     features, (first, last) = split.features, split.features.starts[place : place + 2]
     stored = np.empty((last - first, features.img_dim), dtype or features.dtype)
