@@ -11,6 +11,8 @@ import torch
 import eval as eval_program
 import train
 from lib import load
+from lib.checkpoints.native import BEST, LAST, read_checkpoint
+from lib.checkpoints.record import read_record
 from tests.conftest import write_data
 
 # How each form stores an image's features, of shape (images, regions, img_dim)
@@ -118,6 +120,14 @@ def test_scores_are_those_of_each_image_alone(varying, varying_run):
     np.testing.assert_allclose(matcher.score(images, captions), evaluated, atol=1e-5)
     for image, scores in zip(images, evaluated, strict=True):  # without any padding
         np.testing.assert_allclose(matcher.score([image], captions)[0], scores, atol=1e-5)
+
+
+def test_checkpoint_and_record_say_that_padding_is_masked_where_numbers_of_regions_vary(varying_run):
+    for name in (LAST, BEST):
+        content = read_checkpoint(varying_run / name)
+        assert content["architecture"]["image_encoder"]["options"]["mask_padding"]
+        assert content["settings"]["mask_padding"]
+    assert read_record(varying_run)["settings"]["mask_padding"]
 
 
 def test_resuming_equals_no_interruption(varying_run, tmp_path):

@@ -134,6 +134,7 @@ def test_flags_that_do_not_exist_or_do_not_parse(refusal, program, flags):
         (["--loss", "triplet"], "--loss triplet: expected hinge, "),
         (["--loss", "hinge:hardness=2"], "--loss hinge: has no option 'hardness'"),
         (["--gate", "open:width=2"], "--gate open: has no option 'width'"),
+        (["--image_encoder", "regions:mask_padding=True"], "--image_encoder regions: has no option 'mask_padding'"),
         (["--gate", "open:1.4"], "--gate open:1.4: expected open:option=value"),
         (["--max_violation", "--loss", "ramped"], "--max_violation: "),
         (["--resume", "auto", "--init_from", "a"], "--init_from: "),

@@ -35,7 +35,7 @@ PARTS = {
     "loss": LOSSES,
 }
 # Parameters of parts that flags, the data or the program give.
-NO_OPTIONS = ("embed_size", "scores", "margin", "gate", "img_dim", "config", "pad_id", "backbone")
+NO_OPTIONS = ("embed_size", "scores", "margin", "gate", "img_dim", "mask_padding", "config", "pad_id", "backbone")
 PAPERS_GATE = "adaptive"
 PUBLISHED_GATES = ("adaptive", "open", "fixed")  # they differ in training only: the published code scores them alike
 

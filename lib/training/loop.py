@@ -262,6 +262,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     data = {split.name: describe_data(split) for split in (train_split, dev_split)}
     if origin:
         resume.refuse_changed_data(origin, data, settings.allow_changes)
+    settings.mask_padding |= train_split.features.varies
 
     seed_everything(settings.seed)
     with distributed.local_main_first():  # the others find what the first one has fetched
@@ -270,7 +271,9 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
         else:
             model, tokenizer, note = new_model(asdict(settings))
             print(note)
-    model.image_encoder.mask_padding = settings.mask_padding or train_split.features.varies
+    model.image_encoder.mask_padding = settings.mask_padding
+    if "mask_padding" in (options := model.architecture["image_encoder"]["options"]):
+        options["mask_padding"] = settings.mask_padding
     model.text_encoder.micro_batch = settings.micro_batch
     model.use_engine(settings.engine or "tiled")
     model.to(compute.device)
