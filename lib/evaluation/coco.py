@@ -29,7 +29,7 @@ from lib.files import read_lines
 ANNOTATIONS = "cxc_annots"
 PLAUSIBLE = ("pm_image_to_caption.json", "pm_caption_to_image.json")
 INTRA = {"i2i": ("cxc_i2i.json", "sis_test.csv"), "t2t": ("cxc_t2t.json", "sts_test.csv")}
-RATED_RIGHT = 3.0  # the lowest rating that the package counts among CxC's image-caption pairs
+RATED_RIGHT = {"i2i": 2.5, "t2t": 3.0}  # the lowest rating of a right pair, as GPO's published code has it
 RECALL_METRICS = (*RECALLS, "avg")
 RANKING_METRICS = ("map_at_r", "r_precision", "r1")
 QUERIES_AT_ONCE = 256
@@ -116,7 +116,7 @@ def open_coco(split: Split) -> Coco:
     intra = {}
     for way, names in INTRA.items():
         if path := next((folder / name for name in names if (folder / name).is_file()), None):
-            intra[way] = _read_intra(path, images if way == "i2i" else captions, split)
+            intra[way] = _read_intra(path, way, images if way == "i2i" else captions)
     if not intra:
         note += f"\nCxC's images among images and captions among captions need {ANNOTATIONS}/"
     return Coco(protocols, intra, split.image_of_caption, note)
@@ -172,27 +172,28 @@ def _in_numbers(pairs: dict, images: Numbers, captions: Numbers) -> dict[str, di
     return right
 
 
-def _read_intra(path: Path, numbers: Numbers, split: Split) -> dict[int, np.ndarray]:
-    """Right answers among images, or among captions: all of GPO's {query id: [[id, rating], ...]}, or the well rated
-    of CxC's CSV, which fit each other both ways."""
-    pairs, right = [], defaultdict(set)
+def _read_intra(path: Path, way: str, numbers: Numbers) -> dict[int, np.ndarray]:
+    """Right answers among images, or among captions: pairs that are rated well, and captions of the same image.
+
+    path: GPO's {query id: [[id, rating], ...]}, or CxC's CSV. numbers: by COCO's ids. Raises InputError.
+    """
+    rated, right = [], defaultdict(set)
     with refusing(f"{path}: damaged, or not CxC's"):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            pairs = [(int(query), int(one)) for query, answers in json.loads(text).items() for one, _ in answers]
-        else:
-            for *names, rating, _ in list(csv.reader(text.splitlines()))[1:]:  # below the column names
-                a, b = (int(re.findall(r"\d+", name)[-1]) for name in names)
-                pairs += [(a, b), (b, a)] if float(rating) >= RATED_RIGHT else []
-    for query, answer in pairs:
+            rated = [(query, *one) for query, answers in json.loads(text).items() for one in answers]
+        else:  # below the column names
+            rows = list(csv.reader(text.splitlines()))[1:]
+            rated = [(*(re.findall(r"\d+", name)[-1] for name in names), rating) for *names, rating, _ in rows]
+        pairs = [(int(a), int(b)) for a, b, rating in rated if float(rating) >= RATED_RIGHT[way]]
+    for query, answer in [*pairs, *((b, a) for a, b in pairs)]:
         if query in numbers and answer in numbers and query != answer:
             right[numbers[query]].add(numbers[answer])
     if not right:
         raise InputError(f"{path}: none of its pairs is of this split")
-    if path.name == INTRA["t2t"][1]:  # the captions of one image fit each other, however people rated them
-        for caption in range(len(split.captions)):
-            first = caption - caption % CAPTIONS_PER_IMAGE
-            right[caption] |= {*range(first, first + CAPTIONS_PER_IMAGE)} - {caption}
+    for caption in numbers.values() if way == "t2t" else ():
+        first = caption - caption % CAPTIONS_PER_IMAGE
+        right[caption] |= {*range(first, first + CAPTIONS_PER_IMAGE)} - {caption}
     return {query: np.array(sorted(right[query])) for query in sorted(right)}
 
 

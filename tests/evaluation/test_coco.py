@@ -276,9 +276,14 @@ def test_damaged_files_of_plausible_matches_are_an_error(tmp_path, few, few_pack
 # Right answers among images, and among captions
 
 
-def write_csv(path, kind, pairs):
-    """The official form. pairs: (id, id, rating)."""
+def write_ratings(path, kind, pairs):
+    """CxC's official CSV, or GPO's JSON by the name of the file. pairs: (id, id, rating)."""
     path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".json":
+        both = [*pairs, *((b, a, rating) for a, b, rating in pairs if a != b)]
+        listed = {a: [[str(other), rating] for one, other, rating in both if one == a] for a, _, _ in both}
+        path.write_text(json.dumps(listed))
+        return
     form = {"image": "COCO_val2014_{:012}.jpg", "caption": "COCO_val2014:sentid:{}"}[kind]
     rows = [f"{form.format(one)},{form.format(other)},{rating},i2i_csim" for one, other, rating in pairs]
     write_lines(path, [f"{kind}1,{kind}2,agg_score,sampling_method", *rows])
@@ -288,35 +293,36 @@ def in_lists(right):
     return {query: answers.tolist() for query, answers in right.items()}
 
 
+@pytest.mark.parametrize("name", ["sis_test.csv", "cxc_i2i.json"])
 @pytest.mark.parametrize("beside", [False, True], ids=["within the data set", "beside it"])
-def test_images_that_people_rated_three_or_better_fit_each_other_both_ways_round(tmp_path, few, beside):
+def test_images_that_people_rated_two_and_a_half_or_better_fit_each_other_both_ways_round(tmp_path, few, beside, name):
     a, b, c, d, e, *_ = few.images
-    pairs = [(a, b, 3.6), (c, a, 3.0), (a, d, 2.999), (b, b, 5.0), (e, 9, 5.0), (c, b, "4"), (a, b, 3.1)]
+    pairs = [(a, b, 3.6), (c, a, 2.5), (a, d, 2.499), (b, b, 5.0), (e, 9, 5.0), (c, b, "4"), (a, b, 3.1)]
     split = split_of_few(tmp_path / "coco_precomp", few.images[::-1])
-    write_csv((tmp_path if beside else split.folder) / "cxc_annots" / "sis_test.csv", "image", pairs)
+    write_ratings((tmp_path if beside else split.folder) / "cxc_annots" / name, "image", pairs)
     opened = open_coco(split)
     assert list(opened.intra) == ["i2i"]
     assert in_lists(opened.intra["i2i"]) == {97: [98, 99], 98: [97, 99], 99: [97, 98]}
     assert "cxc_annots" not in opened.note
 
 
-def test_captions_fit_those_of_their_image_whatever_their_rating_and_others_from_three_on(tmp_path, few):
+@pytest.mark.parametrize("name", ["sts_test.csv", "cxc_t2t.json"])
+def test_captions_fit_those_of_their_image_whatever_their_rating_and_others_from_three_on(tmp_path, few, name):
     captions = np.reshape(few.captions, (FEW, 5))[::-1].ravel().tolist()
     pairs = [(0, 1, 0.5), (0, 9, 3.0), (2, 9, 2.9), (99, 3, 4.2)]
     named = [(captions[one], captions[other], rating) for one, other, rating in pairs]
-    write_csv(tmp_path / "cxc_annots" / "sts_test.csv", "caption", named)
+    write_ratings(tmp_path / "cxc_annots" / name, "caption", named)
     right = in_lists(open_coco(split_of_few(tmp_path, few.images[::-1])).intra["t2t"])
     more = {0: [9], 9: [0], 99: [3], 3: [99]}
     others = {c: [k for k in range(c - c % 5, c - c % 5 + 5) if k != c] for c in range(5 * FEW)}
     assert right == {caption: sorted(some + more.get(caption, [])) for caption, some in others.items()}
 
 
-def test_all_that_gpos_file_lists_fits_in_that_direction_only_and_it_goes_before_the_official_one(tmp_path, few):
-    ids = few.images[::-1]
-    listed = {ids[7]: [[str(ids[2]), 1.5], [ids[1], 4], [ids[7], 5.0]], ids[0]: [[ids[7], 3.0]], 9: [[ids[1], 5]]}
-    write_csv(tmp_path / "cxc_annots" / "sis_test.csv", "image", [(ids[0], ids[5], 5)])
-    (tmp_path / "cxc_annots" / "cxc_i2i.json").write_text(json.dumps(listed))
-    assert in_lists(open_coco(split_of_few(tmp_path, ids)).intra["i2i"]) == {0: [7], 7: [1, 2]}
+def test_gpos_file_of_ratings_goes_before_the_official_one(tmp_path, few):
+    a, b, c, *_ = few.images
+    write_ratings(tmp_path / "cxc_annots" / "sis_test.csv", "image", [(a, b, 5)])
+    write_ratings(tmp_path / "cxc_annots" / "cxc_i2i.json", "image", [(a, c, 5)])
+    assert in_lists(open_coco(split_of_few(tmp_path, few.images)).intra["i2i"]) == {0: [2], 2: [0]}
 
 
 HEADER = b"image1,image2,agg_score,sampling_method\n"
@@ -362,8 +368,8 @@ def few_data(few, few_package, tmp_path):
     folder = write_data(tmp_path / "coco_precomp", images={"testall": FEW})
     write_lines(folder / "testall_ids.txt", few.images[::-1])
     write_plausible(folder / "cxc_annots", few_package.coco_gts)
-    write_csv(folder / "cxc_annots" / "sis_test.csv", "image", [(a, b, 3) for a, b in pairwise(few.images)])
-    write_csv(folder / "cxc_annots" / "sts_test.csv", "caption", [(a, b, 3) for a, b in pairwise(few.captions)])
+    write_ratings(folder / "cxc_annots" / "sis_test.csv", "image", [(a, b, 3) for a, b in pairwise(few.images)])
+    write_ratings(folder / "cxc_annots" / "sts_test.csv", "caption", [(a, b, 3) for a, b in pairwise(few.captions)])
     return folder
 
 
