@@ -5,8 +5,8 @@
                         {split}_caps_counts.txt  says how many, one number a line
                         {split}_ids.txt          the images' ids, one a line (optional)
 
-GPO keeps the same files in DATA_PATH/precomp/. The files that people download hold each image of dev, test and testall
-five times in a row, one row a caption. That is recognised, and an image is one row here.
+GPO keeps the same files in data/f30k/precomp/ and data/coco/precomp/. The files that people download hold each image of
+dev, test and testall five times in a row, one row a caption. That is recognised, and an image is one row here.
 """
 
 import hashlib
@@ -91,14 +91,21 @@ def open_split(data_path: str, data_name: str, split: str, img_dim: int | None =
 
 
 def find_folder(data_path: str, data_name: str) -> Path:
-    """The data set's folder: DATA_PATH/DATA_NAME (SCAN) or DATA_PATH/precomp (GPO). InputError if there is neither."""
-    folders = [Path(data_path) / data_name, Path(data_path) / "precomp"]
-    for folder in folders:
-        if folder.is_dir():
-            return folder
+    """The data set's folder: DATA_PATH/DATA_NAME (SCAN), or DATA_PATH/precomp (GPO) if DATA_PATH is that set's folder.
+
+    It is where both names begin alike: data/f30k/precomp for f30k_precomp. Else a mistyped name would open another data
+    set. Raises InputError if there is neither.
+    """
+    folder, of_gpo = Path(data_path) / data_name, Path(data_path) / "precomp"
+    if folder.is_dir():
+        return folder
+    if of_gpo.is_dir():
+        if Path(data_path).resolve().name.startswith(data_name.split("_")[0]):
+            return of_gpo
+        raise InputError(f"no data set at {folder}; if {of_gpo} is the one that is meant: --data_name precomp")
     raise InputError(
-        f"no data set at {folders[0]} or {folders[1]}: expected there train_ims.npy, train_caps.txt and the same "
-        f"for dev and test (COCO: testall), {HOW_TO_GET_DATA}"
+        f"no data set at {folder} or {of_gpo}: expected there train_ims.npy, train_caps.txt and the same for dev and "
+        f"test (COCO: testall), {HOW_TO_GET_DATA}"
     )
 
 

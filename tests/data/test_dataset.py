@@ -21,10 +21,21 @@ def folder(tmp_path):
 
 
 def test_the_folder_of_scan_is_found_and_where_there_is_none_that_of_gpo(tmp_path):
+    data_path = tmp_path / "f30k"
     for name in ("precomp", "f30k_precomp"):  # GPO's first; SCAN's goes before it
-        write(tmp_path / name, make_features())
-        split = open_split(str(tmp_path), "f30k_precomp", "dev", IMG_DIM)
-        assert (split.folder, split.name, split.captions) == (tmp_path / name, "dev", make_captions())
+        data_path.mkdir(exist_ok=True)
+        write(data_path / name, make_features())
+        split = open_split(str(data_path), "f30k_precomp", "dev", IMG_DIM)
+        assert (split.folder, split.name, split.captions) == (data_path / name, "dev", make_captions())
+
+
+def test_a_mistyped_name_does_not_open_the_data_set_of_another_name(tmp_path):
+    data_path = tmp_path / "coco"
+    data_path.mkdir()
+    write(data_path / "precomp", make_features())
+    message = refusal(open_split, str(data_path), "f30k_precomp", "dev", IMG_DIM)
+    assert message.endswith(f"f30k_precomp; if {data_path / 'precomp'} is the one that is meant: --data_name precomp")
+    assert open_split(str(data_path), "precomp", "dev", IMG_DIM).folder == data_path / "precomp"
 
 
 @pytest.mark.parametrize("images", [1, IMAGES])

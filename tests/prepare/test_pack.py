@@ -96,7 +96,7 @@ def test_repeated_rows_are_one_for_each_image_and_varying_numbers_keep_their_off
 
 def test_gpos_layout_is_packed_too(folder, run, tmp_path):
     shutil.move(folder, tmp_path / "precomp")
-    run("--to", "some/packed")
+    run("--data_name", "precomp", "--to", "some/packed")
     expected = features(tmp_path / "precomp", "train").astype(np.float16)
     assert np.array_equal(features(tmp_path / "some" / "packed", "train"), expected)
 
