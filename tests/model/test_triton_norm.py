@@ -57,6 +57,7 @@ def test_the_kernel_is_for_shared_words_and_for_as_many_regions_as_its_blocks_fi
         launched.clear()
         torch.testing.assert_close(norm(*inputs), FactorNorm(factor, True)(*inputs))
         assert norm.wide(inputs[1]) == (2 if regions > 64 else 0)
+        assert norm.wide(inputs[1], pairs=True) == 2  # which the kernel leaves to plain products
         return len(launched)
 
     assert [launches(64, True), launches(65, True), launches(64, False)] == [1, 0, 0]

@@ -4,6 +4,7 @@ Counted on the CPU, which is made to take such a device's tiles: operations on f
 allocations; each is a kernel's launch or more. The language model is left out, it is not ours.
 """
 
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -41,6 +42,23 @@ class Operations(TorchDispatchMode):
         if any(x.is_floating_point() for x in tensors) and not is_view and name not in NO_KERNEL:
             self.kernels[name] += 1
             self.waits[name] += name in WAITS or masked
+        return results
+
+
+class Held(TorchDispatchMode):
+    """Measures how many bytes the tensors that are made within it take at most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_flatten(results)[0] if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.most = max(self.most, sum(self.sizes.values()))
         return results
 
 
@@ -84,3 +102,22 @@ def test_scoring_starts_few_operations_for_each_block_of_images_and_chunk_of_cap
     for_each = (operations(5) - operations(2)) / (3 * 6)
     for_each_chunk = operations(2) / 6
     assert for_each * 79 * 7 + for_each_chunk * 7 <= 20_000
+
+
+@pytest.mark.parametrize("name", ["xdim", "independent"])
+@pytest.mark.parametrize("share_of_pairs", [0.3, 1])
+def test_large_tiles_take_about_their_share_of_the_memory(large_tiles, monkeypatch, name, share_of_pairs):
+    share = 2**24
+    monkeypatch.setattr(tiles, "memory", lambda device: share / tiles.MEMORY_SHARE)
+    similarity = registry.build("similarity", registry.describe({"similarity": name})["similarity"], 256)
+    engine, lengths = make_engine("tiled", similarity), torch.tensor([5, 9, 14] * 10)
+    regions = torch.randn(30, 36, 256, requires_grad=True)
+    words = torch.randn(int(lengths.sum()), 256, requires_grad=True)
+    scores, (images, captions) = engine(regions, words, lengths), torch.cartesian_prod(*2 * [torch.arange(30)]).T
+    weights = torch.rand(30, 30) < share_of_pairs
+    with Held() as held:
+        scores.backward(weights.to(scores.dtype))
+    assert 0.5 * share <= held.most <= 1.6 * share
+    with Held() as held:
+        engine.scorer().pairs(regions, words, lengths, images, captions)
+    assert held.most <= 1.6 * share

@@ -146,7 +146,8 @@ class Scorer:
         """Scores (I, C). regions: (I, R, D). real: (I, R), False for padding."""
         queries, weights, lengths, bags = captions
         scores, regions = regions.new_empty(len(regions), len(lengths)), regions.to(self.dtype)
-        for tile in shared_tiles(len(regions), lengths, bags, self.rows(regions)):
+        rows = rows_of_tile(regions, self.dtype, self.norm.wide(regions))
+        for tile in shared_tiles(len(regions), lengths, bags, rows):
             some = self.score(tile, regions[tile.images], queries[tile.words], weights[tile.words], real)
             if some.shape == scores.shape:
                 return some
@@ -165,13 +166,10 @@ class Scorer:
     ) -> Tensor:
         """Scores (P,) of image k and caption k, for indices (P,) of both."""
         scores, regions = regions.new_empty(len(images)), regions.to(self.dtype)
-        for tile in pair_tiles(images, captions, lengths, self.rows(regions), words):
+        rows = rows_of_tile(regions, self.dtype, self.norm.wide(regions, pairs=True), int(lengths.max()))
+        for tile in pair_tiles(images, captions, lengths, rows, words):
             scores[tile.place] = self.score(tile, regions[tile.images], *self.prepare(words[tile.words]), real)
         return scores
-
-    def rows(self, regions: Tensor) -> int:
-        """(word, image) pairs of a tile."""
-        return rows_of_tile(regions, self.dtype, self.norm.wide(regions))
 
     def prepare(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """Words (..., D) as `score` takes them: times delta, for the affinity, and weighted, for the norm."""
@@ -280,16 +278,18 @@ class _Differentiator:
         self.of_rows: list[Tensor | None] = [None, None]  # regions, words
         self.of_others: list[Tensor] = []  # delta, temperature, leaves of the norm
         self.norm = differentiable_norm(gram, dtype)
-        self.rows = rows_of_tile(self.regions, dtype, self.norm.wide(self.regions))
+        self.wide = self.norm.wide(self.regions)
 
     def shared_tiles(self) -> Iterable[SharedTile]:
         """Tiles of all pairs."""
         bags = Bags.of_lengths(self.lengths, self.words.device)
-        return shared_tiles(len(self.regions), self.lengths, bags, self.rows)
+        rows = rows_of_tile(self.regions, self.dtype, self.wide)
+        return shared_tiles(len(self.regions), self.lengths, bags, rows)
 
     def pair_tiles(self, images: Tensor, captions: Tensor) -> Iterable[Tile]:
         """Tiles of image k and caption k, for indices (P,) of both."""
-        return pair_tiles(images, captions, self.lengths, self.rows, self.words)
+        rows = rows_of_tile(self.regions, self.dtype, self.wide, int(self.lengths.max()))
+        return pair_tiles(images, captions, self.lengths, rows, self.words)
 
     def add(self, tile: Tile, gradient_of: Callable[[Tensor], Tensor]) -> None:
         """gradient_of: takes the tile's scores, returns the loss's gradient in them."""

@@ -47,8 +47,8 @@ class Norm:
 
     leaves: tuple[Tensor, ...] = ()
 
-    def wide(self, regions: Tensor) -> int:
-        """How many tensors of D numbers a call holds for each word and image, with regions (I, R, D)."""
+    def wide(self, regions: Tensor, pairs: bool = False) -> int:
+        """How many tensors of D numbers a call holds for each word and image of a tile, or of a tile of pairs."""
         return 2
 
     def weigh(self, words: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class DiagonalGramNorm(Norm):
     def __init__(self, diagonal: Tensor):
         self.leaves = (diagonal.detach().requires_grad_(),)
 
-    def wide(self, regions: Tensor) -> int:
+    def wide(self, regions: Tensor, pairs: bool = False) -> int:
         """What autograd keeps: context, x, its squares; and gradients."""
         return 5
 
@@ -144,7 +144,7 @@ class GramNorm(Norm):
         self.upper = torch.zeros_like(gram)  # blocks on and above the diagonal
         self.scratch = Scratch()
 
-    def wide(self, regions: Tensor) -> int:
+    def wide(self, regions: Tensor, pairs: bool = False) -> int:
         """Context, x, x K and one more."""
         return 4
 

@@ -22,6 +22,7 @@ CACHE_BYTES = {"cpu": 2**23}
 CACHE_IMAGES = 8  # images of such a tile, where there are as many
 MEMORY_SHARE = 1 / 8
 NARROW = 10  # tensors of R numbers, in float32, for each (word, image) pair of a tile
+OWN = 4  # tensors of D numbers for each word and each region of a pair of its own: copies, and gradients
 
 
 class Bags(NamedTuple):
@@ -160,12 +161,16 @@ class PairTile(NamedTuple):
 Tile = SharedTile | PairTile
 
 
-def rows_of_tile(regions: Tensor, dtype: torch.dtype, wide: int) -> int:
-    """How many (word, image) pairs of regions (I, R, D) make a tile. wide: tensors of D numbers that each takes."""
+def rows_of_tile(regions: Tensor, dtype: torch.dtype, wide: float, longest: int = 0) -> int:
+    """How many (word, image) pairs of regions (I, R, D) make a tile. wide: tensors of D numbers that each takes.
+
+    longest: words of the longest caption where the tile is of pairs, which have copies of their words and regions.
+    """
     count, dims = regions.shape[1:]
     if cached := CACHE_BYTES.get(regions.device.type):
         return max(1, cached // (dims * dtype.itemsize))
-    return max(1, int(MEMORY_SHARE * memory(regions.device)) // (wide * dims * dtype.itemsize + NARROW * count * 4))
+    wide += OWN * (1 + count / longest) if longest else 0
+    return int(max(1, MEMORY_SHARE * memory(regions.device) // (wide * dims * dtype.itemsize + NARROW * count * 4)))
 
 
 @cache

@@ -35,9 +35,10 @@ class TritonNorm(FactorNorm):
         super().__init__(factor, triangular)
         self.factor, self.triangular = factor.contiguous(), triangular
 
-    def wide(self, regions: Tensor) -> int:
+    def wide(self, regions: Tensor, pairs: bool = False) -> int:
         """None where the kernel runs."""
-        return 0 if works(self.factor.device, self.factor.dtype, padded(regions)) else super().wide(regions)
+        runs = not pairs and works(self.factor.device, self.factor.dtype, padded(regions))
+        return 0 if runs else super().wide(regions)
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         if len(weights) > 1 or not works(self.factor.device, self.factor.dtype, padded(regions)):
