@@ -158,6 +158,7 @@ class SplitSettings(ScoringSettings):
 class CheckpointSettings(ScoringSettings):
     """what is evaluated, and how"""
 
+    run: tuple[str, ...] = flag((), "the same as --checkpoint RUN", positional=True, nargs="*")
     checkpoint: tuple[str, ...] = flag(
         (),
         "checkpoint, run folder (its best), published file or saved scores (.npy); several times: each alone, and the "
@@ -171,7 +172,7 @@ class CheckpointSettings(ScoringSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.checkpoint = tuple(self.checkpoint or [""])
+        self.checkpoint, self.run = tuple([*self.run, *(self.checkpoint or ())] or [""]), ()
         known = re.fullmatch("(auto|0*[1-9][0-9]*)?", self.rerank)
         _refuse(not known, f"--rerank {self.rerank}: expected a number above 0, or auto")
         for name in ("eccv", "ranks", "save_sims"):

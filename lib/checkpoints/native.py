@@ -56,6 +56,8 @@ def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
         return max(found, key=lambda file: file.stat().st_mtime)
     if not checkpoint:
         raise InputError(f"no {BEST} below {runs}/: train first (sh train_demo.sh), or name a file with --checkpoint")
+    if (path / LAST).is_file():
+        raise InputError(f"{path / BEST}: no such checkpoint, no epoch has ended; {path / LAST} is the newest one")
     if not path.is_file():
         raise InputError(f"{path / BEST if path.is_dir() else path}: no such checkpoint")
     return path

@@ -69,8 +69,9 @@ def open_split(data_path: str, data_name: str, split: str, img_dim: int | None =
     features_path, captions_path = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
     for path in (features_path, captions_path):
         if not path.is_file():
-            needed = f"{features_path.name} and {captions_path.name}"
-            raise InputError(f"{path} is missing: {data_name} needs {needed} there, {HOW_TO_GET_DATA}")
+            splits = sorted(one.name.removesuffix("_ims.npy") for one in folder.glob("?*_ims.npy"))
+            there = f"of its splits there are {', '.join(splits)}" if splits else HOW_TO_GET_DATA
+            raise InputError(f"{path} is missing: {data_name} needs it for the split {split}; {there}")
     features, captions = FeatureFile(features_path), read_captions(captions_path)
     if img_dim not in (None, features.img_dim):
         found = f"features of {features.img_dim} numbers"

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from lib import distributed
-from lib.cli import InputError, refusing
+from lib.cli import InputError, reason
 from lib.config import SAVED_SCORES, EvaluationSettings, SplitSettings
 from lib.data.dataset import Split, open_split
 from lib.data.tokenizer import TokenizedCaptions
@@ -20,7 +20,7 @@ from lib.evaluation import coco, metrics, rankings, report, score
 from lib.evaluation.metrics import Part, Ranks
 from lib.files import check_writable, replacing
 from lib.model.registry import PAPERS_GATE
-from lib.runtime import Compute, choose_compute
+from lib.runtime import ROOT, Compute, choose_compute
 
 
 def evaluate(settings: EvaluationSettings) -> dict:
@@ -126,10 +126,7 @@ class Source:
             self.name = "X-Dim" if similarity["name"] == "xdim" else similarity["name"]
             self.name += "" if gate == PAPERS_GATE else f", {gate} gate"
             return
-        with refusing(f"{given}: no readable matrix of scores"):
-            self.saved = np.load(given, mmap_mode="r", allow_pickle=False)
-            if self.saved.ndim != 2 or self.saved.dtype.kind != "f":
-                raise ValueError("expected floating-point numbers, images x captions")
+        self.saved = _read_scores(given)
 
     @property
     def row(self) -> str:
@@ -154,6 +151,24 @@ class Source:
         if getattr(job.settings, "eccv", False):
             self.pooled = score.pool(embeddings)
         return scores
+
+
+def _read_scores(path: str) -> np.ndarray:
+    """A .npy file of scores, mapped. Raises InputError where it is none."""
+    try:
+        saved = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        if "Python objects" not in str(error):
+            raise InputError(f"{path}: no readable matrix of scores ({reason(error)})") from None
+        code = f"import numpy as np; np.save('scores.npy', np.load('{path}', allow_pickle=True).item()['sims'])"
+        what = "a pickled dict, which could run code when it is loaded; if you trust it, write its scores alone"
+        raise InputError(f'{path}: {what}: python -c "{code}"') from None
+    if saved.ndim == 3:
+        raise InputError(f"{path}: scores of {len(saved)} folds; ranks in the whole split need those of all pairs")
+    if saved.ndim != 2 or saved.dtype.kind != "f":
+        found = f"{saved.dtype} of {' x '.join(map(str, saved.shape))}"
+        raise InputError(f"{path}: expected floating-point numbers, images x captions, found {found}")
+    return saved
 
 
 class Job(NamedTuple):
@@ -181,7 +196,7 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
         with clock("load"):
             contents = [source.content for source in sources if source.content]
             trained = contents[0]["settings"] if contents else {}
-            data_path = settings.data_path or trained.get("data_path")
+            data_path = settings.data_path or _found_again(trained.get("data_path"))
             data_name = settings.data_name or trained.get("data_name")
             if not data_path or not data_name:
                 what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
@@ -194,6 +209,8 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
             size = {"images": len(split.features), "captions": len(split.captions)}
             about = {"data": str(split.folder), "split": split.name, **size}
             for number, source in enumerate(sources, start=1):
+                if not source.content and source.saved.shape == (len(split.captions), len(split.features)):
+                    source.saved, source.name = source.saved.T, f"{source.name}, read captions first"
                 if not source.content and source.saved.shape != tuple(size.values()):
                     found = "{} x {} scores, but".format(*source.saved.shape)
                     wanted = "{data} {split} has {images} images and {captions} captions".format(**about)
@@ -202,6 +219,13 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
                 source.name = f"single {number}" if len(sources) > 1 else source.name
             caveats = list(dict.fromkeys(caveat for source in sources for caveat in source.caveats))
         yield Job(settings, clock, compute, sources, split, parts, about, caveats)
+
+
+def _found_again(data_path: str | None) -> str | None:
+    """A training's data path, which may be relative to the checkout, from wherever an evaluation is started."""
+    if data_path and not Path(data_path).is_dir() and (ROOT / data_path).is_dir():
+        return str(ROOT / data_path)
+    return data_path
 
 
 def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from lib import collectives
 from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint
-from lib.cli import InputError, with_bar
+from lib.cli import InputError, reason, with_bar
 from lib.data.batches import ImageBatches, Images, loader
 from lib.data.dataset import Split
 from lib.data.features import ranges
@@ -68,18 +68,23 @@ class Matcher:
         regions: features (images, R, img_dim) as array or tensor, or a list of (R, img_dim) with any R. captions: plain
         sentences. Raises InputError if shapes do not fit or features are NaN or infinite.
         """
-        images, img_dim = [torch.as_tensor(image) for image in regions], self.model.image_encoder.img_dim
+        img_dim = self.model.image_encoder.img_dim
+        try:
+            images = [torch.as_tensor(image) for image in regions]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"regions: expected (images, regions, {img_dim}) numbers ({reason(error)})") from None
         if not images or any(image.ndim != 2 or image.shape[1] != img_dim or not len(image) for image in images):
             found = sorted({tuple(image.shape) for image in images})
             raise InputError(f"regions: expected (images, regions, {img_dim}), found {len(images)} images of {found}")
         if not all(image.isfinite().all() for image in images):
             raise InputError("regions: NaN or infinite features")
-        if isinstance(captions, str) or not captions:
+        sentences = [] if isinstance(captions, str) or captions is None else [*captions]
+        if not sentences or not all(isinstance(one, str) for one in sentences):
             raise InputError("captions: expected a list of one sentence or more")
         size = min(batch_size, BLOCK)
         parts = (images[first : first + size] for first in range(0, len(images), size))
         batches = (Images(torch.cat(part), torch.tensor([len(image) for image in part])) for part in parts)
-        words, lengths = self.embed_captions(self.tokenizer.tokenize(list(captions)), batch_size)
+        words, lengths = self.embed_captions(self.tokenizer.tokenize(sentences), batch_size)
         blocks = self.embed_images(batches)
         with self.compute.in_force():
             return score_all(self.scorer(), Embeddings(blocks, len(images), words, lengths, Shard(len(blocks))))

@@ -191,7 +191,10 @@ def test_a_checkpoint_is_found_by_file_by_run_folder_and_as_the_newest_below_run
     assert find_checkpoint("", runs=str(tmp_path)) == find_checkpoint(str(tmp_path / "new")) == tmp_path / "new" / BEST
     assert find_checkpoint(str(tmp_path / "old")) == tmp_path / "old" / OLD_BEST
     assert find_checkpoint(str(tmp_path / "old" / LAST)) == tmp_path / "old" / LAST
-    for missing, words in ((tmp_path / "no.pt", "no such checkpoint"), (tmp_path, "no such checkpoint")):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / LAST).touch()
+    newest = f"no epoch has ended; {tmp_path / 'begun' / LAST} is the newest one"
+    for missing, words in ((tmp_path / "no.pt", "no such"), (tmp_path, "no such"), (tmp_path / "begun", newest)):
         with pytest.raises(InputError, match=words):
             find_checkpoint(str(missing))
     with pytest.raises(InputError, match="train first"):

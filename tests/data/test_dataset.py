@@ -149,10 +149,16 @@ def test_a_missing_data_set_and_a_missing_file_are_explained(folder):
         assert message.startswith("no data set at ")
         assert "train_ims.npy, train_caps.txt" in message
         assert "train_demo.sh" in message
-    for name in ("dev_caps.txt", "dev_ims.npy"):
+    for name, there in (("dev_caps.txt", "of its splits there are dev"), ("dev_ims.npy", "usually obtained from")):
         (folder / name).unlink()
         message = refusal(open_dev, folder)
-        assert message.startswith(f"{folder / name} is missing: f30k_precomp needs dev_ims.npy and dev_caps.txt")
+        assert message.startswith(f"{folder / name} is missing: f30k_precomp needs it for the split dev; {there}")
+
+
+def test_another_name_of_a_split_is_told_which_ones_there_are(folder):
+    np.save(folder / "test_ims.npy", make_features())
+    message = refusal(open_split, str(folder.parent), folder.name, "val", IMG_DIM)
+    assert message.endswith("needs it for the split val; of its splits there are dev, test")
 
 
 def test_numbers_that_do_not_fit_are_named_with_what_is_expected(folder):

@@ -197,11 +197,19 @@ def test_a_part_of_an_evaluation_ends_when_the_device_has_done_its_work(monkeypa
         (np.zeros((2, 6, 15), np.float32), ["a ball"], "expected \\(images, regions, 16\\)"),
         (np.full((2, 6, 16), np.nan, np.float32), ["a ball"], "NaN"),
         (np.zeros((2, 6, 16), np.float32), "a ball", "list"),
+        (np.zeros((2, 6, 16), np.float32), [3], "list"),
+        (None, ["a ball"], "expected \\(images, regions, 16\\) numbers"),
+        (["a ball"], ["a ball"], "expected \\(images, regions, 16\\) numbers"),
     ],
 )
 def test_python_interface_says_what_is_wrong(trained_run, regions, captions, complaint):
     with pytest.raises(InputError, match=complaint):
         load(trained_run, device="cpu").score(regions, captions)
+
+
+def test_python_interface_takes_sentences_as_an_array_too(trained_run):
+    model, regions, sentences = load(trained_run, device="cpu"), np.ones((1, 6, 16), np.float32), ["a ball", "a dog"]
+    assert torch.equal(model.score(regions, np.array(sentences)), model.score(regions, sentences))
 
 
 def test_rerank_with_every_item_exact_gives_the_exact_metrics_and_says_how_many_pairs(trained_run, tmp_path, capsys):
@@ -247,7 +255,7 @@ def test_programs_print_their_tables_and_find_the_newest_best_checkpoint(trained
     assert re.search(r"^run         epoch 1 of 1 chosen on dev \(rSum .*\), seed 0", out, re.MULTILINE)
     assert "test: 10 images, 50 captions" in out
     assert re.search(r"^chance ", out, re.MULTILINE)
-    assert testall_program.main(["--checkpoint", str(trained_run / "last.pt"), *FLAGS]) == 0
+    assert testall_program.main([str(trained_run / "last.pt"), *FLAGS]) == 0  # --checkpoint is not needed
     out = capsys.readouterr().out
     for row in ("X-Dim, fold 1", "X-Dim, fold 5", "X-Dim, mean of 5 folds of 4", "X-Dim, all 20", "chance, 20 images"):
         assert re.search(f"^{row} ", out, re.MULTILINE)
@@ -281,6 +289,25 @@ def test_saved_scores_stand_for_the_checkpoint_that_made_them(evaluate, trained_
     alone, _, out = evaluate("--checkpoint", tmp_path / "one.npy", *where)
     assert (alone["row"], alone["rsum"]) == ("saved scores", expected["singles"]["single 1"]["rsum"])
     assert f"checkpoint  {tmp_path / 'one.npy'}\n" in out
+
+
+def test_saved_scores_with_captions_first_are_read_so_and_the_table_says_it(evaluate, trained_run, data, tmp_path):
+    expected, scores, _ = evaluate("--checkpoint", trained_run)
+    np.save(tmp_path / "turned.npy", scores.T)
+    flags = ["--checkpoint", tmp_path / "turned.npy", "--data_path", data.parent, "--data_name", data.name]
+    results, found, _ = evaluate(*flags)
+    np.testing.assert_array_equal(found, scores)
+    assert (results["row"], results["rsum"]) == ("saved scores, read captions first", expected["rsum"])
+
+
+def test_an_evaluation_finds_the_data_of_a_training_from_another_folder(trained_run, data, tmp_path, monkeypatch):
+    """The path that the training recorded is relative to the checkout."""
+    monkeypatch.setattr("lib.evaluation.evaluate.ROOT", data.parent.parent)
+    content = read_checkpoint(trained_run / "last.pt")
+    content["settings"]["data_path"] = data.parent.name
+    monkeypatch.setattr("lib.evaluation.score.read_checkpoint", lambda *_, **__: content)
+    monkeypatch.chdir(tmp_path)
+    assert test_program.main([str(trained_run / "last.pt"), *FLAGS]) == 0
 
 
 # How the split was used in training
@@ -336,7 +363,12 @@ def complaint_of(argv, capsys):
     ("content", "complaint"),
     [
         (np.zeros((10, 49), np.float32), r"10 x 49 scores, but \S+ test has 10 images and 50 captions"),
-        (np.zeros((10, 50), np.int64), "expected floating-point numbers"),
+        (np.zeros((10, 50), np.int64), "expected floating-point numbers, images x captions, found int64 of 10 x 50"),
+        (np.zeros((5, 2, 10), np.float32), "scores of 5 folds; ranks in the whole split need those of all pairs"),
+        (
+            np.array({"npts": 10, "sims": 0}),
+            r"if you trust it, .* python -c \"import numpy as np; np.save\('scores.npy'",
+        ),
         (np.full((10, 50), np.nan, np.float32), "NaN"),
         (None, "no readable matrix"),
     ],
