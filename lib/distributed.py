@@ -92,13 +92,15 @@ def joined(device: "torch.device") -> Iterator[None]:
     import torch.distributed as dist
 
     store = _connect(hosts=is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-    watchdog = _Watchdog()
+    stopped = threading.Event()
+    watchdog = threading.Thread(target=_watch, args=(stopped,), daemon=True)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TORCH_TIMEOUT)
     watchdog.start()
     try:
         yield
-        watchdog.stop()  # before the barrier: afterwards the process that hosts the store may end at any time
+        stopped.set()
+        watchdog.join()  # before the barrier: afterwards the process that hosts the store may end at any time
         dist.barrier()
     except RuntimeError as error:
         if not is_lost_connection(error):
@@ -175,35 +177,25 @@ def heartbeat() -> None:
     _heartbeats += 1
 
 
-class _Watchdog(threading.Thread):
-    """Ends a job that hangs. The processes count their heartbeats in the store, and each reads the counts of all."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._stopped = threading.Event()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self.join()
-
-    def run(self) -> None:
-        store, keys = _connect(), [f"heartbeats of {other}" for other in range(world_size())]
-        counts, since, while_busy = [], time.monotonic(), 0
-        while True:
-            while_busy += _busy.is_set()
-            try:
-                store.set(keys[rank()], f"{_heartbeats} {while_busy}")
-                now = [tuple(map(int, count.split())) for count in store.multi_get(keys)]
-            except RuntimeError:  # the process that hosts the store has ended
-                if not self._stopped.is_set():
-                    _exit("torchrun or the first process of the job has ended" if local_rank() == 0 else "")
-                return
-            if self._stopped.wait(CHECK_INTERVAL):
-                return
-            if now != counts:
-                counts, since = now, time.monotonic()
-            elif time.monotonic() - since > HANG_TIMEOUT:
-                _exit(_describe_hang([heartbeats for heartbeats, _ in counts]))
+def _watch(stopped: threading.Event) -> None:
+    """End a job that hangs. The processes count their heartbeats in the store, and each reads the counts of all."""
+    store, keys = _connect(), [f"heartbeats of {other}" for other in range(world_size())]
+    counts, since, while_busy = [], time.monotonic(), 0
+    while True:
+        while_busy += _busy.is_set()
+        try:
+            store.set(keys[rank()], f"{_heartbeats} {while_busy}")
+            now = [tuple(map(int, count.split())) for count in store.multi_get(keys)]
+        except RuntimeError:  # the process that hosts the store has ended
+            if not stopped.is_set():
+                _exit("torchrun or the first process of the job has ended" if local_rank() == 0 else "")
+            return
+        if stopped.wait(CHECK_INTERVAL):
+            return
+        if now != counts:
+            counts, since = now, time.monotonic()
+        elif time.monotonic() - since > HANG_TIMEOUT:
+            _exit(_describe_hang([heartbeats for heartbeats, _ in counts]))
 
 
 def _describe_hang(counts: list[int]) -> str:
