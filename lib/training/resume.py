@@ -117,11 +117,11 @@ def refuse_changes(settings: TrainSettings, origin: Origin) -> None:
 
     Raises InputError naming the settings that differ and may not, and where the run would overwrite another one.
     """
-    changed = [name for name, then in origin.defaults.items() if getattr(settings, name) != then]
+    both = {name: (getattr(settings, name), then) for name, then in origin.defaults.items()}
+    changed = {name: f"--{name} {now} (was {then})" for name, (now, then) in both.items() if now != then}
 
     def described(names: Iterable[str]) -> str:
-        changes = [f"--{name} {getattr(settings, name)} (was {origin.defaults[name]})" for name in changed]
-        return ", ".join(change for name, change in zip(changed, changes, strict=True) if name in names)
+        return ", ".join(change for name, change in changed.items() if name in names)
 
     if refused := described(ARCHITECTURE | {"bert"} if origin.exact else ARCHITECTURE):
         raise InputError(f"{origin.path}: its weights were made with other settings: {refused}")
@@ -214,8 +214,7 @@ def all_random_states(device: torch.device) -> dict:
 def seed_process(seed: int, step: int) -> None:
     """Give each process but the first random numbers of its own; the first continues those of a single process.
 
-    Only dropout draws from them: weights are made before, and order and augmentation are functions of (seed, epoch,
-    batch).
+    Only dropout draws from them: weights are made before, order and augmentation depend on (seed, epoch, batch).
     """
     if not distributed.is_first():
         sequence = np.random.SeedSequence([seed, step, distributed.rank()])
