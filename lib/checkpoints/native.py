@@ -63,9 +63,6 @@ def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
     return path
 
 
-# Reading
-
-
 def verify(path: Path) -> None:
     """Compare a checkpoint's checksums with its content. Raises InputError where it is damaged."""
     with refusing(f"{path}: {DAMAGED}"):
@@ -76,9 +73,8 @@ def verify(path: Path) -> None:
 def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """The entries of a checkpoint of any form, `path`, and `notes`: a list of sentences on what was not taken from it.
 
-    mapped: tensors of torch files are read from the disk when they are used, so that an optimiser's state that nobody
-    uses takes no memory; the file must not change until then. No code in the file is run. Raises InputError where the
-    file is damaged or not a checkpoint.
+    mapped: tensors of torch files are read from the disk when they are used; the file must not change until then. No
+    code in the file is run. Raises InputError where it is damaged or not a checkpoint.
     """
     with refusing(f"{path}: {DAMAGED}"):
         if _is_sound_archive(path):
@@ -92,10 +88,7 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
 
 
 def _is_sound_archive(path: Path) -> bool:
-    """Whether a file is a zip archive, as torch.save writes it. Raises ValueError where a checksum of it is wrong.
-
-    torch.load itself compares none of them.
-    """
+    """Whether a file is torch.save's zip archive. ValueError where a checksum is wrong: torch.load compares none."""
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"\x80\x02\x8a\n":
@@ -160,9 +153,6 @@ def _known_settings(settings: dict) -> tuple[dict, list[str]]:
     return {name: value for name, value in settings.items() if name in names}, notes
 
 
-# Writing
-
-
 def write_weights(path: Path, content: dict[str, Any]) -> None:
     """Write weights for use with all entries but optimizer and random_state. Raises InputError where that fails."""
     entries = {name: content[name] for name in (*ENTRIES, "published") if name in content}
@@ -174,10 +164,7 @@ def write_weights(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_state(path: Path, content: dict[str, Any]) -> None:
-    """Write all that training needs to go on, in place of an older file, which stays until the new one is on the disk.
-
-    Raises InputError where that fails.
-    """
+    """Write all that training needs to go on. Raises InputError where that fails; an older file is there then."""
     with replacing(path) as file:
         torch.save({"format": FORMAT, **{name: content[name] for name in STATE if name in content}}, file)
 
@@ -187,9 +174,6 @@ def write_published(path: Path, content: dict[str, Any]) -> None:
     entries = published.revert(content)
     with replacing(path) as file:
         torch.save(entries, file)
-
-
-# To a model
 
 
 def new_model(settings: dict[str, Any]) -> tuple[XDim, Tokenizer, str]:

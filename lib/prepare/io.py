@@ -38,9 +38,6 @@ def add_data_flags(flags: argparse.ArgumentParser, default: str | None = None) -
     flags.add_argument("--data_name", default=default, required=not default, help=f"name of {what}, a folder in there")
 
 
-# Writing
-
-
 def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeLike = np.float32) -> np.ndarray:
     """Write a split image by image, features in float32 or float16. Returns each image's number of regions (images,).
 
@@ -101,9 +98,6 @@ def _check(image: Image, img_dim: int, dtype: np.dtype) -> None:
         raise InputError(f"{image.origin or f'image {image.id!r}'}: {problem}")
 
 
-# Reading
-
-
 def find_splits(args: argparse.Namespace) -> tuple[Path, list[str]]:
     """The data set's folder and the names of all splits in it, `train` first. InputError where there are none."""
     folder = find_folder(str(args.data_path), args.data_name)
@@ -156,9 +150,6 @@ def read_json(path: Path) -> Any:
     """Raises InputError where the file is not JSON."""
     with refusing(f"{path}: not JSON; copy or download it again"):
         return json.loads(path.read_bytes())
-
-
-# Printing
 
 
 def some(names: Sequence[object], what: str) -> str:
