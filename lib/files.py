@@ -1,6 +1,5 @@
 """Writing files so that a kill or a full disk never leaves half of one under its final name; reading lines of text."""
 
-import errno
 import fcntl
 import os
 import shutil
@@ -102,7 +101,7 @@ def check_writable(path: str) -> None:
     temporary = Path(f"{path}.{os.getpid()}{TEMPORARY}")
     try:
         if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            raise IsADirectoryError("Is a directory")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()
