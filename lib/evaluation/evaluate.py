@@ -176,7 +176,6 @@ class Job(NamedTuple):
 
     settings: SplitSettings
     clock: Clock
-    compute: Compute
     sources: list[Source]
     split: Split
     parts: list[Part]  # the whole split, then its folds (--fold5)
@@ -218,7 +217,7 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
                 source.caveats = report.find_caveats(source.content, split, data_name)
                 source.name = f"single {number}" if len(sources) > 1 else source.name
             caveats = list(dict.fromkeys(caveat for source in sources for caveat in source.caveats))
-        yield Job(settings, clock, compute, sources, split, parts, about, caveats)
+        yield Job(settings, clock, sources, split, parts, about, caveats)
 
 
 def _found_again(data_path: str | None) -> str | None:
@@ -257,7 +256,7 @@ def describe(job: Job, labels: Sequence[str]) -> str:
     """The heading: what is evaluated, on what data, on which device."""
     lines = [report.describe_source(one.path, one.content, name) for one, name in zip(job.sources, labels, strict=True)]
     data = "{data} {split}: {images} images, {captions} captions".format(**job.about)
-    return "\n".join([*lines, f"{'data':<12}{data}", f"{'device':<12}{job.compute}"])
+    return "\n".join([*lines, f"{'data':<12}{data}", f"{'device':<12}{job.clock.compute}"])
 
 
 def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
