@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +88,7 @@ class Images(NamedTuple):
     counts: Tensor  # (images,) regions of each
 
 
+@dataclass(eq=False)
 class EpochBatches(Dataset):
     """The training batches of one epoch: every pair once, shuffled and augmented, the last incomplete batch dropped.
 
@@ -94,24 +96,19 @@ class EpochBatches(Dataset):
     order of requests and the part of the batch that is asked for change nothing.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        captions: TokenizedCaptions,
-        tokenizer: Tokenizer,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        *,
-        part: slice = slice(None),
-        half: bool = False,
-        indexed: bool = False,
-    ):
-        """part: this process's pairs of each batch. half: features in float16. indexed: none; give IndexedBatch."""
-        self.features, self.image_of_caption = split.features, split.image_of_caption
-        self.captions, self.tokenizer, self.seed, self.epoch = captions, tokenizer, seed, epoch
-        self.part, self.half, self.indexed, self.read_ahead = part, half, indexed, READ_AHEAD
-        order = self._rng(0).permutation(len(captions))
+    split: InitVar[Split]
+    captions: TokenizedCaptions
+    tokenizer: Tokenizer
+    batch_size: InitVar[int]
+    seed: int
+    epoch: int
+    part: slice = field(default_factory=lambda: slice(None))  # this process's pairs of each batch
+    half: bool = False  # features in float16
+    indexed: bool = False  # no features: give IndexedBatch
+
+    def __post_init__(self, split: Split, batch_size: int):
+        self.features, self.image_of_caption, self.read_ahead = split.features, split.image_of_caption, READ_AHEAD
+        order = self._rng(0).permutation(len(self.captions))
         self.pairs = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
 
     def _rng(self, stream: int) -> np.random.Generator:
@@ -214,7 +211,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 def _move(batch: Batch | IndexedBatch, device: torch.device, resident: DeviceFeatures | None) -> Batch:
     if isinstance(batch, IndexedBatch):
         assert resident is not None
-        images = resident.gather(batch.rows.to(device, non_blocking=True))
+        images = resident.rows.index_select(0, batch.rows.to(device, non_blocking=True))
     else:
         images = batch.images.to(device, non_blocking=True)
     return Batch(images, batch.counts, batch.ids.to(device, non_blocking=True), batch.lengths)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from torch import Tensor
 
 from lib.cli import InputError, one_line, reason, refusing, with_bar
 
@@ -170,7 +169,7 @@ def _read_offsets(path: Path, rows: int) -> np.ndarray:
 
 
 class DeviceFeatures:
-    """All features of a split in float16 in a device's memory (--device_features)."""
+    """All features of a split in float16 in a device's memory (--device_features): rows (n, img_dim)."""
 
     def __init__(self, features: FeatureFile, device: torch.device):
         """Read the whole file once. Raises InputError where memory is short, on NaN, and on values beyond float16."""
@@ -185,7 +184,3 @@ class DeviceFeatures:
             rows = np.arange(start, min(start + step, len(self.rows)))
             block = features.read_rows(rows, out=np.empty((len(rows), features.img_dim), np.float16))
             self.rows[start : start + len(rows)] = torch.from_numpy(block)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Features (n, img_dim) in float16 of rows (n,), given on the device, numbered as in FeatureFile."""
-        return self.rows.index_select(0, rows)
