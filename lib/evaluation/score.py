@@ -48,11 +48,12 @@ class Embeddings(NamedTuple):
     lengths: Tensor  # (C,) words of each caption, on the CPU
     shard: Shard
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Consecutive captions, their words and their lengths."""
+    def pieces(self, scorer: Any) -> Iterator[tuple[slice, Any, Block]]:
+        """Consecutive captions, the same prepared for the scorer, and each block of images with them."""
         lengths, first = self.lengths.split(CHUNK[self.words.device.type]), 0
         for some, words in zip(lengths, self.words.split([int(some.sum()) for some in lengths]), strict=True):
-            yield slice(first, first := first + len(some)), words, some
+            captions, chunk = slice(first, first := first + len(some)), scorer.captions(words, some)
+            yield from ((captions, chunk, block) for block in self.blocks)
 
 
 class Matcher:
@@ -150,17 +151,10 @@ def embed_split(
 def score_all(scorer: Any, embeddings: Embeddings) -> Tensor:
     """Scores (I, C) of all pairs, on the CPU of every process."""
     scores = embeddings.words.new_zeros(embeddings.images, len(embeddings.lengths))
-    number = len(list(embeddings.chunks())) * len(embeddings.blocks)
-    for captions, chunk, block in with_bar(_pieces(scorer, embeddings), "scores", number):
+    number = -(-len(embeddings.lengths) // CHUNK[scores.device.type]) * len(embeddings.blocks)
+    for captions, chunk, block in with_bar(embeddings.pieces(scorer), "scores", number):
         scores[block.images, captions] = scorer.all_pairs(block.regions, chunk, block.real)
     return embeddings.shard.sum(scores).cpu()
-
-
-def _pieces(scorer: Any, embeddings: Embeddings) -> Iterator[tuple[slice, Any, Block]]:
-    for captions, words, lengths in embeddings.chunks():
-        chunk = scorer.captions(words, lengths)
-        for block in embeddings.blocks:
-            yield captions, chunk, block
 
 
 def score_pairs(scorer: Any, embeddings: Embeddings, images: Tensor, captions: Tensor) -> Tensor:
