@@ -50,11 +50,8 @@ SETTINGS = (
 
 def is_published(content: Any) -> bool:
     """Whether a loaded file has the published form."""
-    return (
-        isinstance(content, dict)
-        and isinstance(content.get("opt"), argparse.Namespace)
-        and len(content.get("model", ())) == len(NAMES)
-    )
+    entries = content if isinstance(content, dict) else {}
+    return isinstance(entries.get("opt"), argparse.Namespace) and len(entries.get("model", ())) == len(NAMES)
 
 
 def convert(content: dict[str, Any]) -> dict[str, Any]:

@@ -40,10 +40,7 @@ def begin_record(settings: dict, data: dict, device: str, started_from: Path | N
 
 
 def write_record(folder: Path, record: dict, progress: dict) -> None:
-    """Write FOLDER/run.json in place of an older one. Raises InputError where it cannot be written.
-
-    record: what `begin_record` gave. progress: where the run stands (training's Progress as a dict).
-    """
+    """Write FOLDER/run.json: what `begin_record` gave, and training's Progress as a dict. Raises InputError."""
     position = {name: progress[name] for name in ("epoch", "batch", "step")}
     best = {"split": "dev", "epoch": progress["best_epoch"], "rsum": progress["best_rsum"], "checkpoint": BEST}
     now = {"progress": position, "history": progress["history"], "chosen": best if progress["best_epoch"] else None}
