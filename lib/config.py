@@ -115,9 +115,7 @@ class ComputeSettings(Settings):
 
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("", "fp32, tf32 or bf16 (default: fp32 on a CPU, tf32 on CUDA)", choices=PRECISIONS)
-    engine: str = flag(
-        "", "tiled, fast, or plain, lib/model/xdim.py (default: the checkpoint's, else tiled)", choices=ENGINES
-    )
+    engine: str = flag("", "tiled or plain, lib/model/xdim.py (default: the checkpoint's, else tiled)", choices=ENGINES)
 
 
 @dataclass

@@ -52,9 +52,7 @@ def parts_of_split(image_of_caption: np.ndarray, folds: int = 0) -> list[Part]:
 def rank_parts(scores: np.ndarray, image_of_caption: np.ndarray, parts: Sequence[Part]) -> list[Ranks]:
     """The ranks within each part of scores (images, captions). Raises InputError on NaN."""
     if np.isnan(scores).any():
-        raise InputError(
-            "the scores hold NaN: checkpoint, features or saved scores are damaged; or use --precision fp32"
-        )
+        raise InputError("the scores hold NaN: damaged checkpoint, features or saved scores; or use --precision fp32")
     ranks = []
     for part in parts:
         own, image = scores[part], image_of_caption[part.captions] - part.images.start

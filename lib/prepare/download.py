@@ -23,9 +23,8 @@ SPLITS = {"f30k": ("train", "dev", "test"), "coco": ("train", "dev", "testall")}
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the data sets")
-    flags.add_argument(
-        "--data_set", choices=(*SPLITS, "both"), default="both", help="which to put there; both are downloaded"
-    )
+    what = "which to put there; both are downloaded"
+    flags.add_argument("--data_set", choices=(*SPLITS, "both"), default="both", help=what)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -80,9 +80,8 @@ def _newest_sound(folder: Path) -> Origin:
         origin.notes[:0] = [f"warning: {error}; continuing from {path.name}" for error in damaged.values()]
         return origin
     if damaged:
-        raise InputError(
-            f"{folder}: none of its {len(damaged)} checkpoints can be read; {next(iter(damaged.values()))}"
-        )
+        first = next(iter(damaged.values()))
+        raise InputError(f"{folder}: none of its {len(damaged)} checkpoints can be read; {first}")
     raise InputError(f"{folder}: no checkpoint in it; --resume auto starts a run where there is none yet")
 
 
@@ -174,9 +173,7 @@ def _choose_folder(folder: Path, origin: Origin) -> None:
 def refuse_used_folder(folder: Path) -> None:
     """Raises InputError where the folder of a new run holds a run already."""
     if checkpoints(folder):
-        raise InputError(
-            f"--model_name {folder}: holds a run already; continue it with --resume {folder} or name another folder"
-        )
+        raise InputError(f"--model_name {folder}: holds a run already; --resume {folder} continues it, or name another")
 
 
 # Optimiser, random numbers and the processes of a job
