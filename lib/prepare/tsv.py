@@ -37,10 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read(paths: Sequence[Path], read: Callable[[int], object], repeated: list[str]) -> Iterator[Image]:
-    """The images of TSV files; an id that was there before goes to `repeated`. `read` is told the bytes of each line.
-
-    Raises InputError with file and line.
-    """
+    """The images of TSV files; an id that was there before goes to `repeated`. `read` gets the bytes of each line."""
     seen: set[str] = set()
     for path in paths:
         with open(path, "rb") as file:

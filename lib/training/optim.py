@@ -23,10 +23,7 @@ def build_optimizer(model: XDim, learning_rate: float) -> torch.optim.AdamW:
 
 
 def restore_optimizer(optimizer: torch.optim.AdamW, state: dict) -> None:
-    """Load a checkpoint's state, also one that another implementation of AdamW wrote.
-
-    Raises ValueError, KeyError, TypeError or RuntimeError where the state does not fit.
-    """
+    """Load a checkpoint's state, also one that another implementation of AdamW wrote."""
     groups = [{**group, **IMPLEMENTATION} for group in state["param_groups"]]  # load_state_dict takes it from the state
     optimizer.load_state_dict({**state, "param_groups": groups})
 
