@@ -19,9 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     content, out = read_checkpoint(find_checkpoint(arguments.checkpoint)), Path(arguments.out)
     for note in content["notes"]:
         print(note)
-    if arguments.bert or arguments.out.endswith(".safetensors"):
-        content = add_text(content, arguments.bert)
-    write = write_published if arguments.out.endswith(PUBLISHED_ENDINGS) else write_weights
+    to_published = arguments.out.endswith(PUBLISHED_ENDINGS)
+    if arguments.bert or "tokenizer" in content or not to_published:
+        content, _ = add_text(content, arguments.bert)
+    write = write_published if to_published else write_weights
     write(out, content)
     print(f"written: {out}, {len(content['model'])} weights, {out.stat().st_size:,} bytes")
 

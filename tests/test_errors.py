@@ -94,6 +94,36 @@ def test_a_damaged_data_file_is_named(
     gc.collect()  # the worker ends with the loader
 
 
+CHINESE = "\u4e00\u53ea\u72d7"
+
+
+def test_captions_that_the_vocabulary_does_not_know(refused_training, refused_evaluation, make_data, tmp_path):
+    data = make_data(tmp_path / "chinese")
+    flags = ["--data_path", tmp_path, "--data_name", "chinese"]
+    for split, refused, source in (("test", refused_evaluation, BEST), ("train", refused_training, TINY_BERT)):
+        path = data / f"{split}_caps.txt"
+        path.write_text(f"{CHINESE}\n" * len(path.read_text().splitlines()), encoding="utf-8")
+        line = refused(*flags)
+        assert line.startswith(f"error: {split}: the vocabulary of ")
+        assert f"{source} does not know 100 % of the captions' pieces" in line
+
+
+def test_training_and_evaluation_say_that_some_captions_are_unknown(tiny_flags, make_data, tmp_path, capsys):
+    data = make_data(tmp_path / "mixed")
+    for split in ("train", "test"):
+        lines = (data / f"{split}_caps.txt").read_text().splitlines()
+        lines[-1] = 40 * CHINESE
+        (data / f"{split}_caps.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    flags = [*tiny_flags, "--data_path", str(tmp_path), "--data_name", "mixed", "--model_name", str(tmp_path / "run")]
+    assert train_program.main(flags) == 0
+    out = capsys.readouterr().out
+    assert f"warning: train: the vocabulary of {TINY_BERT} does not know 6 % of the captions' pieces" in out
+    assert "dev: the vocabulary" not in out
+    flags = ["--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"]
+    assert test_program.main(flags) == 0
+    assert "warning: test: the vocabulary of " in capsys.readouterr().out
+
+
 def test_images_that_do_not_divide_into_five_folds(refusal, make_data, trained_run, tmp_path):
     make_data(tmp_path / "seven", images={"testall": 7})
     flags = ["--checkpoint", trained_run, "--data_path", tmp_path, "--data_name", "seven", "--device", "cpu"]

@@ -205,19 +205,24 @@ def build_model(content: dict[str, Any], bert: str = "") -> tuple[XDim, Tokenize
     bert: name or folder of the language model's configuration and vocabulary where the checkpoint carries none (a
     published one). Raises InputError where weights are missing, surplus or misshapen, listing them.
     """
-    content = add_text(content, bert)
+    content, tokenizer = add_text(content, bert)
     model = XDim.build(content["architecture"])
     model.load_state_dict(content["model"], strict=False)  # all that it uses are there, see add_text
-    with refusing(f"{content['path']}: its tokenizer cannot be used"):
-        return model, Tokenizer(content["tokenizer"])
+    return model, tokenizer
 
 
-def add_text(content: dict[str, Any], bert: str) -> dict[str, Any]:
+def add_text(content: dict[str, Any], bert: str) -> tuple[dict[str, Any], Tokenizer]:
     """A checkpoint with its language model's configuration and tokenizer: those of `bert` where it carries none.
 
-    Raises InputError listing the weights whose names or shapes are not those of the model that it describes.
+    Raises InputError where the tokenizer is not that of the embedding table, and where names or shapes of weights are
+    not those of the model that it describes, listing them.
     """
-    if "tokenizer" not in content:
+    if "tokenizer" in content:
+        again = "write it again from its training or, with a whole --bert folder, from the published file"
+        with refusing(f"{content['path']}: its tokenizer cannot be used; {again}"):
+            config = content["architecture"]["text_encoder"]["options"]["config"]
+            tokenizer = Tokenizer(content["tokenizer"], config["vocab_size"], content["path"])
+    else:
         config, tokenizer = _read_text(bert or BERT_BASE)
         architecture = _with_text(content["architecture"], config, tokenizer.own_pad_id)
         content = {**content, "architecture": architecture, "tokenizer": tokenizer.specification}
@@ -234,7 +239,7 @@ def add_text(content: dict[str, Any], bert: str) -> dict[str, Any]:
         more = f" and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
         listed = ", ".join(problems[:MOST_LISTED]) + more
         raise InputError(f"{path}: its weights do not fit the model (is --bert right?): {listed}")
-    return content
+    return content, tokenizer
 
 
 def _read_text(name: str) -> tuple[dict, Tokenizer]:

@@ -12,13 +12,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said explicitly, it d
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.cli import refusing, with_bar
+from lib.cli import InputError, refusing, with_bar
 from lib.data.features import ranges
 from lib.model.backbone import read_config
 
 MASK_TOKENS = ("[MASK]", "<mask>")  # BERT's and RoBERTa's families
 COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their first token has position pad_id + 1
-LEAST_KNOWN = 0.9  # of a model's embedding table; a vocabulary that knows less of it was cut off
+LEAST_USED = 0.99  # of an embedding table: a few of its rows may be padding, or entries twice in the vocabulary
+MOST_UNKNOWN, SAID = 0.5, 0.01  # share of captions' pieces that are [UNK]: refused above the one, said above the other
 AT_ONCE = 10_000  # captions split at a time; the library's own result is many times larger than what is kept of it
 
 
@@ -46,22 +47,32 @@ class Tokenizer:
     specification: JSON of the `tokenizers` library, with truncation and padding; a checkpoint carries it.
     max_length: the most tokens of a caption, special tokens included. vocab_size: rows of the embedding table that its
     ids point to. pad_id: what shorter captions are filled with. own_pad_id: the same, but None where that token has
-    another meaning too, as CLIP's end of text. mask_id: the mask token, None where there is none.
+    another meaning too, as CLIP's end of text. mask_id, unknown_id: the mask token and that of pieces that are not in
+    the vocabulary, None where there is none.
     """
 
-    def __init__(self, specification: str):
-        """Raises ValueError, or what the tokenizers library raises, where the specification is damaged."""
+    def __init__(self, specification: str, rows: int, source: str):
+        """rows: of the model's embedding table. source: file, folder or name that it is from, for messages.
+
+        Raises ValueError where the vocabulary is not that of the table, or what the tokenizers library raises where the
+        specification is damaged.
+        """
         content = json.loads(specification)
         whole = Backend.from_str(specification)
         entries = whole.get_vocab()
         if not entries.keys() - _special(content):
             raise ValueError("it knows special tokens only: its vocabulary is missing")
+        self.vocab_size = max(entries.values()) + 1
+        if self.vocab_size > rows or len(entries) < LEAST_USED * rows:
+            sizes = f"{len(entries)} entries up to id {self.vocab_size - 1}"
+            raise ValueError(f"a vocabulary of {sizes}, but the model's embedding table has {rows}")
         self._backend = Backend.from_str(json.dumps(_without_special_tokens(content)))
         if len(set(self._backend.encode("a dog").word_ids)) < 2:
             raise ValueError("it takes a whole caption for one word, so that words cannot be masked")
         self.specification, padding = specification, content["padding"]
         self.max_length, self.pad_id = content["truncation"]["max_length"], padding["pad_id"]
-        self.vocab_size = max(entries.values()) + 1
+        self.source, model = source, content["model"]
+        self.unknown_id = model.get("unk_id", entries.get(model.get("unk_token")))
         self.mask_id = next((entries[token] for token in MASK_TOKENS if token in entries), None)
         self.prefix, self.suffix = _around(whole)
         as_text = self._backend.encode(padding["pad_token"]).ids
@@ -76,6 +87,29 @@ class Tokenizer:
             words.append(np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int16))
             lengths += map(len, encodings)
         return TokenizedCaptions(np.concatenate(ids), np.concatenate(words), np.cumsum(lengths))
+
+    def tokenize_split(self, name: str, captions: list[str]) -> TokenizedCaptions:
+        """`tokenize` the captions of a split, after which `check_words` is said."""
+        tokenized = self.tokenize(captions)
+        if note := self.check_words(name, tokenized):
+            print(f"warning: {note}")
+        return tokenized
+
+    def check_words(self, name: str, captions: TokenizedCaptions) -> str:
+        """A sentence on the [UNK] pieces among the captions of a split; empty where they are few.
+
+        Raises InputError where the vocabulary knows less than half of the pieces.
+        """
+        unknown = np.flatnonzero(captions.ids == self.unknown_id)
+        share = len(unknown) / max(1, len(captions.ids))
+        if share <= SAID:
+            return ""
+        first = np.searchsorted(captions.starts, unknown[0], side="right")
+        sentence = f"{name}: the vocabulary of {self.source} does not know {100 * share:.0f} % of the captions' pieces"
+        sentence += f" ([UNK], first in caption {first})"
+        if share > MOST_UNKNOWN:
+            raise InputError(f"{sentence}; choose a --bert of the captions' language, with its whole vocabulary")
+        return sentence
 
     def pad(self, captions: TokenizedCaptions) -> tuple[np.ndarray, np.ndarray]:
         """Each caption between the model's special tokens, cut to `max_length` with those kept.
@@ -110,11 +144,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         longest = min(config["max_position_embeddings"] - reserved, loaded.model_max_length)
         specification = complete(loaded.backend_tokenizer.to_str(), longest, loaded.pad_token, loaded.pad_token_id)
     with refusing(f"--bert {name}: its tokenizer cannot be used"):
-        tokenizer = Tokenizer(specification)
-        if not LEAST_KNOWN * config["vocab_size"] < tokenizer.vocab_size <= config["vocab_size"]:
-            sizes = f"{tokenizer.vocab_size} entries, but config.json says {config['vocab_size']}"
-            raise ValueError(f"a vocabulary of {sizes}")
-    return tokenizer
+        return Tokenizer(specification, config["vocab_size"], name)
 
 
 def complete(specification: str, max_length: int, pad_token: str, pad_id: int) -> str:

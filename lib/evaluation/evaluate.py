@@ -136,7 +136,7 @@ class Source:
     def embed(self, job: "Job") -> score.Embeddings:
         """The split, encoded by a checkpoint's model."""
         with job.clock("encode"):
-            captions = self.matcher.tokenizer.tokenize(job.split.captions)
+            captions = self.matcher.tokenizer.tokenize_split(job.split.name, job.split.captions)
             return score.embed_split(self.matcher, job.split, captions, job.settings.batch_size, job.settings.workers)
 
     def scores(self, job: "Job") -> np.ndarray:

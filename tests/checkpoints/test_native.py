@@ -1,6 +1,7 @@
 """Checkpoints give back what was written; damage, other files and weights that do not fit are refused in one line."""
 
 import copy
+import json
 import os
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+import convert
 from lib.checkpoints.native import (
     BEST,
     ENTRIES,
@@ -181,6 +183,22 @@ WEIGHT = "image_encoder.linear.bias"
 def test_weights_that_are_missing_surplus_or_misshapen_are_listed(altered, change, words):
     path = altered(lambda content: change(content["model"]))
     assert words in refused(lambda path: build_model(read_checkpoint(path)), path)
+
+
+@pytest.mark.parametrize(("kept", "words"), [(5, "it knows special tokens only"), (128, "a vocabulary of 128 entries")])
+def test_a_tokenizer_that_is_not_the_embedding_tables_is_neither_used_nor_converted(altered, capfd, kept, words):
+    def cut(content):
+        tokenizer = json.loads(content["tokenizer"])
+        vocabulary = tokenizer["model"]["vocab"]
+        tokenizer["model"]["vocab"] = {entry: number for entry, number in vocabulary.items() if number < kept}
+        content["tokenizer"] = json.dumps(tokenizer)
+
+    path = altered(cut)
+    assert words in refused(lambda path: build_model(read_checkpoint(path)), path)
+    for out in (path.with_name("weights.safetensors"), path.with_name("published.pth.tar")):
+        assert convert.main([str(path), str(out)]) == 2
+        assert f"error: {path}: its tokenizer cannot be used" in capfd.readouterr().err
+        assert not out.exists()
 
 
 def test_a_checkpoint_is_found_by_file_by_run_folder_and_as_the_newest_below_runs(tmp_path):

@@ -132,7 +132,7 @@ def test_positions_that_roberta_reserves_are_not_for_captions(tmp_path):
 
 def test_the_specification_that_a_checkpoint_carries_gives_the_same_tokenizer(model_folder):
     tokenizer = load_tokenizer(str(model_folder))
-    copy = Tokenizer(json.loads(json.dumps(tokenizer.specification)))
+    copy = Tokenizer(json.loads(json.dumps(tokenizer.specification)), tokenizer.vocab_size, "a checkpoint")
     assert same(copy.tokenize(CAPTIONS), tokenizer.tokenize(CAPTIONS))
     for name in ("max_length", "vocab_size", "pad_id", "own_pad_id", "mask_id", "prefix", "suffix"):
         assert getattr(copy, name) == getattr(tokenizer, name)
@@ -144,7 +144,7 @@ def test_a_tokenizer_that_takes_a_caption_for_one_word_is_refused(tmp_path):
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     with pytest.raises(ValueError, match="takes a whole caption for one word"):
-        Tokenizer(module.complete(backend.to_str(), 12, "</s>", 1))
+        Tokenizer(module.complete(backend.to_str(), 12, "</s>", 1), backend.get_vocab_size(), "a checkpoint")
 
 
 # What is refused
@@ -172,7 +172,9 @@ def spoiled(folder, name, content):
     ("name", "content", "words"),
     [
         ("vocab.txt", None, "it knows special tokens only"),
-        ("vocab.txt", "\n".join(VOCABULARY[:90]).encode(), "a vocabulary of 90 entries, but config.json says 134"),
+        ("vocab.txt", "\n".join(VOCABULARY[:5]).encode(), "it knows special tokens only"),
+        ("vocab.txt", "\n".join(VOCABULARY[:128]).encode(), "128 entries up to id 127, but the model's embedding"),
+        ("vocab.txt", "\n".join([*VOCABULARY, "zebra"]).encode(), "135 entries up to id 134, but the model's"),
         ("tokenizer.json", b'{"version": ', ""),
         ("config.json", None, "no tokenizer found"),
     ],
@@ -180,3 +182,15 @@ def spoiled(folder, name, content):
 def test_a_folder_whose_tokenizer_is_missing_cut_off_or_another_models_is_named(tmp_path, name, content, words):
     assert words in refused(spoiled(tmp_path, name, content))
     refused(tmp_path / "nothing")
+
+
+def test_pieces_that_a_vocabulary_does_not_know_are_counted(tokenizer, model_folder):
+    known, unknown = ["a dog"] * 50, "\u4e00 \u53ea \u72d7"
+    assert tokenizer.check_words("dev", tokenizer.tokenize(known)) == ""
+    note = f"dev: the vocabulary of {TINY_BERT} does not know 3 % of the captions' pieces ([UNK], first in caption 51)"
+    assert tokenizer.check_words("dev", tokenizer.tokenize([*known, unknown])) == note
+    with pytest.raises(InputError, match=r"does not know 100 % .*; choose a --bert of the captions' language"):
+        tokenizer.check_words("dev", tokenizer.tokenize([unknown]))
+    every_kind, captions = load_once(model_folder), ["a man holding a red ball", unknown]
+    knows_bytes = model_folder.name in ("roberta", "modernbert", "clip")
+    assert (every_kind.check_words("dev", every_kind.tokenize(captions)) == "") == knows_bytes
