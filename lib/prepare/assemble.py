@@ -2,9 +2,9 @@
 
 import argparse
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from lib.prepare.io import FEATURES, Image, some, span
 
 HEADER = ("split", "images", "captions", "an image", "regions", "missing")
 SAMPLED = 16  # images looked at to tell how large all are, and of which type
+PICTURE, SEPARATOR = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE), re.compile("[-_./ ]")
+LEAST_SHARE = 0.5  # of the images or features, whichever are fewer, that must match by another than the first name
 FEATURE_NAMES, BOX_NAMES = ("features", "x"), ("boxes", "bbox")  # arrays of a .npz file, as different tools call them
 
 
@@ -35,12 +37,29 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     io.add_data_flags(flags)
 
 
-class Features:
-    """The features of all paths together; of an id that several have, the first counts.
+def _plain(name: str) -> str:
+    """A name without the ending of a picture, a number without leading zeros."""
+    stem = PICTURE.sub("", name)
+    return stem.lstrip("0") or "0" if stem.isdecimal() else stem
 
-    An id is found as it stands, and as the number at the end of a longer name (COCO_val2014_000000391895) where only
-    one name ends in it.
-    """
+
+def _number(name: str) -> str:
+    """The number after the last separator, 391895 of COCO_val2014_000000391895.jpg; empty where none stands there."""
+    end = SEPARATOR.split(_plain(name))[-1]
+    return _plain(end) if end.isdecimal() else ""
+
+
+# What of a name is compared with the same of another.
+WAYS: dict[str, Callable[[str], str]] = {
+    "whole name": str,
+    "name without ending": _plain,
+    "name without folder and ending": lambda name: _plain(name.split("/")[-1]),
+    "number at the end": _number,
+}
+
+
+class Features:
+    """The features of all paths together; of an id that several have, the first counts."""
 
     def __init__(self, paths: Iterable[Path]):
         """Raises InputError where a path holds no features, or damaged ones."""
@@ -48,16 +67,29 @@ class Features:
         for image_id, reader in (one for path in paths for one in _open(path)):
             self._readers.setdefault(image_id, reader)
         self.ids = list(self._readers)
-        ends = {name: digits[0].lstrip("0") or "0" for name in self.ids if (digits := re.search("[0-9]+$", name))}
-        times = Counter(ends.values())
-        self._aliases = {number: name for name, number in ends.items() if times[number] == 1}
 
-    def find(self, image_id: str) -> str:
-        """The id under which an image is there; empty where it is not."""
-        return image_id if image_id in self._readers else self._aliases.get(image_id, "")
+    def match(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        """Image id -> id of its features, for those that have some; prints how they were matched, and an example.
+
+        names: kind of name (`filename`) -> image id -> name. One kind and one of WAYS count for all images: those that
+        find most. Raises InputError where they find none, or are not the first and find only a small part.
+        """
+        images = list(dict.fromkeys(image_id for wanted in names.values() for image_id in wanted))
+        tried = [
+            (f"{kind}, {way}", _pair(part, wanted, self.ids))
+            for (way, part), (kind, wanted) in product(WAYS.items(), names.items())
+        ]
+        how, found = max(tried, key=lambda one: len(one[1]))  # of equal ones the first
+        if not found or (how != tried[0][0] and len(found) < LEAST_SHARE * min(len(images), len(self.ids))):
+            captioned, featured = some(images, "image"), some(self.ids, "image")
+            common = f"{len(found) or 'none'} in common" + f" (by {how})" * bool(found)
+            raise InputError(f"--features: the captions are of {captioned}, the features of {featured}: {common}")
+        image_id, example = next(iter(found.items()))
+        print(f"matched by {how}: {len(found):,} of {len(images):,} images, {image_id} is {example}")
+        return found
 
     def read(self, found: str) -> Image:
-        """What an id returned by `find` stands for. Raises InputError where it is not sound."""
+        """The image of one of `ids`. Raises InputError where it is not sound."""
         return self._readers[found]()
 
     def summarise(self, found: Sequence[str]) -> tuple[int, np.dtype]:
@@ -68,27 +100,27 @@ class Features:
 
 
 def write_dataset(
-    folder: Path, splits: Mapping[str, Mapping[str, Sequence[str]]], found: Mapping[str, str], features: Features
+    folder: Path,
+    splits: Mapping[str, Mapping[str, Sequence[str]]],
+    names: Mapping[str, Mapping[str, str]],
+    features: Features,
 ) -> None:
     """Write a data set, and print what it holds.
 
-    splits: name -> image id -> captions. found: image id -> the id of its features, empty where there are none.
+    splits: name -> image id -> captions. names: what the features of an image may be called, see `Features.match`.
     Images without features are left out, named, and listed in {split}_missing.txt; images without captions are listed
-    in without_captions.txt. Raises InputError where no image has features, the name is taken, the disk has not the
-    room, or features are not sound.
+    in without_captions.txt. Raises InputError where too few images have features, the name is taken, the disk has not
+    the room, or features are not sound.
     """
-    ids = [image_id for captions in splits.values() for image_id in captions]
-    used = [found[image_id] for image_id in ids if found[image_id]]
-    if not used:
-        captioned, featured = some(ids, "image"), some(features.ids, "image")
-        raise InputError(f"--features: the captions are of {captioned}, the features of {featured}: none in common")
+    found = features.match(names)
+    used = list(found.values())
     size, dtype = features.summarise(used)
     rows, left_out = [], {}
     with new_folder(folder, "--data_name") as temporary:
         check_space(folder, size, "the data set")
         for split, captions in splits.items():
-            there = [image_id for image_id in captions if found[image_id]]
-            missing = [image_id for image_id in captions if not found[image_id]]
+            there = [image_id for image_id in captions if image_id in found]
+            missing = [image_id for image_id in captions if image_id not in found]
             images = (
                 features.read(found[one])._replace(id=one, captions=captions[one]) for one in with_bar(there, split)
             )
@@ -103,6 +135,19 @@ def write_dataset(
     print(f"{folder}\n\n{io.table(HEADER, rows)}")
     for file, (what, images) in left_out.items():
         print(f"{what}: {some(images, 'image')}; all are in {folder / file}")
+
+
+def _pair(part: Callable[[str], str], wanted: Mapping[str, str], ids: Sequence[str]) -> dict[str, str]:
+    """Image id -> id of its features, where the parts of their names are equal.
+
+    None at all where a name has no such part, two share one, or names on both sides lose more than an ending by it.
+    """
+    there, parts = {part(one): one for one in ids}, {image_id: part(name) for image_id, name in wanted.items()}
+    unique = len(there) == len(ids) and len(set(parts.values())) == len(parts)
+    whole = any(all(part(one) in (one, _plain(one)) for one in names) for names in (wanted.values(), ids))
+    if not (unique and whole) or "" in there or "" in parts.values():
+        return {}
+    return {image_id: there[one] for image_id, one in parts.items() if one in there}
 
 
 def clean_caption(text: str) -> str:

@@ -24,32 +24,30 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     splits, names = read_karpathy(args.dataset)
-    features = Features(args.features)
-    found = {key: {image_id: _find(features, name[key]) for image_id, name in names.items()} for key in KEYS}
-    best = max(KEYS, key=lambda key: sum(map(bool, found[key].values())))  # of equal ones the first
-    print(f"features found by {best}")
-    write_dataset(args.data_path / args.data_name, splits, found[best], features)
+    write_dataset(args.data_path / args.data_name, splits, names, Features(args.features))
 
 
 def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str, dict[str, str]]]:
-    """Captions, by split and image id, and of each image the names that it has by KEYS, empty where it has none.
+    """Captions, by split and image id, and the names that images have: by KEYS and image id.
 
     Raises InputError, with the image's place in the file.
     """
-    data, names = read_json(path), {}
+    data = read_json(path)
+    names: dict[str, dict[str, str]] = {key: {} for key in KEYS}
     if not isinstance(data, dict) or not data.get("images") or "dataset" not in data:
         raise InputError(f"{path}: not a file of Karpathy's splits, which holds `dataset` and `images`")
     splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS.values()}
     for index, image in enumerate(data["images"]):
         try:
-            name = {key: str(image.get(key, "")) for key in KEYS}
-            image_id = name["cocoid"] or name["imgid"]
+            image_id = str(image.get("cocoid", "")) or str(image.get("imgid", ""))
             if not image_id:
                 raise ValueError("neither cocoid nor imgid")
-            if image_id in names:
+            if any(image_id in images for images in splits.values()):
                 raise ValueError(f"its id {image_id} is that of an image before")
             splits[SPLITS[image["split"]]][image_id] = _captions(image)
-            names[image_id] = name
+            for key in KEYS:
+                if name := str(image.get(key, "")):
+                    names[key][image_id] = name
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{path}: image {index} (counted from 0) is not sound ({error!r})") from None
     if data["dataset"] == "coco":
@@ -65,8 +63,3 @@ def _captions(image: dict) -> list[str]:
     if not captions:
         raise ValueError("no captions")
     return captions
-
-
-def _find(features: Features, name: str) -> str:
-    """The id of an image's features, with or without the file's ending."""
-    return features.find(name) or features.find(Path(name).stem)

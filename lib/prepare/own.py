@@ -35,12 +35,11 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     captions, given = read_captions(args.captions)
     split_of = given or draw_splits(captions, args.dev, args.test, args.seed)
-    features = Features(args.features)
     splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS if split in split_of.values()}
     for image_id, of_image in captions.items():
         splits[split_of[image_id]][image_id] = of_image
-    found = {image_id: features.find(image_id) for image_id in captions}
-    write_dataset(args.data_path / args.data_name, splits, found, features)
+    names = {"image_id": {image_id: image_id for image_id in captions}}
+    write_dataset(args.data_path / args.data_name, splits, names, Features(args.features))
 
 
 def read_captions(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -10,7 +10,7 @@ from tests.prepare.samples import IMG_DIM, make_images, refusal, write_image_fil
 
 def check(features, images, boxes=True):
     for image_id, (expected, expected_boxes) in images.items():
-        image = features.read(features.find(image_id))
+        image = features.read(image_id)
         assert image.features.dtype == expected.dtype
         assert np.array_equal(image.features, expected)
         assert np.array_equal(image.boxes, expected_boxes) if boxes else image.boxes is None
@@ -45,7 +45,7 @@ def test_all_splits_of_a_folder_that_have_ids_are_searched(tmp_path):
     (tmp_path / "test_ids.txt").unlink()
     features = Features([tmp_path])
     check(features, {**first, **second})
-    assert features.find("f") == ""
+    assert "f" not in features.ids
 
 
 def test_of_equal_ids_the_first_counts(tmp_path):
@@ -58,13 +58,57 @@ def test_of_equal_ids_the_first_counts(tmp_path):
     check(Features([within]), {"a": make_images("ab")["a"]})
 
 
-def test_a_number_finds_the_name_that_ends_in_it_if_only_one_does(tmp_path):
-    names = ["COCO_val2014_000000391895", "COCO_val2014_000000000000", "a_7", "b_7", "8", "c_8", "9a"]
-    features = Features([write_image_files(tmp_path / "files", make_images(names))])
-    assert features.find("391895") == features.find("COCO_val2014_000000391895") == "COCO_val2014_000000391895"
-    assert features.find("0") == "COCO_val2014_000000000000"
-    assert features.find("8") == "8"
-    assert [features.find(other) for other in ("7", "9", "1895", "")] == [""] * 4
+COCO = ["COCO_val2014_000000391895", "COCO_val2014_000000000000", "COCO_train2014_000000000042"]
+FLICKR = ["1000268201_693b08cb0e", "1001773457_577c3a7d70", "1002674143_1b742ab4b8", "1003163366_4427320012"]
+
+
+@pytest.mark.parametrize(
+    ("names", "ids", "how"),
+    [
+        (["b", "a"], ["a", "b", "c"], "whole name"),
+        (["b.jpg", "a.JPEG"], ["a", "b"], "name without ending"),
+        (["b", "a"], ["a.png", "b.png"], "name without ending"),
+        (["7", "42"], ["000042", "000007"], "name without ending"),
+        (["train2014/a.jpg"], ["a", "b"], "name without folder and ending"),
+        (["391895", "0", "42"], COCO, "number at the end"),
+        ([f"{name}.jpg" for name in COCO], ["0", "42", "391895"], "number at the end"),
+    ],
+)
+def test_names_are_matched_in_one_way_for_all_images_which_is_said(tmp_path, capsys, names, ids, how):
+    features = Features([write_image_files(tmp_path / "files", make_images(ids))])
+    found = features.match({"image": {name: name for name in names}})
+    first = next(iter(found))
+    said = f"matched by image, {how}: {len(names)} of {len(names)} images, {first} is {found[first]}\n"
+    assert capsys.readouterr().out == said
+    digits = {name: "".join(filter(str.isdigit, name.split("_")[-1])).lstrip("0") for name in [*names, *ids]}
+    for name, one in found.items():
+        assert name.split("/")[-1].split(".")[0] == one.split(".")[0] or digits[name] == digits[one]
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (["0", "8", "70", "4427320012"], FLICKR),  # digits that end a hexadecimal number, and one that is all digits
+        (["1", "2"], ["train_1", "dev_1", "dev_2"]),  # which of two is 1?
+        (["test_1", "test_2"], ["train_1", "train_2"]),
+        (["test/1.jpg", "test/2.jpg"], ["train/1", "train/2"]),
+        (["test/1.jpg", "dev/1.jpg"], ["1", "2"]),
+        ([*map(str, range(2, 12))], [f"photo_{n}" for n in range(10, 20)]),  # 2 of 10
+    ],
+)
+def test_names_that_only_some_images_share_or_two_do_are_refused(tmp_path, names, ids):
+    features = Features([write_store(tmp_path, make_images(ids))])
+    message = refusal(features.match, {"image": {name: name for name in names}})
+    assert message.startswith(f"--features: the captions are of {len(names)} images ({names[0]}, ")
+    assert message.endswith("none in common" if len(ids) < 10 else "2 in common (by image, number at the end)")
+
+
+def test_few_whole_names_are_enough_and_of_several_kinds_the_one_that_finds_most_counts(tmp_path):
+    features = Features([write_image_files(tmp_path / "files", make_images(["a", "b", "x"]))])
+    image_ids = {str(n): str(n) for n in range(9)}
+    names = {"0": "a.jpg", "1": "b.jpg", "2": "c.jpg"}
+    assert features.match({"image_id": image_ids, "filename": names}) == {"0": "a", "1": "b"}
+    assert features.match({"image_id": {**image_ids, "x": "x"}}) == {"x": "x"}
 
 
 def test_sources_of_both_types_give_float32_and_boxes_are_written_where_all_have_them(tmp_path):

@@ -92,21 +92,21 @@ def test_the_first_five_captions_count_and_words_stand_in_for_empty_ones(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "key"),
+    ("name", "how"),
     [
-        ("{cocoid}", "cocoid"),
-        ("COCO_val2014_{cocoid:012d}", "cocoid"),
-        ("photo {n}", "filename"),
-        ("photo {n}.jpg", "filename"),
-        ("{n}", "imgid"),
+        ("{cocoid}", "cocoid, whole name"),
+        ("COCO_val2014_{cocoid:012d}", "cocoid, number at the end"),
+        ("photo {n}", "filename, name without ending"),
+        ("photo {n}.jpg", "filename, whole name"),
+        ("{n}", "imgid, whole name"),
     ],
 )
-def test_the_key_that_finds_most_images_is_taken_and_named(tmp_path, run, name, key):
+def test_the_key_that_finds_most_images_is_taken_and_named(tmp_path, run, name, how):
     entries = [entry(n, cocoid=100 + n, filename=f"photo {n}.jpg") for n in range(6)]
     write_karpathy(tmp_path / "dataset.json", entries)
     images = make_images([name.format(n=n, cocoid=100 + n) for n in range(6)], dtype=np.float16)
     _, out, _ = run(write_image_files(tmp_path / "files", images))
-    assert f"features found by {key}\n" in out
+    assert f"matched by {how}: 6 of 6 images, 100 is {next(iter(images))}\n" in out
     expected = {str(100 + n): image for n, image in enumerate(images.values())}
     check_split(tmp_path / "data" / "new", "train", expected)
 
@@ -130,7 +130,7 @@ def test_features_of_other_images_are_refused_with_names_of_both(tmp_path, run, 
     write_karpathy(tmp_path / "dataset.json", entries)
     code, _, error = run(write_store(tmp_path / "store", make_images("xyz")))
     assert code == 2
-    assert "captions are of 12 images (0, 2, 4, 6, 8, ...), the features of 3 images (x, y, z): none in common" in error
+    assert "captions are of 12 images (0, 1, 2, 3, 4, ...), the features of 3 images (x, y, z): none in common" in error
 
 
 @pytest.mark.parametrize("content", [b"images", b"", b'{"images": [', b"[]", b'{"dataset": "coco"}', b"\xff"])
