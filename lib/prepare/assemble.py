@@ -19,7 +19,8 @@ HEADER = ("split", "images", "captions", "an image", "regions", "missing")
 SAMPLED = 16  # images looked at to tell how large all are, and of which type
 PICTURE, SEPARATOR = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE), re.compile("[-_./ ]")
 LEAST_SHARE = 0.5  # of the images or features, whichever are fewer, that must match by another than the first name
-FEATURE_NAMES, BOX_NAMES = ("features", "x"), ("boxes", "bbox")  # arrays of a .npz file, as different tools call them
+# Arrays of a .npz file, as different tools call them.
+FEATURE_NAMES, BOX_NAMES, COUNT_NAMES = ("features", "x"), ("boxes", "bbox"), ("num_boxes", "num_bbox")
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -67,6 +68,7 @@ class Features:
         for image_id, reader in (one for path in paths for one in _open(path)):
             self._readers.setdefault(image_id, reader)
         self.ids = list(self._readers)
+        self.transposed: set[str] = set()  # those that were read, and stood as (img_dim, r)
 
     def match(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         """Image id -> id of its features, for those that have some; prints how they were matched, and an example.
@@ -90,7 +92,10 @@ class Features:
 
     def read(self, found: str) -> Image:
         """The image of one of `ids`. Raises InputError where it is not sound."""
-        return self._readers[found]()
+        image = self._readers[found]()
+        if image.was_transposed:
+            self.transposed.add(found)
+        return image
 
     def summarise(self, found: Sequence[str]) -> tuple[int, np.dtype]:
         """About how many bytes these images take, and in which type: float16 if all of a sample are, else float32."""
@@ -133,6 +138,8 @@ def write_dataset(
         for file, (_, images) in left_out.items():
             io.write_lines(temporary / file, images)
     print(f"{folder}\n\n{io.table(HEADER, rows)}")
+    if features.transposed:
+        print(f"stored as (numbers, regions), and turned: {some(sorted(features.transposed), 'image')}")
     for file, (what, images) in left_out.items():
         print(f"{what}: {some(images, 'image')}; all are in {folder / file}")
 
@@ -184,9 +191,15 @@ def _read_file(path: Path) -> Image:
     with refusing(f"{path}: not an image's features; copy or extract it again"):
         content = np.load(path, allow_pickle=False)
         arrays = {FEATURE_NAMES[0]: content} if isinstance(content, np.ndarray) else content
-        features, boxes = (
-            next((arrays[name] for name in names if name in arrays), None) for names in (FEATURE_NAMES, BOX_NAMES)
+        features, boxes, count = (
+            next((arrays[name] for name in names if name in arrays), None)
+            for names in (FEATURE_NAMES, BOX_NAMES, COUNT_NAMES)
         )
         if features is None:
             raise ValueError(f"no array {' or '.join(FEATURE_NAMES)}")
-    return Image(path.stem, features, boxes, origin=str(path))
+        regions = len(boxes) if boxes is not None else len(features) if count is None else int(count)
+        was_transposed = len(features) != regions and features.shape[1:] == (regions,)
+        features = features.T if was_transposed else features
+        if len(features) != regions:
+            raise ValueError(f"{regions} boxes, but features of shape {features.shape}")
+    return Image(path.stem, features, boxes, origin=str(path), was_transposed=was_transposed)

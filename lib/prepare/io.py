@@ -28,6 +28,7 @@ class Image(NamedTuple):
     features: np.ndarray  # (r, img_dim), one row a region
     boxes: np.ndarray | None = None  # (r, 4), x1 y1 x2 y2 in pixels
     captions: Sequence[str] = ()
+    was_transposed: bool = False  # the file has them as (img_dim, r)
     origin: str = ""  # the file and line that it was read from, for error messages
 
 
@@ -45,26 +46,26 @@ def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeL
     stand one after the other, with {split}_offsets.npy. Raises InputError, with the image's origin, where its features
     cannot be used, and where there are no images.
     """
-    written, counts, img_dim = [], [], 0  # features go to the file, the rest stays in memory
+    written, counts, shape = [], [], (0, 0)  # features go to the file, the rest stays in memory
     with open(folder / f"{split}{FEATURES}", "wb") as file:
         file.write(bytes(HEADER_BYTES))
         for image in images:
-            _check(image, img_dim, np.dtype(dtype))
+            _check(image, shape, np.dtype(dtype))
+            shape = image.features.shape
             counts.append(len(image.features))
-            img_dim = image.features.shape[1]
             file.write(np.ascontiguousarray(image.features, dtype).data)
             written.append(image._replace(features=np.empty(0)))
         if not written:
             raise InputError(f"no images for the split {split}")
         varies = len(set(counts)) > 1
-        shape = (sum(counts),) if varies else (len(counts), counts[0])
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (*shape, img_dim)}
+        rows = (sum(counts),) if varies else (len(counts), counts[0])
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (*rows, shape[1])}
         file.seek(0)
         npy.write_array_header_1_0(file, header)
         assert file.tell() == HEADER_BYTES
     boxes = [image.boxes for image in written if image.boxes is not None]
     if len(boxes) == len(written):
-        np.save(folder / f"{split}_boxes.npy", np.concatenate(boxes, dtype=np.float32).reshape(*shape, BOX))
+        np.save(folder / f"{split}_boxes.npy", np.concatenate(boxes, dtype=np.float32).reshape(*rows, BOX))
     if varies:
         np.save(folder / f"{split}_offsets.npy", np.cumsum([0, *counts], dtype=np.int64))
     write_lines(folder / f"{split}_ids.txt", (image.id for image in written))
@@ -79,15 +80,19 @@ def write_lines(path: Path, lines: Iterable[object]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
-def _check(image: Image, img_dim: int, dtype: np.dtype) -> None:
-    """Raises InputError where an image cannot be written. img_dim: that of the images before, 0 for the first."""
+def _check(image: Image, before: tuple[int, int], dtype: np.dtype) -> None:
+    """Raises InputError where an image cannot be written. before: shape of the image before, (0, 0) for the first."""
     features, boxes, problem = image.features, image.boxes, ""
     if not image.id.isprintable() or not image.id.strip():
         problem = "an image id must be printable text"
     elif features.ndim != 2 or features.dtype.kind != "f" or not features.size:
         problem = f"expected floats of shape (regions, img_dim), found {features.dtype} {features.shape}"
-    elif features.shape[1] != (img_dim or features.shape[1]):
-        problem = f"features of {features.shape[1]} numbers, but the images before have {img_dim}"
+    elif features.shape[1] != (before[1] or features.shape[1]):
+        problem = f"features of {features.shape[1]} numbers, but the images before have {before[1]}"
+        if len(features) in before and len(features) > features.shape[1]:
+            problem += (
+                f"; their shape {features.shape} looks like (numbers, regions): turn them, or store boxes with them"
+            )
     elif dtype == np.float16 and features.dtype != np.float16:
         problem = f"{features.dtype} features, but other images have float16; make them one type"
     elif not np.isfinite(np.asarray(features, dtype)).all():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.prepare.assemble import Features
-from lib.prepare.io import write_split
+from lib.prepare.io import Image, write_split
 from tests.prepare.samples import IMG_DIM, make_images, refusal, write_image_files, write_store
 
 
@@ -159,6 +159,21 @@ def test_an_image_file_that_is_damaged_is_named_and_nothing_in_it_runs(tmp_path,
     else:
         np.savez(path, y=np.ones(3))
     assert refusal(Features([folder]).read, "a").startswith(f"{path}: not an image's features")
+
+
+def test_a_number_of_boxes_that_fits_neither_size_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones((4, 7), np.float32), num_boxes=5)
+    assert "5 boxes, but features of shape (4, 7)" in refusal(Features([tmp_path]).read, "a")
+
+
+@pytest.mark.parametrize("shapes", [[(9, 3), (9, 4)], [(3, 9), (9, 4)]])
+def test_shapes_that_only_fit_each_other_when_turned_are_refused_with_the_reason(tmp_path, shapes):
+    images = [Image(str(n), np.ones(shape, np.float32)) for n, shape in enumerate(shapes)]
+    message = refusal(write_split, tmp_path, "train", images)
+    assert "image '1': features of 4 numbers, but the images before have" in message
+    assert "(9, 4) looks like (numbers, regions)" in message
+    other = [Image(str(n), np.ones(shape, np.float32)) for n, shape in enumerate([(3, 9), (3, 7)])]
+    assert "looks like" not in refusal(write_split, tmp_path, "train", other)
 
 
 def test_files_of_another_type_than_those_looked_at_are_named(tmp_path):

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,6 +133,19 @@ def test_what_has_no_features_or_no_captions_is_counted_named_and_listed(tmp_pat
     assert (folder / "train_missing.txt").read_text() == "image 0\nimage 3\n"
     assert f"no captions: 3 images (x, y, z); all are in {folder / 'without_captions.txt'}\n" in out
     assert (folder / "without_captions.txt").read_text() == "x\ny\nz\n"
+
+
+@pytest.mark.parametrize("name", ["bbox", "num_boxes", "num_bbox"])
+def test_features_stored_as_numbers_by_regions_are_turned_and_counted_where_boxes_say_so(tmp_path, run, name):
+    images = make_images([f"image {n}" for n in range(8)], (3, 4, 6))
+    (tmp_path / "files").mkdir()
+    for number, (image_id, (features, boxes)) in enumerate(images.items()):
+        of_boxes = boxes if name == "bbox" else len(boxes)
+        np.savez(tmp_path / "files" / image_id, x=features.T if number else features, **{name: of_boxes})
+    splits = dict.fromkeys(images, "train")
+    _, out, _ = run(write_captions(tmp_path / "c.jsonl", make_rows(splits=splits)), tmp_path / "files")
+    check_split(tmp_path / "data" / "new", "train", images)
+    assert "stored as (numbers, regions), and turned: 7 images (image 1, image 2, " in out
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
