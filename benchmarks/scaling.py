@@ -142,7 +142,7 @@ def measure(settings) -> None:
         def steps() -> None:
             for batch in islice(cycle(batches), settings.steps):
                 moved = (batch.images.to(run.compute.device), batch.counts, batch.ids.to(run.compute.device))
-                train_step(run, Batch(*moved, batch.lengths), hinge)
+                train_step(run, Batch(*moved, batch.lengths, batch.image_of), hinge)
             largest(0)  # wait for the slowest process
 
         steps()

@@ -121,7 +121,7 @@ def random_batch(settings) -> Batch:
     ids = torch.randint(1, 30_000, (size, int(lengths.max())))
     ids[torch.arange(ids.shape[1]) >= lengths[:, None]] = 0
     features = torch.randn(size * common.REGIONS, IMG_DIM).half()
-    batch = (features, torch.full((size,), common.REGIONS), ids, lengths)
+    batch = (features, torch.full((size,), common.REGIONS), ids, lengths, torch.arange(size))
     return Batch(*(part.pin_memory() if settings.device == "cuda" else part for part in batch))
 
 

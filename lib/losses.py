@@ -1,7 +1,7 @@
 """Losses by name (--loss): each a function (scores, margin) -> scalar.
 
-scores: (B, B), row = image, column = caption, true pairs on the diagonal, the same on all processes. The result is a
-sum over the batch, not a mean. A loss may carry two attributes:
+scores: (B, B), row = image, column = caption, true pairs on the diagonal, -inf for a pair that is left out, the same on
+all processes. The result is a sum over the batch, not a mean. A loss may carry two attributes:
 
     warmup     the loss that takes its place in the first --vse_mean_warmup_epochs epochs
     pairwise   the loss is the sum over wrong pairs of pairwise(scores, true_of_images, true_of_captions, margin), see

@@ -175,7 +175,8 @@ def three_steps(device, bert, loss):
         lengths = torch.randint(3, 12, (10,), generator=generator)
         images = torch.randn(int(counts.sum()), 24, generator=generator)
         ids = torch.randint(1, 134, (10, 12), generator=generator)
-        batches.append(Batch(images, counts, ids.masked_fill(torch.arange(12) >= lengths[:, None], 0), lengths))
+        ids = ids.masked_fill(torch.arange(12) >= lengths[:, None], 0)
+        batches.append(Batch(images, counts, ids, lengths, torch.arange(10)))
     with compute.in_force():
         figures = [train_step(run, batch, loss)[:2] for batch in on_device(batches, compute.device)]
     return torch.stack(figures).cpu(), before, torch.cat([p.detach().cpu().flatten() for p in model.parameters()])

@@ -6,6 +6,9 @@ import torch
 from hypothesis import given, settings
 
 from lib.losses import hinge, hinge_all, loss_of_epoch, ramped, violations
+from lib.model import registry
+from lib.model.engine import Embedded, autograd, make_engine
+from lib.training.loop import batch_loss
 
 
 @pytest.mark.parametrize(("loss", "name"), [(hinge_all, "sum"), (hinge, "max")])
@@ -77,6 +80,43 @@ def test_ramped_loss_pulls_equal_scores_apart_with_every_negative():
     ramped(scores, 0.2).backward()
     expected = torch.full((5, 5), 2 / 4, dtype=torch.float64).fill_diagonal_(-2)
     torch.testing.assert_close(scores.grad, expected)
+
+
+def loss_without_same_image(scores, margin, image_of, loss):
+    """Query by query, over the negatives of other images alone."""
+    total = 0
+    for way in (scores, scores.T):
+        queries = [(row[image_of != image_of[i]], row[i]) for i, row in enumerate(way)]
+        recall = sum(bool((negatives < true).all()) for negatives, true in queries) / len(queries)
+        for negatives, true in queries:
+            violated = (margin + negatives - true).clamp(min=0)
+            hardest = torch.cat([violated, true.new_zeros(1)]).max()
+            by_recall = recall * hardest + (1 - recall) * violated.sum() / max((violated > 0).sum(), 1)
+            total = total + {hinge_all: violated.sum(), hinge: hardest, ramped: by_recall}[loss]
+    return total
+
+
+@pytest.mark.parametrize("loss", [hinge_all, hinge, ramped])
+@pytest.mark.parametrize(("engine", "few_pairs"), [("plain", 0), ("tiled", 0), ("tiled", 1)])
+@pytest.mark.parametrize("images", [[0, 1, 0, 2, 3, 0, 2, 4], [5] * 8, list(range(8))])
+def test_captions_of_an_image_can_be_left_out_of_its_negatives(monkeypatch, double, loss, engine, few_pairs, images):
+    """Values and gradients; whether all pairs or those with a gradient are differentiated."""
+    monkeypatch.setattr(autograd, "FEW_PAIRS", few_pairs)
+    torch.manual_seed(0)
+    similarity = registry.build("similarity", registry.describe({})["similarity"], 6)
+    lengths, image_of = torch.tensor([2, 5, 1, 3, 3, 2, 4, 1]), torch.tensor(images)
+    leaves = [torch.randn(8, 4, 6, requires_grad=True), torch.randn(int(lengths.sum()), 6, requires_grad=True)]
+    embedded = Embedded(*leaves, lengths)
+    ours, _ = batch_loss(make_engine(engine, similarity), embedded, loss, 0.2, image_of=image_of)
+    expected = loss_without_same_image(similarity(*embedded), 0.2, image_of, loss)
+    torch.testing.assert_close(ours, expected)
+    if images == [5] * 8:
+        assert ours == 0
+        return
+    leaves += similarity.parameters()
+    both = (torch.autograd.grad(one, leaves, materialize_grads=True) for one in (ours, expected))
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_published_recipe_takes_all_negatives_in_its_warm_up_epochs_and_the_hardest_after_it():

@@ -70,6 +70,7 @@ class Batch(NamedTuple):
     counts: Tensor  # (B,) regions of each image of the whole batch, on the CPU
     ids: Tensor  # (own captions, N) token ids, padded beyond `lengths`
     lengths: Tensor  # (B,) tokens of each caption of the whole batch, on the CPU
+    image_of: Tensor  # (B,) the number in the split of each pair's image, of the whole batch, on the CPU
 
 
 class IndexedBatch(NamedTuple):
@@ -79,6 +80,7 @@ class IndexedBatch(NamedTuple):
     counts: Tensor
     ids: Tensor
     lengths: Tensor
+    image_of: Tensor
 
 
 class Images(NamedTuple):
@@ -124,12 +126,21 @@ class EpochBatches(Dataset):
         rows = np.concatenate(np.split(rows, np.cumsum(counts)[:-1])[self.part])
         words = disturb_words(self.captions.select(pairs), self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
         ids, lengths = self.tokenizer.pad(words)
-        rest = torch.from_numpy(counts), torch.from_numpy(ids[self.part]), torch.from_numpy(lengths)
+        rest = map(torch.from_numpy, (counts, ids[self.part], lengths, images))
         if self.indexed:
             return IndexedBatch(torch.from_numpy(rows), *rest)
         if k + self.read_ahead < len(self):
             self.features.read_ahead(self.image_of_caption[self.pairs[k + self.read_ahead][self.part]])
         return Batch(_read(self.features, rows, self.half), *rest)
+
+
+def share_beside_own_image(image_of_caption: np.ndarray, batch_size: int) -> float:
+    """The share of a batch's pairs, on average, that have another caption of their image in the batch."""
+    captions, total = np.bincount(image_of_caption), len(image_of_caption)
+    alone = np.ones(len(captions))
+    for k in range(1, captions.max()):  # the image's k-th other caption is in the rest of the epoch
+        alone[captions > k] *= max(0, total - batch_size + 1 - k) / (total - k)
+    return float(np.average(1 - alone, weights=captions))
 
 
 class ImageBatches(Dataset):
@@ -180,7 +191,7 @@ def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
 def on_device(
     batches: Iterable[Batch | IndexedBatch], device: torch.device, resident: DeviceFeatures | None = None
 ) -> Iterator[Batch]:
-    """Batches with images and ids on a device; counts and lengths stay on the CPU, since Python takes shapes from them.
+    """Batches with images and ids on a device; the rest stays on the CPU, since Python takes shapes from it.
 
     resident: where the rows of an IndexedBatch are gathered from. On CUDA each batch is copied on a stream of its own
     while the step before it computes.
@@ -214,7 +225,7 @@ def _move(batch: Batch | IndexedBatch, device: torch.device, resident: DeviceFea
         images = resident.rows.index_select(0, batch.rows.to(device, non_blocking=True))
     else:
         images = batch.images.to(device, non_blocking=True)
-    return Batch(images, batch.counts, batch.ids.to(device, non_blocking=True), batch.lengths)
+    return Batch(images, batch.counts, batch.ids.to(device, non_blocking=True), batch.lengths, batch.image_of)
 
 
 def _hand_over(batch: Batch, copied: torch.cuda.Event) -> Batch:

@@ -17,7 +17,7 @@ from lib.checkpoints.native import BEST, LAST, build_model, new_model
 from lib.checkpoints.record import RECORD, begin_record, describe_data
 from lib.cli import InputError, Interrupted, with_bar
 from lib.config import TrainSettings
-from lib.data.batches import Batch, EpochBatches, loader, on_device
+from lib.data.batches import Batch, EpochBatches, loader, on_device, share_beside_own_image
 from lib.data.dataset import Split, open_split
 from lib.data.features import DeviceFeatures
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
@@ -26,7 +26,7 @@ from lib.evaluation.evaluate import measure_split
 from lib.evaluation.score import Matcher
 from lib.losses import Loss, loss_of_epoch
 from lib.model.engine import Embedded, PlainEngine
-from lib.model.layers import Shard
+from lib.model.layers import Shard, upload
 from lib.model.registry import find, parse_part
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
@@ -36,6 +36,8 @@ from lib.training.optim import build_optimizer, set_learning_rate
 from lib.training.resume import Origin
 from lib.training.run_folder import Progress, RunFolder, command_to_resume
 from lib.training.signals import EndNow, Signals
+
+SAID_FROM = 0.01  # share of a batch's pairs that have another caption of their image in it
 
 
 @dataclass
@@ -161,31 +163,41 @@ class BatchLoss(nn.Module):
     loss.
     """
 
-    def __init__(self, model: XDim, margin: float):
+    def __init__(self, model: XDim, margin: float, same_image_negatives: bool = True):
         super().__init__()
-        self.model, self.margin = model, margin
+        self.model, self.margin, self.same_image_negatives = model, margin, same_image_negatives
 
     def forward(self, batch: Batch, loss_function: Loss) -> tuple[Tensor, Tensor]:
         """The loss and the standard deviation of the scores, see batch_loss; the same on all processes."""
         shard = collectives.shard(len(batch.lengths))
         images = batch.images.to(torch.get_default_dtype())
         embedded = self.model.embed(images, batch.counts, batch.ids, batch.lengths, shard)
-        return batch_loss(self.model.engine, embedded, loss_function, self.margin, shard)
+        image_of = None if self.same_image_negatives else upload(batch.image_of, embedded.regions.device)
+        return batch_loss(self.model.engine, embedded, loss_function, self.margin, shard, image_of)
 
 
 def batch_loss(
-    engine: PlainEngine, embedded: Embedded, loss_function: Loss, margin: float, shard: Shard | None = None
+    engine: PlainEngine,
+    embedded: Embedded,
+    loss_function: Loss,
+    margin: float,
+    shard: Shard | None = None,
+    image_of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, computed with the least scoring and differentiating; the scores' standard deviation.
 
-    The latter is NaN for a pairwise loss (lib/losses.py), for which the scores are never held all at once.
+    The latter is NaN for a pairwise loss (lib/losses.py), for which the scores are never held all at once. image_of:
+    (B,) numbers, equal where pairs have the same image: its other captions are then no negatives of it, nor it of them.
     """
     shard = shard or Shard(len(embedded.lengths))
     if pairwise := getattr(loss_function, "pairwise", None):
-        loss = engine.sum_over_negatives(partial(pairwise, margin=margin), embedded, shard)
+        loss = engine.sum_over_negatives(partial(pairwise, margin=margin), embedded, shard, image_of)
         return loss, torch.full_like(loss, math.nan)
     scores = shard.gather_outputs(engine(*embedded), shard.sizes)
-    return loss_function(scores, margin), scores.detach().std()
+    spread = scores.detach().std()
+    if image_of is not None:
+        scores = scores.masked_fill((image_of[:, None] == image_of).fill_diagonal_(False), -math.inf)
+    return loss_function(scores, margin), spread
 
 
 def average_gradients(batch_loss: BatchLoss) -> nn.Module:
@@ -290,7 +302,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
         compute,
         model,
         tokenizer,
-        average_gradients(BatchLoss(model, settings.margin)),
+        average_gradients(BatchLoss(model, settings.margin, not settings.no_same_image_negatives)),
         optimizer,
         (train_split, tokenizer.tokenize_split("train", train_split.captions)),
         (dev_split, tokenizer.tokenize_split("dev", dev_split.captions)),
@@ -321,6 +333,13 @@ def introduce(run: Run, origin: Origin | None) -> None:
     if features.varies:
         regions = f"{features.counts.min()} to {features.regions} of an image"
         lines.insert(1, f"regions     {regions}; padding is masked (--mask_padding)")
+    beside = share_beside_own_image(train_split.image_of_caption, settings.batch_size)
+    if beside > SAID_FROM:
+        treated = "is a negative; --no_same_image_negatives leaves it out"
+        if settings.no_same_image_negatives:
+            treated = "is left out of the negatives (--no_same_image_negatives)"
+        share = f"{100 * beside:.0f} % of a batch's pairs"
+        lines.append(f"negatives   {share} have another caption of their image in the batch, which {treated}")
     lines += origin.notes if origin else []
     if origin and origin.exact:
         done = f"{progress.step} steps done, {progress.batch} of them in epoch {progress.epoch + 1}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib.data import batches as module
-from lib.data.batches import Batch, EpochBatches, ImageBatches, loader, on_device
+from lib.data.batches import Batch, EpochBatches, ImageBatches, loader, on_device, share_beside_own_image
 from lib.data.dataset import open_split
 from lib.data.features import DeviceFeatures, FeatureFile
 from lib.data.tokenizer import load_tokenizer
@@ -70,6 +70,7 @@ def test_a_batch_holds_regions_and_words_of_the_same_pair(epoch_batches, split, 
         ids, lengths = tokenizer.pad(tokenizer.tokenize([split.captions[pair] for pair in pairs]))
         assert np.array_equal(batch.ids, ids)
         assert np.array_equal(batch.lengths, lengths)
+        assert np.array_equal(batch.image_of, split.image_of_caption[pairs])
         of_images = np.split(batch.images.numpy(), np.cumsum(batch.counts.numpy())[:-1])
         for regions, image in zip(of_images, images[split.image_of_caption[pairs]], strict=True):
             assert all((row == image).all(axis=1).any() for row in regions)
@@ -107,6 +108,18 @@ def test_the_parts_of_a_batch_put_together_are_the_batch(epoch_batches, indexed)
     for part in parts:  # counts and lengths of the whole batch, so that every process pads alike
         assert torch.equal(part.counts, whole.counts)
         assert torch.equal(part.lengths, whole.lengths)
+        assert torch.equal(part.image_of, whole.image_of)
+
+
+def test_the_share_of_pairs_beside_another_caption_of_their_image_is_the_one_that_batches_have():
+    captions_of_image = np.random.default_rng(0).integers(1, 8, size=60)
+    image_of_caption = np.repeat(np.arange(60), captions_of_image)
+    drawn = [np.random.default_rng(k).permutation(image_of_caption)[:40] for k in range(2000)]
+    counted = np.mean([(np.bincount(images)[images] > 1).mean() for images in drawn])
+    assert share_beside_own_image(image_of_caption, 40) == pytest.approx(counted, rel=0.01)
+    assert share_beside_own_image(np.repeat(np.arange(29_000), 5), 128) < 0.01  # Flickr30K
+    assert share_beside_own_image(np.arange(9), 9) == 0
+    assert share_beside_own_image(np.zeros(9, int), 9) == 1
 
 
 @pytest.mark.usefixtures("two_workers")
@@ -201,7 +214,7 @@ def test_on_cuda_each_batch_is_copied_ahead_and_waited_for_in_order(monkeypatch,
     monkeypatch.setattr(module, "_copy_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(module, "_move", lambda batch, *_: Batch(Mock(), Mock(), Mock(), batch))
+    monkeypatch.setattr(module, "_move", lambda batch, *_: Batch(Mock(), Mock(), Mock(), batch, Mock()))
     for batch in on_device(range(count), torch.device("cuda")):
         batch.images.record_stream.assert_called_once_with(stream)
         batch.ids.record_stream.assert_called_once_with(stream)

@@ -72,6 +72,20 @@ def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(tiny_flags, 
     assert run(tiny_flags, tmp_path / "three", "--seed", "1") != one
 
 
+def test_an_images_other_captions_are_negatives_unless_the_flag_leaves_them_out(tiny_flags, tmp_path):
+    """Both say so, since the share of such pairs is large."""
+    with_them, without = (
+        run(tiny_flags, tmp_path / name, *flags)
+        for name, flags in (("with", []), ("without", ["--no_same_image_negatives"]))
+    )
+    first = min(step for step in with_them if with_them[step] != without[step])  # with such a pair in its batch
+    assert first <= 5
+    assert without[first] < with_them[first]  # from the same weights, with terms left out
+    share = "negatives   22 % of a batch's pairs have another caption of their image in the batch, which is "
+    assert f"{share}a negative; --no_same_image_neg" in (tmp_path / "with" / "run.log").read_text()
+    assert f"{share}left out of the negatives" in (tmp_path / "without" / "run.log").read_text()
+
+
 def test_float16_features_train_like_float32_ones_and_on_the_device_like_in_the_file(make_data, tiny_flags, tmp_path):
     losses = {}
     for name, dtype, more in (("whole", np.float32, []), ("half", np.float16, []), ("device", np.float32, DEVICE)):

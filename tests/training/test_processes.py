@@ -67,9 +67,13 @@ def assert_close(tensors, others):
 
 RECIPES = {
     "all negatives, captions in micro batches": (["--micro_batch", "2"], None),
+    "all negatives of other images": (["--no_same_image_negatives"], None),
     "hardest negatives, uneven batches": (["--batch_size", "11", "--max_violation", "--mask_padding"], None),
     "hardest negatives, only the pairs that count differentiated": (["--max_violation"], 1.0),
-    "ramped, the diagonal gate": (["--loss", "ramped", "--batch_size", "11", "--gate", "diagonal"], None),
+    "ramped, the diagonal gate": (
+        ["--loss", "ramped", "--batch_size", "11", "--gate", "diagonal", "--no_same_image_negatives"],
+        None,
+    ),
     "pooled": (["--similarity", "gpo", "--batch_size", "11", "--mask_padding"], None),
 }
 

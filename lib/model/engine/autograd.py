@@ -44,16 +44,18 @@ class TiledEngine(PlainEngine):
             norm = self._scoring_norm(dependency, dtype, once=True)
             return _AllPairs.apply(regions, words, *parameters, lengths, real, dtype, norm)
 
-    def sum_over_negatives(self, loss: PairLoss, embedded: Embedded, shard: Shard | None = None) -> Tensor:
+    def sum_over_negatives(
+        self, loss: PairLoss, embedded: Embedded, shard: Shard | None = None, image_of: Tensor | None = None
+    ) -> Tensor:
         """As PlainEngine's; differentiated while it is computed where tiles are small and most pairs count."""
         regions, words, lengths, real = embedded
         shard = shard or Shard(len(lengths))
         if regions.device.type not in CACHE_BYTES or self._share_of_violations(loss, embedded, shard) <= FEW_PAIRS:
-            return super().sum_over_negatives(loss, embedded, shard)
+            return super().sum_over_negatives(loss, embedded, shard, image_of)
         dtype = product_dtype(regions)
         with torch.autocast(regions.device.type, enabled=False):
             _, *parameters = self._parameters(regions)
-            return _SumOverNegatives.apply(regions, words, *parameters, lengths, real, dtype, loss, shard)
+            return _SumOverNegatives.apply(regions, words, *parameters, lengths, real, dtype, loss, shard, image_of)
 
     @torch.no_grad()
     def scorer(self, coarse: bool = False) -> "Scorer":
@@ -221,14 +223,14 @@ class _SumOverNegatives(torch.autograd.Function):
     """A loss summed over all wrong pairs; its gradients are computed along with it."""
 
     @staticmethod
-    def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, loss, shard):
+    def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, loss, shard, image_of):
         inputs = (regions, words, delta, gram, temperature, lengths, real)
         exact = regions.dtype  # of the true pairs, which are few
         images = torch.arange(len(regions))
         true_pairs = (images, images + shard.own.start)
         scorer = Scorer(delta, temperature, differentiable_norm(gram, exact), exact)
         true_scores = shard.gather(scorer.pairs(regions, words, lengths, *true_pairs, real), shard.sizes)
-        negatives = _Negatives(loss, true_scores, shard.own.start)
+        negatives = _Negatives(loss, true_scores, shard.own.start, image_of)
         wrong, true = _Differentiator(*inputs, dtype), _Differentiator(*inputs, exact)
         for tile in wrong.shared_tiles():
             wrong.add(tile, lambda scores, tile=tile: negatives.add(scores, *tile.place))
@@ -242,16 +244,19 @@ class _SumOverNegatives(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return *(None if one is None else gradient * one for one in ctx.saved_tensors), None, None, None, None, None
+        return *(None if one is None else gradient * one for one in ctx.saved_tensors), *(None,) * 6
 
 
 class _Negatives:
     """Adds up a loss over wrong pairs, and its gradients in the scores of the true ones."""
 
-    def __init__(self, loss: PairLoss, true: Tensor, first: int):
-        """true: (B,) scores of image k and caption k. first: this process's first image among all."""
+    def __init__(self, loss: PairLoss, true: Tensor, first: int, image_of: Tensor | None):
+        """true: (B,) scores of image k and caption k. first: this process's first image among all.
+
+        image_of: see `sum_over_negatives`.
+        """
         self.loss, self.true, self.first = loss, true, first
-        self.numbers = torch.arange(len(true), device=true.device)
+        self.image_of = torch.arange(len(true), device=true.device) if image_of is None else image_of
         self.sum, self.of_true = true.new_zeros(()), torch.zeros_like(true)
 
     def add(self, scores: Tensor, images: slice, captions: slice) -> Tensor:
@@ -259,7 +264,7 @@ class _Negatives:
         images = slice(self.first + images.start, self.first + images.stop)
         with torch.enable_grad():
             parts = [part.detach().requires_grad_() for part in (scores, self.true[images, None], self.true[captions])]
-            own = self.numbers[images, None] == self.numbers[captions]
+            own = self.image_of[images, None] == self.image_of[captions]
             loss = self.loss(*parts).masked_fill(own, 0).sum()
         of_scores, of_images, of_captions = torch.autograd.grad(loss, parts)
         self.sum += loss.detach()

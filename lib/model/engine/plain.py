@@ -32,18 +32,21 @@ class PlainEngine:
         """Scores (I, C)."""
         return self.similarity(regions, words, lengths, real)
 
-    def sum_over_negatives(self, loss: PairLoss, embedded: Embedded, shard: Shard | None = None) -> Tensor:
+    def sum_over_negatives(
+        self, loss: PairLoss, embedded: Embedded, shard: Shard | None = None, image_of: Tensor | None = None
+    ) -> Tensor:
         """Sum of a loss over all wrong pairs, where image k belongs to caption k.
 
         loss: of scores (G, c), the true scores of their images (G, 1) and of their captions (c,); a number for each
-        pair (G, c), differentiable. shard: the images are this process's pairs, the captions are all. Returns a scalar,
+        pair (G, c), differentiable. shard: the images are this process's pairs, the captions are all. image_of: (B,)
+        numbers, equal where pairs have the same image: its captions are then not wrong. Returns a scalar,
         differentiable, the same on all processes.
         """
         shard = shard or Shard(len(embedded.lengths))
         scores = shard.gather_outputs(self(*embedded), shard.sizes)
         true = scores.diagonal()
-        wrong = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        return loss(scores, true[:, None], true).where(wrong, 0).sum()
+        image_of = torch.arange(len(scores), device=scores.device) if image_of is None else image_of
+        return loss(scores, true[:, None], true).where(image_of[:, None] != image_of, 0).sum()
 
     def scorer(self, coarse: bool = False) -> Any:
         """Scores without gradients; there are no coarser ones."""
