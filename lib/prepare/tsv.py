@@ -1,10 +1,11 @@
 """Turn bottom-up attention TSV files into a store of region features by image id, from which `karpathy` and `own` make
 data sets. Six columns without a header, as bottom-up attention (Anderson et al. 2018) writes them: image_id, image_w,
-image_h, num_boxes, boxes, features; the last two base64 of float32. Images may differ in their number of boxes. A run
-that was interrupted begins again."""
+image_h, num_boxes, boxes, features; the last two base64 of float32 (float16 and float64 are recognised). Images may
+differ in their number of boxes. A run that was interrupted begins again."""
 
 import argparse
 import base64
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from lib.data.features import FeatureFile
 from lib.files import check_space, new_folder
 from lib.prepare.io import BOX, FEATURES, Image, add_data_flags, span, write_split
 
+TYPES = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"))  # of boxes and features, the usual one first
+LOOKED_AT = 4096  # features that tell an image's type
+SPREAD = 6.0  # octaves, a standard deviation: features have 1 to 3, float16 read as float32 has 8 times as many
+
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("files", type=Path, nargs="+", metavar="FILE", help="TSV files, all parts of them at once")
@@ -22,7 +27,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder, repeated = args.data_path / args.data_name, []
+    folder, repeated, types = args.data_path / args.data_name, [], Counter()
     for file in args.files:
         if not file.is_file():
             raise InputError(f"{file}: no such file")
@@ -30,14 +35,18 @@ def run(args: argparse.Namespace) -> None:
         size = sum(file.stat().st_size for file in args.files)
         check_space(folder, size * 3 // 4, "the store")  # base64 takes 4 bytes for 3
         with progress_bar("read", size, unit="B") as bar:
-            counts = write_split(temporary, "all", _read(args.files, bar.update, repeated))
+            counts = write_split(temporary, "all", _read(args.files, bar.update, repeated, types))
     features = FeatureFile(folder / f"all{FEATURES}")
     print(f"{features.path}: {len(counts):,} images, {span(counts)} regions, img_dim {features.img_dim}")
+    print(f"type in the files: {', '.join(f'{name} ({images:,} images)' for name, images in types.most_common())}")
     print(f"repeated image ids left out: {len(repeated):,}")
 
 
-def _read(paths: Sequence[Path], read: Callable[[int], object], repeated: list[str]) -> Iterator[Image]:
-    """The images of TSV files; an id that was there before goes to `repeated`. `read` gets the bytes of each line."""
+def _read(paths: Sequence[Path], read: Callable[[int], object], repeated: list[str], types: Counter) -> Iterator[Image]:
+    """The images of TSV files; an id that was there before goes to `repeated`. `read` gets the bytes of each line.
+
+    types: counts images by the type of their features.
+    """
     seen: set[str] = set()
     for path in paths:
         with open(path, "rb") as file:
@@ -50,6 +59,7 @@ def _read(paths: Sequence[Path], read: Callable[[int], object], repeated: list[s
                     repeated.append(image.id)
                 else:
                     seen.add(image.id)
+                    types[str(image.features.dtype)] += 1
                     yield image
 
 
@@ -59,12 +69,29 @@ def _read_row(line: bytes, origin: str) -> Image:
         width, height, regions = map(int, numbers)
         if min(width, height, regions) < 1:
             raise ValueError(f"{width} x {height} pixels, {regions} boxes")
-        boxes, features = _floats(boxes).reshape(regions, BOX), _floats(features).reshape(regions, -1)
-        return Image(image_id.decode(), features, boxes, origin=origin)
+        boxes, features = (base64.b64decode(field, validate=True) for field in (boxes, features))
+        box_type = next((one for one in TYPES if len(boxes) == regions * BOX * one.itemsize), None)
+        if not box_type:
+            raise ValueError(f"{len(boxes)} bytes of boxes, {BOX} floats for each of {regions} expected")
+        of_boxes = np.frombuffer(boxes, box_type).reshape(regions, BOX)
+        return Image(image_id.decode(), _features(features, regions, box_type), of_boxes, origin=origin)
     except ValueError as error:
         what_to_do = "" if line.endswith(b"\n") else "; the file ends in this line: copy or download it again"
         raise InputError(f"{origin}: not a line of bottom-up attention ({reason(error)}){what_to_do}") from None
 
 
-def _floats(field: bytes) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(field, validate=True), "<f4")
+def _features(content: bytes, regions: int, box_type: np.dtype) -> np.ndarray:
+    """(regions, img_dim), of the first type that gives values of like size: the number of bytes leaves it open."""
+    types = [one for one in (box_type, *TYPES) if content and len(content) % (regions * one.itemsize) == 0]
+    if not types:
+        raise ValueError(f"{len(content)} bytes of features, floats for each of {regions} boxes expected")
+    read = [np.frombuffer(content, one).reshape(regions, -1) for one in types]
+    return next((features for features in read if _alike(features.ravel()[:LOOKED_AT])), read[0])
+
+
+def _alike(values: np.ndarray) -> bool:
+    """Whether all are finite, and of about one size. Read as another type, floats spread over hundreds of octaves."""
+    if not np.isfinite(values).all():
+        return False
+    octaves = np.log2(np.abs(values[values != 0], dtype=np.float64))
+    return not octaves.size or bool(octaves.std() < SPREAD)

@@ -27,8 +27,13 @@ def make_images(ids: Iterable, counts: Sequence[int] = (4,), dtype: type = np.fl
     return images
 
 
-def tsv_line(image_id: str, features: np.ndarray, boxes: np.ndarray, end: bytes = b"\r\n") -> bytes:
-    arrays = [base64.b64encode(np.asarray(array, "<f4").tobytes()) for array in (boxes, features)]
+def tsv_line(
+    image_id: str, features: np.ndarray, boxes: np.ndarray, end: bytes = b"\r\n", types: Sequence[str] = ("<f4", "<f4")
+) -> bytes:
+    """types: of the boxes and of the features."""
+    arrays = [
+        base64.b64encode(np.asarray(array, one).tobytes()) for array, one in zip((boxes, features), types, strict=True)
+    ]
     return b"\t".join([*(str(field).encode() for field in (image_id, 640, 480, len(features))), *arrays]) + end
 
 

@@ -40,6 +40,26 @@ def test_any_line_end_will_do_and_the_last_may_be_missing(tmp_path, run, end):
     check_split(tmp_path / "data" / "store", "all", images)
 
 
+@pytest.mark.parametrize("boxes_type", ["<f4", "<f2", "<f8"])
+@pytest.mark.parametrize("stored", ["<f2", "<f4", "<f8"])
+@pytest.mark.parametrize("draw", ["normal", "relu"])
+def test_features_of_any_float_type_keep_their_size_and_values_and_the_type_is_printed(
+    tmp_path, run, boxes_type, stored, draw
+):
+    rng, lines, images = np.random.default_rng(1), [], {}
+    for image_id in "abc":
+        features = rng.normal(size=(36, 64))
+        features = np.maximum(features, 0) if draw == "relu" else features
+        boxes = rng.integers(0, 640, (36, 4)).astype(np.float32)
+        lines.append(tsv_line(image_id, features, boxes, types=(boxes_type, stored)))
+        images[image_id] = features.astype(stored).astype(np.float32), boxes
+    (tmp_path / "a.tsv").write_bytes(b"".join(lines))
+    out = run(tmp_path / "a.tsv")[1]
+    assert "3 images, 36 regions, img_dim 64" in out
+    assert f"type in the files: {np.dtype(stored).name} (3 images)\n" in out
+    check_split(tmp_path / "data" / "store", "all", images)
+
+
 ONES, BOXES = np.ones((2, IMG_DIM)), np.zeros((2, 4))
 SOUND = tsv_line("7", ONES, BOXES)
 
@@ -49,9 +69,10 @@ SOUND = tsv_line("7", ONES, BOXES)
     [
         (b"7 640 480\n", "not enough values"),
         (SOUND.replace(b"\t2\t", b"\t0\t"), "0 boxes"),
-        (SOUND.replace(b"\t2\t", b"\t3\t"), "cannot reshape"),
+        (SOUND.replace(b"\t2\t", b"\t3\t"), "32 bytes of boxes, 4 floats for each of 3 expected"),
         (SOUND.replace(b"AACA", b"AA*A"), "base64"),
         (SOUND.replace(b"7", b"\xff", 1), "can't decode"),
+        (tsv_line("7", ONES, BOXES, types=("<f4", "i1")), "10 bytes of features, floats for each of 2 boxes expected"),
         (tsv_line("7", ONES * np.nan, BOXES), "NaN or infinite features"),
         (tsv_line("7", ONES, BOXES + np.inf), "without NaN"),
         (tsv_line("7", np.ones((2, 3)), BOXES), "features of 3 numbers, but the images before have 5"),
