@@ -249,3 +249,12 @@ def test_gram_norm_of_zeros_has_finite_gradients():
     norm(torch.ones(1, 2, 3), torch.ones(1, 3, 6), words).sum().backward()
     assert not words.grad.any()
     assert not norm.gradient([]).any()
+
+
+def test_padding_of_pairs_does_not_let_other_captions_in():
+    similarity, (regions, words, lengths) = make(), random_inputs(6, LENGTHS)
+    expected = similarity(regions, words, lengths).diagonal()
+    damaged = words.detach().index_fill(0, torch.arange(1, 10), float("nan"))  # all of caption 1
+    pairs = TiledEngine(similarity).scorer().pairs(regions, damaged, lengths, *2 * [torch.arange(6)])
+    assert pairs.isnan().tolist() == [False, True, *4 * [False]]
+    torch.testing.assert_close(pairs[2:], expected[2:])

@@ -123,7 +123,7 @@ class PairTile(NamedTuple):
     """P pairs of an image and its caption, padded to n words. Tensors of words are (P, n, ...)."""
 
     images: Tensor  # (P,)
-    words: Tensor  # (P, n), some other word's index for padding
+    words: Tensor  # (P, n), the caption's last word for padding
     place: Tensor  # (P,) of the scores among all of the pairs
     inside: Tensor  # (P, n, 1) one for a word of the caption, zero for padding
     sizes: Tensor  # (P,) words of each caption
@@ -202,16 +202,17 @@ def pair_tiles(images: Tensor, captions: Tensor, lengths: Tensor, rows: int, lik
     if not len(images):
         return
     device, longest = like.device, int(lengths.max())
-    position, starts = torch.arange(longest), lengths.cumsum(0) - lengths
-    words = upload((starts[:, None] + position).clamp(max=int(lengths.sum()) - 1), device)  # (C, longest)
-    inside = upload((position < lengths[:, None]).to(like.dtype), device)[..., None]
     step, places = max(1, rows // longest), torch.arange(len(images), device=captions.device)
     widths = [longest] * -(-len(images) // step)
     if captions.device.type == "cpu":
         places = lengths[captions].argsort(stable=True)
         images, captions = images[places], captions[places]
         widths = [int(some.max()) for some in lengths[captions].split(step)]
-    sizes = upload(lengths, device)
+    starts, sizes = upload(torch.stack([lengths.cumsum(0) - lengths, lengths]), device)
+    position = torch.arange(longest, device=device)
     parts = (upload(one, device).split(step) for one in (images, captions, places))
     for n, some_images, some, place in zip(widths, *parts, strict=True):
-        yield PairTile(some_images, words[some, :n], place, inside[some, :n], sizes[some])
+        size = sizes[some, None]
+        words = starts[some, None] + torch.minimum(position[:n], size - 1)
+        inside = (position[:n] < size).to(like.dtype)
+        yield PairTile(some_images, words, place, inside[..., None], size[:, 0])
