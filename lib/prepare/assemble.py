@@ -120,7 +120,7 @@ def write_dataset(
     found = features.match(names)
     used = list(found.values())
     size, dtype = features.summarise(used)
-    rows, left_out = [], {}
+    rows, left_out, counts = [], {}, []
     with new_folder(folder, "--data_name") as temporary:
         check_space(folder, size, "the data set")
         for split, captions in splits.items():
@@ -131,13 +131,15 @@ def write_dataset(
             )
             regions = io.write_split(temporary, split, images, dtype) if there else []
             left_out[f"{split}_missing.txt"] = f"no features for {split}", missing
+            counts.extend(regions)
             each = [len(captions[image_id]) for image_id in there]
             rows.append((split, f"{len(each):,}", f"{sum(each):,}", span(each), span(regions), f"{len(missing):,}"))
         left_out["without_captions.txt"] = "no captions", sorted(set(features.ids).difference(used))
         left_out = {file: (what, images) for file, (what, images) in left_out.items() if images}
         for file, (_, images) in left_out.items():
             io.write_lines(temporary / file, images)
-    print(f"{folder}\n\n{io.table(HEADER, rows)}")
+    print(f"{folder}\n\n{io.table(HEADER, rows)}\n")
+    print(io.describe(counts, [str(dtype)], features.read(used[0]).features.shape[1]))
     if features.transposed:
         print(f"stored as (numbers, regions), and turned: {some(sorted(features.transposed), 'image')}")
     for file, (what, images) in left_out.items():

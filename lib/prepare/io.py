@@ -164,9 +164,17 @@ def some(names: Sequence[object], what: str) -> str:
 
 
 def span(numbers: Sequence[int] | np.ndarray) -> str:
-    """ "36", or "10 to 100"; empty where there are none."""
-    least, most = (min(numbers), max(numbers)) if len(numbers) else ("", "")
-    return str(least) if least == most else f"{least} to {most}"
+    """ "36", or "10 to 100 (median 36)"; empty where there are none."""
+    if not len(numbers):
+        return ""
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most} (median {np.median(numbers):g})"
+
+
+def describe(counts: Sequence[int] | np.ndarray, types: Iterable[str], img_dim: int) -> str:
+    """Regions, types and size of features, in a line. counts: regions of each image."""
+    turned = ": more regions than numbers, are they stored as (numbers, regions)?" if min(counts) > img_dim else ""
+    return f"features: {span(counts)} regions of {img_dim:,} numbers, {', '.join(types)}{turned}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from lib.cli import InputError, progress_bar, reason
-from lib.data.features import FeatureFile
+from lib.data.dataset import read_ids
 from lib.files import check_space, new_folder
-from lib.prepare.io import BOX, FEATURES, Image, add_data_flags, span, write_split
+from lib.prepare.io import BOX, Image, add_data_flags, describe, open_features, some, write_split
 
 TYPES = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"))  # of boxes and features, the usual one first
 LOOKED_AT = 4096  # features that tell an image's type
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
         check_space(folder, size * 3 // 4, "the store")  # base64 takes 4 bytes for 3
         with progress_bar("read", size, unit="B") as bar:
             counts = write_split(temporary, "all", _read(args.files, bar.update, repeated, types))
-    features = FeatureFile(folder / f"all{FEATURES}")
-    print(f"{features.path}: {len(counts):,} images, {span(counts)} regions, img_dim {features.img_dim}")
-    print(f"type in the files: {', '.join(f'{name} ({images:,} images)' for name, images in types.most_common())}")
+    store = open_features(folder, "all")
+    print(f"{store.features.path}: {some(read_ids(store) or [], 'image')}")
+    print(describe(counts, (f"{name} in {images:,} images" for name, images in types.items()), store.features.img_dim))
     print(f"repeated image ids left out: {len(repeated):,}")
 
 

@@ -82,7 +82,8 @@ def test_captions_of_every_kind_and_features_become_a_data_set_to_the_bit(tmp_pa
         expected = {image_id: image for image_id, image in images.items() if splits[image_id] == split}
         check_split(tmp_path / "data" / "new", split, expected, captions_of(rows))
     assert (tmp_path / "data" / "new" / "train_boxes.npy").exists()
-    assert re.search(r"train +4 +6 +1 to 2 +3 to 10 +0\n", out)
+    assert "\nfeatures: 1 to 10 (median 3) regions of 5 numbers, float32\n" in out
+    assert re.search(r"train +4 +6 +1 to 2 \(median 1.5\) +3 to 10 \(median 6.5\) +0\n", out)
 
 
 def test_the_images_of_a_split_are_in_the_order_in_which_they_appear(tmp_path, run):

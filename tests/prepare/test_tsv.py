@@ -14,11 +14,12 @@ def run(tmp_path, capsys):
     return lambda *files: prepare(capsys, "tsv", *files, "--data_path", tmp_path / "data", "--data_name", "store")
 
 
-@pytest.mark.parametrize(("counts", "said"), [((36,), "36 regions"), (VARYING, "1 to 10 regions")])
+@pytest.mark.parametrize(("counts", "said"), [((4,), "4 regions"), (VARYING, "1 to 10 (median 3) regions")])
 def test_features_and_boxes_come_back_to_the_bit(tmp_path, run, counts, said):
     images = make_images(range(100, 109), counts)
     _, out, _ = run(write_tsv(tmp_path / "a.tsv", images))
-    assert f"9 images, {said}, img_dim {IMG_DIM}" in out
+    assert "all_ims.npy: 9 images (100, 101, 102, 103, 104, ...)\n" in out
+    assert f"\nfeatures: {said} of {IMG_DIM} numbers, float32 in 9 images\n" in out
     assert (tmp_path / "data" / "store" / "all_boxes.npy").exists()
     check_split(tmp_path / "data" / "store", "all", images)
 
@@ -40,6 +41,11 @@ def test_any_line_end_will_do_and_the_last_may_be_missing(tmp_path, run, end):
     check_split(tmp_path / "data" / "store", "all", images)
 
 
+def test_more_regions_than_numbers_are_asked_about(tmp_path, run):
+    out = run(write_tsv(tmp_path / "a.tsv", make_images("ab", (6,))))[1]
+    assert "features: 6 regions of 5 numbers, float32 in 2 images: more regions than numbers, are they stored" in out
+
+
 @pytest.mark.parametrize("boxes_type", ["<f4", "<f2", "<f8"])
 @pytest.mark.parametrize("stored", ["<f2", "<f4", "<f8"])
 @pytest.mark.parametrize("draw", ["normal", "relu"])
@@ -55,8 +61,7 @@ def test_features_of_any_float_type_keep_their_size_and_values_and_the_type_is_p
         images[image_id] = features.astype(stored).astype(np.float32), boxes
     (tmp_path / "a.tsv").write_bytes(b"".join(lines))
     out = run(tmp_path / "a.tsv")[1]
-    assert "3 images, 36 regions, img_dim 64" in out
-    assert f"type in the files: {np.dtype(stored).name} (3 images)\n" in out
+    assert f"features: 36 regions of 64 numbers, {np.dtype(stored).name} in 3 images\n" in out
     check_split(tmp_path / "data" / "store", "all", images)
 
 
