@@ -126,17 +126,9 @@ def loss_of(settings: TrainSettings, epoch: int) -> Loss:
 
 def batches_left(run: Run) -> Iterator[Batch]:
     """This process's part of each batch that is left of the epoch, on the device but for counts and lengths."""
-    settings, progress = run.settings, run.progress
-    batches = EpochBatches(
-        *run.train,
-        run.tokenizer,
-        settings.batch_size,
-        settings.seed,
-        progress.epoch,
-        part=collectives.shard(settings.batch_size).own,
-        half=run.compute.half_features,
-        indexed=run.resident is not None,
-    )
+    settings, progress, size = run.settings, run.progress, run.settings.batch_size
+    own, half, indexed = collectives.shard(size).own, run.compute.half_features, run.resident is not None
+    batches = EpochBatches(*run.train, run.tokenizer, size, settings.seed, progress.epoch, own, half, indexed)
     left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
     return on_device(with_bar(left, f"epoch {progress.epoch + 1}"), run.compute.device, run.resident)
 
@@ -157,11 +149,7 @@ def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:
 
 
 class BatchLoss(nn.Module):
-    """The loss of a whole batch, of which each process embeds its own pairs.
-
-    A process scores its own images against all captions. From the B x B scores of all processes each computes the same
-    loss.
-    """
+    """The loss of a whole batch: each process embeds its own pairs and scores its own images against all captions."""
 
     def __init__(self, model: XDim, margin: float, same_image_negatives: bool = True):
         super().__init__()

@@ -38,9 +38,12 @@ class Origin:
     damaged: dict[Path, str] = field(default_factory=dict)  # newer ones that cannot be read, with what is wrong
     notes: list[str] = field(default_factory=list)  # what the run's log says about it
 
-    def begin_epoch_again(self) -> None:
-        """An unfinished epoch cannot be continued in another order of its pairs."""
-        if self.progress.batch:
+    def accept(self, change: str, allowed: bool, refusal: str, reorders: bool) -> None:
+        """Note a change that is allowed; one that reorders the pairs begins an unfinished epoch again."""
+        if not allowed:
+            raise InputError(f"{self.path}: {refusal}")
+        self.notes.append(f"changed {change}")
+        if reorders and self.progress.batch:
             self.notes.append(f"epoch {self.progress.epoch + 1} begins again: its pairs come in another order now")
             self.progress.batch = 0
 
@@ -124,16 +127,10 @@ def refuse_changes(settings: TrainSettings, origin: Origin) -> None:
 
     if refused := described(ARCHITECTURE | {"bert"} if origin.exact else ARCHITECTURE):
         raise InputError(f"{origin.path}: its weights were made with other settings: {refused}")
-    recipe = described(RECIPE)
-    if recipe and not settings.allow_changes:
-        raise InputError(
-            f"{origin.path}: these settings differ: {recipe}; leave them as they were, "
-            "or say --allow_changes to continue with the new ones"
-        )
-    if recipe:
-        origin.notes.append(f"changed settings: {recipe}")
-    if any(name in ORDER for name in changed):
-        origin.begin_epoch_again()
+    if recipe := described(RECIPE):
+        advice = "leave them as they were, or say --allow_changes to continue with the new ones"
+        refusal, reorders = f"these settings differ: {recipe}; {advice}", any(name in ORDER for name in changed)
+        origin.accept(f"settings: {recipe}", settings.allow_changes, refusal, reorders)
     _choose_folder(Path(settings.model_name), origin)
 
 
@@ -141,15 +138,9 @@ def refuse_changed_data(origin: Origin, data: dict, allowed: bool) -> None:
     """Compare the splits' fingerprints with the checkpoint's. Raises InputError where they differ, unless allowed."""
     then = origin.content.get("data") or {}
     changed = [name for name in data if name in then and then[name]["fingerprint"] != data[name]["fingerprint"]]
-    where = ", ".join(f"{name} in {data[name]['folder']}" for name in changed)
-    if changed and not allowed:
-        raise InputError(
-            f"{origin.path}: was trained on other data than {where}; name the old data with "
-            "--data_path and --data_name, or say --allow_changes to continue with the new"
-        )
-    if changed:
-        origin.notes.append(f"changed data: {where}")
-        origin.begin_epoch_again()
+    if where := ", ".join(f"{name} in {data[name]['folder']}" for name in changed):
+        advice = "name the old data with --data_path and --data_name, or say --allow_changes to continue with the new"
+        origin.accept(f"data: {where}", allowed, f"was trained on other data than {where}; {advice}", reorders=True)
 
 
 def _choose_folder(folder: Path, origin: Origin) -> None:
