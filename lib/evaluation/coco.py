@@ -33,10 +33,8 @@ RATED_RIGHT = {"i2i": 2.5, "t2t": 3.0}  # the lowest rating of a right pair, as 
 RECALL_METRICS = (*RECALLS, "avg")
 RANKING_METRICS = ("map_at_r", "r_precision", "r1")
 QUERIES_AT_ONCE = 256
-NOT_EMBEDDED = "saved scores do not say how images compare with images, or captions with captions"
 
 Numbers = dict[int, int]  # COCO's id -> number in the split
-Vectors = tuple[Tensor, Tensor]  # unit vectors of images (I, D) and captions (C, D)
 
 
 class Coco(NamedTuple):
@@ -47,7 +45,7 @@ class Coco(NamedTuple):
     image_of_caption: np.ndarray
     note: str  # where ids come from and what is missing
 
-    def results(self, queries: dict[str, list[Query]], pooled: Sequence[Vectors | None]) -> dict:
+    def results(self, queries: dict[str, list[Query]], pooled: Sequence[tuple[Tensor, Tensor] | None]) -> dict:
         """What --json holds and `tables` takes, by row. pooled: of each model, by `score.pool`; None: saved scores."""
         rows: dict[str, dict] = {row: {} for row in queries}
         for row, protocol in product(queries, self.protocols):
@@ -66,7 +64,7 @@ class Coco(NamedTuple):
                     ways[way] = list(right), list(_intra_positions(vectors, right))
                 intra[row] = self._summarize(ways, RECALL_METRICS)
         elif self.intra:
-            note += f"\n{NOT_EMBEDDED}"
+            note += "\nsaved scores do not say how images compare with images, or captions with captions"
         return {"rows": rows, "intra": intra, "note": note}
 
     def _summarize(self, ways: dict[str, tuple[list[int], list[np.ndarray]]], metrics: tuple[str, ...]) -> dict:

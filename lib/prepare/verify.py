@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,14 +21,12 @@ MAY_BE_ALIKE = 0.001
 APART = (("train", "dev"), ("train", "test"), ("train", "testall"), ("dev", "test"), ("dev", "testall"))
 HEADER = ("split", "images", "rows", "regions", "img_dim", "type", "captions", "an image", "GB", "fingerprint")
 
-Result = TypeVar("Result")
-
 
 class Findings(NamedTuple):
     faults: list[str]  # what training would refuse, or what makes results wrong
     notes: list[str]  # what is odd but may be right
 
-    def read(self, reader: Callable[..., Result], *arguments: object) -> Result | None:
+    def read(self, reader: Callable, *arguments: object) -> Any:
         """What a reader returns; where it refuses, None and a fault."""
         try:
             return reader(*arguments)

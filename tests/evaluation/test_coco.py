@@ -21,7 +21,6 @@ import train
 from lib.checkpoints.native import build_model, read_checkpoint
 from lib.cli import InputError
 from lib.data.dataset import Split, open_split
-from lib.evaluation import coco
 from lib.evaluation.coco import open_coco
 from lib.evaluation.metrics import bootstrap_means, interval
 from tests.conftest import write_data
@@ -423,4 +422,4 @@ def test_saved_scores_have_no_metrics_of_images_among_images(few_data, tmp_path)
     np.save(tmp_path / "scores.npy", np.random.default_rng(0).random((FEW, 5 * FEW), np.float32))
     found = evaluate(tmp_path / "saved", few_data, tmp_path / "scores.npy")
     assert (list(found["rows"]), found["intra"]) == (["saved scores"], {})
-    assert found["note"].endswith(coco.NOT_EMBEDDED)
+    assert found["note"].endswith("saved scores do not say how images compare with images, or captions with captions")
