@@ -94,19 +94,11 @@ def _read_table(path: Path, delimiter: str) -> Rows:
         raise InputError(f"{path}: line {reader.reader.line_num}: {reason(error)}") from None
 
 
-def _read_jsonl(path: Path) -> Rows:
-    return ((f"line {number}", line) for number, line in read_lines(path) if line.strip())
-
-
-def _read_json(path: Path) -> Rows:
-    return ((f"entry {number} (counted from 0)", row) for number, row in enumerate(read_json(path)))
-
-
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": partial(_read_table, delimiter=","),
     ".tsv": partial(_read_table, delimiter="\t"),
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
+    ".jsonl": lambda path: ((f"line {number}", line) for number, line in read_lines(path) if line.strip()),
+    ".json": lambda path: ((f"entry {number} (counted from 0)", row) for number, row in enumerate(read_json(path))),
 }
 
 
