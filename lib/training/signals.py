@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM: training finishes its step, saves, and only then ends."""
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -29,8 +28,7 @@ class Signals:
         self._at_once = False
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # handlers can only be set there
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
