@@ -10,6 +10,7 @@ process that touches them, and reading them is slower (docs/log.md).
 import math
 import os
 import warnings
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class FeatureFile:
         self.regions = int(self.counts.max())
         self.varies = bool((self.counts != self.regions).any())
         self._file = open(path, "rb", buffering=0)
+        weakref.finalize(self, self._file.close)
 
     def __len__(self) -> int:
         return len(self.counts)

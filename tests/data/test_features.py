@@ -63,6 +63,15 @@ def test_images_of_packed_files_have_the_rows_between_their_offsets(tmp_path):
     assert np.array_equal(file.read(np.array([3, 0, 2])), np.concatenate([images[3], images[0], images[2]]))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_nobody_refers_to_is_closed_without_a_warning(tmp_path):
+    features = save(tmp_path, "once")
+    descriptor = features._file.fileno()
+    del features
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 def test_workers_get_no_features_but_open_the_file_for_themselves(tmp_path, monkeypatch):
     file = save(tmp_path, "once")
     expected = file.read(np.array([2, 4]))
