@@ -113,12 +113,14 @@ def write_dataset(
     """Write a data set, and print what it holds.
 
     splits: name -> image id -> captions. names: what the features of an image may be called, see `Features.match`.
-    Images without features are left out, named, and listed in {split}_missing.txt; images without captions are listed
-    in without_captions.txt. Raises InputError where too few images have features, the name is taken, the disk has not
-    the room, or features are not sound.
+    Images without features are left out, named, and listed in {split}_missing.txt; images in no split, which have no
+    captions, in without_captions.txt. Raises InputError where too few images have features, the name is taken, the disk
+    has not the room, or features are not sound.
     """
+    captioned = {image_id for captions in splits.values() for image_id in captions}
+    without = sorted({image_id for wanted in names.values() for image_id in wanted}.difference(captioned))
     found = features.match(names)
-    used = list(found.values())
+    used = [one for image_id, one in found.items() if image_id in captioned]
     size, dtype = features.summarise(used)
     rows, left_out, counts = [], {}, []
     with new_folder(folder, "--data_name") as temporary:
@@ -134,7 +136,7 @@ def write_dataset(
             counts.extend(regions)
             each = [len(captions[image_id]) for image_id in there]
             rows.append((split, f"{len(each):,}", f"{sum(each):,}", span(each), span(regions), f"{len(missing):,}"))
-        left_out["without_captions.txt"] = "no captions", sorted(set(features.ids).difference(used))
+        left_out["without_captions.txt"] = "no captions", without + sorted(set(features.ids).difference(found.values()))
         left_out = {file: (what, images) for file, (what, images) in left_out.items() if images}
         for file, (_, images) in left_out.items():
             io.write_lines(temporary / file, images)

@@ -28,12 +28,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str, dict[str, str]]]:
-    """Captions, by split and image id, and the names that images have: by KEYS and image id.
+    """Captions, by split and image id, and the names that images have: by KEYS and image id. No captions, no split.
 
     Raises InputError, with the image's place in the file.
     """
     data = read_json(path)
     names: dict[str, dict[str, str]] = {key: {} for key in KEYS}
+    if isinstance(data, dict) and "annotations" in data:
+        raise InputError(f"{path}: captions in COCO's own form, not Karpathy's splits: give the file to `own`")
     if not isinstance(data, dict) or not data.get("images") or "dataset" not in data:
         raise InputError(f"{path}: not a file of Karpathy's splits, which holds `dataset` and `images`")
     splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS.values()}
@@ -42,9 +44,11 @@ def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str
             image_id = str(image.get("cocoid", "")) or str(image.get("imgid", ""))
             if not image_id:
                 raise ValueError("neither cocoid nor imgid")
-            if any(image_id in images for images in splits.values()):
+            if any(image_id in images for images in names.values()):
                 raise ValueError(f"its id {image_id} is that of an image before")
-            splits[SPLITS[image["split"]]][image_id] = _captions(image)
+            split = splits[SPLITS[image["split"]]]
+            if captions := _captions(image):
+                split[image_id] = captions
             for key in KEYS:
                 if name := str(image.get(key, "")):
                     names[key][image_id] = name
@@ -59,7 +63,4 @@ def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str
 def _captions(image: dict) -> list[str]:
     """The first captions of an image, each as it was written (`raw`), else its words (`tokens`)."""
     texts = [sentence.get("raw", "").strip() or " ".join(sentence["tokens"]) for sentence in image["sentences"]]
-    captions = [caption for caption in map(clean_caption, texts) if caption][:CAPTIONS_PER_IMAGE]
-    if not captions:
-        raise ValueError("no captions")
-    return captions
+    return [caption for caption in map(clean_caption, texts) if caption][:CAPTIONS_PER_IMAGE]

@@ -126,6 +126,30 @@ def test_images_without_features_are_counted_named_and_listed(tmp_path, run, ent
     assert not (folder / "test_missing.txt").exists()
 
 
+def test_images_without_captions_are_left_out_counted_named_and_listed(tmp_path, run, entries):
+    for number in (3, 7, 11):  # test
+        entries[number]["sentences"] = [{"raw": " ", "tokens": []}] if number == 7 else []
+    write_karpathy(tmp_path / "dataset.json", entries)
+    images = make_images(n for n in range(12) if n != 11)
+    code, out, _ = run(write_store(tmp_path / "store", images))
+    folder = tmp_path / "data" / "new"
+    assert code == 0
+    assert f"no captions: 3 images (11, 3, 7); all are in {folder / 'without_captions.txt'}\n" in out
+    assert table(out)["dev"] == ["3", "15", "5", "4", "0"]
+    assert "test" not in table(out)
+    check_split(folder, "train", in_splits(images, "train", "restval"))
+
+
+def test_cocos_captions_file_is_named_as_what_it_is_with_the_command_that_takes_it(tmp_path, run):
+    path = tmp_path / "dataset.json"
+    path.write_text('{"info": {}, "images": [{"id": 1, "file_name": "1.jpg"}], "annotations": []}')
+    code, _, error = run(write_store(tmp_path / "store", make_images("xyz")))
+    assert (code, error) == (
+        2,
+        f"error: {path}: captions in COCO's own form, not Karpathy's splits: give the file to `own`\n",
+    )
+
+
 def test_features_of_other_images_are_refused_with_names_of_both(tmp_path, run, entries):
     write_karpathy(tmp_path / "dataset.json", entries)
     code, _, error = run(write_store(tmp_path / "store", make_images("xyz")))
@@ -148,7 +172,6 @@ def test_a_file_that_is_not_karpathys_is_named(tmp_path, run, content):
         ("split", "eval", "eval"),
         ("imgid", "", "neither cocoid nor imgid"),
         ("imgid", 2, "its id 2 is that of an image before"),
-        ("sentences", [], "no captions"),
         ("sentences", None, "not iterable"),
         ("sentences", [{"raw": "half a character: \ud800"}], "surrogates"),
     ],
