@@ -64,8 +64,6 @@ def quote(record: dict) -> str:
     """One line that says how a run's best epoch was chosen. Raises InputError where the record does not say it."""
     with refusing(f"{RECORD}: damaged, it does not say how the checkpoint was chosen"):
         chosen, git = record["chosen"], record["sessions"][-1]["versions"]["git"]
-        choice = "no epoch chosen yet"
-        if chosen:
-            of_all = f"epoch {chosen['epoch']} of {record['progress']['epoch']}"
-            choice = f"{of_all} chosen on {chosen['split']} (rSum {chosen['rsum']:.1f})"
+        form = "epoch {epoch} of {finished} chosen on {split} (rSum {rsum:.1f})"
+        choice = form.format(**chosen, finished=record["progress"]["epoch"]) if chosen else "no epoch chosen yet"
         return f"{choice}, seed {record['settings']['seed']}" + (f", commit {git[:10]}" if git else "")

@@ -111,9 +111,6 @@ def _weights(path: Path) -> Origin:
     return Origin(path, content, defaults, notes=[f"all weights start from {path}", *content["notes"]])
 
 
-# What may differ from the checkpoint
-
-
 def refuse_changes(settings: TrainSettings, origin: Origin) -> None:
     """Compare a run's settings with its checkpoint's; what may change with --allow_changes becomes a note.
 
@@ -165,9 +162,6 @@ def refuse_used_folder(folder: Path) -> None:
     """Raises InputError where the folder of a new run holds a run already."""
     if checkpoints(folder):
         raise InputError(f"--model_name {folder}: holds a run already; --resume {folder} continues it, or name another")
-
-
-# Optimiser, random numbers and the processes of a job
 
 
 def restore(origin: Origin, optimizer: torch.optim.AdamW, device: torch.device) -> None:
