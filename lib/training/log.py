@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lib.cli import TrainingStopped, reason, refusing
 from lib.distributed import is_first
+from lib.training.run_folder import Progress
 
 READ_EVERY = 10  # steps
 COLLAPSED_STEPS = 25  # in a row, before the warning
@@ -79,11 +80,10 @@ class StepFigures:
     they are read every READ_EVERY steps, and before a log line or a checkpoint is written.
     """
 
-    def __init__(self, margin: float, log: RunLog, folder: str):
-        self._margin, self._log, self._folder = margin, log, folder
+    def __init__(self, margin: float, log: RunLog, progress: Progress, folder: str):
+        self._margin, self._log, self._progress, self._folder = margin, log, progress, folder
         self._unread: list[tuple[int, Tensor]] = []
         self._last = (math.nan, math.nan, math.nan)
-        self._collapsed = 0  # steps in a row
 
     def add(self, step: int, figures: Tensor) -> None:
         """figures: (3,) on the device, as `train_step` returns them. Raises as `read` does."""
@@ -106,7 +106,7 @@ class StepFigures:
                 f"step {step}: the loss is {loss}, the gradient norm {gradient_norm}; the last checkpoint in "
                 f"{self._folder} is from before; start again with a lower --learning_rate or with --precision fp32"
             )
-        limit = COLLAPSED * self._margin
-        self._collapsed = self._collapsed + 1 if spread < limit else 0  # NaN is not below
-        if self._collapsed == COLLAPSED_STEPS:
+        limit, progress = COLLAPSED * self._margin, self._progress
+        progress.collapsed = progress.collapsed + 1 if spread < limit else 0  # NaN is not below
+        if progress.collapsed == COLLAPSED_STEPS:
             self._log.say(COLLAPSE.format(steps=COLLAPSED_STEPS, limit=limit, margin=self._margin))

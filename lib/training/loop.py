@@ -299,7 +299,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
         progress,
         RunFolder(path, settings.keep, log.say, record),
         log,
-        StepFigures(settings.margin, log, settings.model_name),
+        StepFigures(settings.margin, log, progress, settings.model_name),
         Signals(),
     )
 

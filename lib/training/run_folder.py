@@ -37,6 +37,7 @@ class Progress:
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the current epoch
     step: int = 0  # finished steps of the whole run
+    collapsed: int = 0  # steps in a row whose scores were nearly equal, see StepFigures
     best_rsum: float = -1.0
     best_epoch: int = 0  # counted from 1; 0: none yet
     history: list[dict] = field(default_factory=list)  # of each finished epoch: epoch, step, dev (its metrics)

@@ -18,6 +18,7 @@ from lib.prepare import scenes
 from lib.runtime import Compute, versions
 from lib.training import log, loop
 from lib.training.log import COLLAPSED_STEPS, RunLog, StepFigures
+from lib.training.run_folder import Progress
 from tests.conftest import GOLDEN, bert_without_dropout
 
 STEPS = 15  # of an epoch of the tiny data set
@@ -208,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_saved_from_its_s
 @pytest.mark.parametrize(("spreads", "warnings"), [([0.019], 1), ([0.021], 0), ([0.019, float("nan")], 0)])
 def test_scores_that_stay_equal_are_reported_once_with_what_to_do(tmp_path, capsys, spreads, warnings):
     """NaN: the step did not compute all scores. An infinite gradient of a finite loss stops the run."""
-    figures = StepFigures(0.2, RunLog(tmp_path, tmp_path, 0), "run")
+    figures = StepFigures(0.2, RunLog(tmp_path, tmp_path, 0), Progress(), "run")
     for step in range(2 * COLLAPSED_STEPS):
         figures.add(step, torch.tensor([1.0, 1.0, spreads[step % len(spreads)]]))
     figures.read()
@@ -217,3 +218,16 @@ def test_scores_that_stay_equal_are_reported_once_with_what_to_do(tmp_path, caps
     figures.add(7, torch.tensor([1.0, float("inf"), 0.5]))
     with pytest.raises(log.TrainingStopped, match=r"step 7: the loss is 1\.0, the gradient norm inf"):
         figures.read()
+
+
+def test_a_collapse_is_reported_once_however_short_epochs_are_and_wherever_the_run_was_resumed(
+    tiny_flags, tmp_path, monkeypatch
+):
+    train_step, folder = loop.train_step, tmp_path / "run"
+    monkeypatch.setattr(loop, "train_step", lambda *args: train_step(*args) * torch.tensor([1.0, 1.0, 0.0]) + 1e-3)
+    command, warnings = [*tiny_flags, "--max_violation", "--model_name", str(folder), "--resume", "auto"], []
+    for epochs in range(1, 5):
+        assert STEPS < COLLAPSED_STEPS < 2 * STEPS
+        assert train.main([*command, "--num_epochs", str(epochs)]) == 0
+        warnings.append((folder / "run.log").read_text().count("the scores have collapsed"))
+    assert warnings == [0, 1, 1, 1]
