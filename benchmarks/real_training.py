@@ -4,9 +4,12 @@ kept on the device.
     python benchmarks/real_training.py                 # writes 4.3 GB below --folder, removed at the end
 
 Random features in float16, as `python -m lib.prepare pack` writes them, captions of random words, BERT-base with random
-weights, hardest negatives. The rate is what the run's log says, without its first two lines; in the page cache the file
-is as fast as memory. It is compared with what benchmarks/training.py measured (--step): where it is less, the rest of
-the time is spent waiting for the loader, copies and the log; the step alone has all regions, a run leaves out a fifth.
+weights, hardest negatives. The rate is the median of the lines of the run's log, without the first two. The file has
+just been written: it is read from the page cache if that holds it, not from the disk.
+
+--step compares the rate with that of the training step alone, which benchmarks/training.py has measured. What is
+missing to 100 % is time spent on loading, copying and logging. It can be above 100 %: a run drops a fifth of the
+regions, which the step alone does not.
 """
 
 import json
@@ -26,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import common  # noqa: E402
 from benchmarks.evaluate import write_bert, write_data  # noqa: E402
 
-BLOCK = 500  # images, which repeat, each time in another order
+BLOCK = 500  # different images; the file repeats them, rotated by one image more each time
 FLICKR30K = 29_000  # images
 SPEED = re.compile(r"step \d+ .* ([\d.]+) pairs/s")
 WAYS = {"features from the file": [], "features on the device": ["--device_features"]}
-START = 30.0  # seconds that a run may take until its first line
+START = 30.0  # seconds that a run may take before the first line of its log
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/scoring.py                       # on a CPU name a smaller --sizes
 
-Embeddings are random, in the blocks and chunks of an evaluation (lib/evaluation/score.py), with every pair scored
-exactly, and by the coarse scores of all pairs with the best K of each query scored exactly. Memory is the most that
-was held, the embeddings counted.
+Embeddings are random, in the blocks and chunks of an evaluation (lib/evaluation/score.py). They are scored in two
+ways: every pair exactly; every pair coarsely and the best K of each query exactly, as eval.py --rerank K does. Memory
+is the peak, embeddings included.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """How many operations a step and a scoring start on a device where tiles are large, and how often Python waits for it.
 
-Counted on the CPU, which is made to take such a device's tiles: operations on floating-point tensors, but for views and
-allocations; each is a kernel's launch or more. The language model is left out, it is not ours.
+Counted on the CPU with such a device's tiles. An operation is one on floating-point tensors that is no view and no mere
+allocation: on a GPU it launches one kernel or more. The language model is left out, as it is not this project's.
 """
 
 import weakref
@@ -64,10 +64,10 @@ class Held(TorchDispatchMode):
 
 @pytest.fixture
 def large_tiles(monkeypatch):
-    """The CPU's tiles as on a device with much memory."""
+    """Tiles on the CPU as they are on a device with much memory."""
     monkeypatch.delitem(tiles.CACHE_BYTES, "cpu")
     monkeypatch.setattr(tiles, "memory", lambda device: 80 * 2**30)
-    monkeypatch.setitem(norms.BLOCK, "cpu", DIMS // 2)  # as 512 of 1024
+    monkeypatch.setitem(norms.BLOCK, "cpu", DIMS // 2)  # two blocks, as on a GPU: 512 of 1024
 
 
 # Before tiles packed captions of different lengths: 3,000 operations, 7,200 and 3,300.

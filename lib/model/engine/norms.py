@@ -48,7 +48,7 @@ class Norm:
     leaves: tuple[Tensor, ...] = ()
 
     def wide(self, regions: Tensor, pairs: bool = False) -> int:
-        """How many tensors of D numbers a call holds for each word and image of a tile, or of a tile of pairs."""
+        """How many tensors of D numbers a call holds for each word and image. pairs: in a tile of pairs."""
         return 2
 
     def weigh(self, words: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class DiagonalGramNorm(Norm):
         self.leaves = (diagonal.detach().requires_grad_(),)
 
     def wide(self, regions: Tensor, pairs: bool = False) -> int:
-        """What autograd keeps: context, x, its squares; and gradients."""
+        """Context, x and its squares, which autograd keeps, and two gradients."""
         return 5
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:

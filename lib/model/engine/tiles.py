@@ -15,14 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from lib.model.layers import upload
 
-# On a CPU the largest tensor of a tile, (word, image) pairs x D numbers, stays in the cache. On other devices a launch
-# costs more than memory, and all tensors of a tile together take MEMORY_SHARE of the device's memory: of all of it, not
-# of what is free, so that other programs on the device do not change the order in which numbers are added.
+# On a CPU tiles are small: the largest tensor, (word, image) pairs x D numbers, stays in the cache. Elsewhere they are
+# large, as each launch of a kernel costs time: all tensors of a tile together take about MEMORY_SHARE of the device's
+# memory. Of all of it: as a share of what is free, the order of additions would depend on what else runs there.
 CACHE_BYTES = {"cpu": 2**23}
-CACHE_IMAGES = 8  # images of such a tile, where there are as many
+CACHE_IMAGES = 8  # images of a small tile, where there are as many
 MEMORY_SHARE = 1 / 8
 NARROW = 10  # tensors of R numbers, in float32, for each (word, image) pair of a tile
-OWN = 4  # tensors of D numbers for each word and each region of a pair of its own: copies, and gradients
+OWN = 4  # tensors of D numbers for each word and each region that a tile of pairs copies, gradients counted
 
 
 class Bags(NamedTuple):
@@ -43,7 +43,7 @@ class Bags(NamedTuple):
         return cls(torch.arange(sizes[1], device=device), starts, bag_of_row, lengths[:, None])
 
     def part(self, captions: slice, words: slice) -> "Bags":
-        """Those of some consecutive captions, whose words are `words`."""
+        """The bags of consecutive captions alone. words: the rows of these captions."""
         if captions.stop - captions.start == len(self.starts):
             return self
         starts, bag_of_row = self.starts[captions] - words.start, self.bag_of_row[words] - captions.start
@@ -164,7 +164,7 @@ Tile = SharedTile | PairTile
 def rows_of_tile(regions: Tensor, dtype: torch.dtype, wide: float, longest: int = 0) -> int:
     """How many (word, image) pairs of regions (I, R, D) make a tile. wide: tensors of D numbers that each takes.
 
-    longest: words of the longest caption where the tile is of pairs, which have copies of their words and regions.
+    longest: words of the longest caption, in a tile of pairs, where each pair has copies of its words and regions.
     """
     count, dims = regions.shape[1:]
     if cached := CACHE_BYTES.get(regions.device.type):

@@ -26,8 +26,8 @@ LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 
 class TritonNorm(FactorNorm):
-    """||x F^T|| in bfloat16 or TF32 products where images share their words; FactorNorm for pairs, and where no block
-    fits.
+    """||x F^T|| in bfloat16 or TF32 products, by the kernel where images share their words and its blocks fit, else by
+    FactorNorm.
     """
 
     def __init__(self, factor: Tensor, triangular: bool):
@@ -36,7 +36,7 @@ class TritonNorm(FactorNorm):
         self.factor, self.triangular = factor.contiguous(), triangular
 
     def wide(self, regions: Tensor, pairs: bool = False) -> int:
-        """None where the kernel runs."""
+        """0 where the kernel runs, which is not for pairs."""
         runs = not pairs and works(self.factor.device, self.factor.dtype, padded(regions))
         return 0 if runs else super().wide(regions)
 
