@@ -15,6 +15,7 @@ from lib.files import check_space, new_folder
 from lib.prepare import io
 from lib.prepare.io import FEATURES, Image, some, span
 
+SPLITS = {"train": "train", "restval": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
 HEADER = ("split", "images", "captions", "an image", "regions", "missing")
 SAMPLED = 16  # images looked at to tell how large all are, and of which type
 PICTURE, SEPARATOR = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE), re.compile("[-_./ ]")

@@ -9,10 +9,9 @@ from pathlib import Path
 from lib.cli import InputError
 from lib.data.dataset import CAPTIONS_PER_IMAGE
 from lib.prepare import assemble
-from lib.prepare.assemble import Features, clean_caption, write_dataset
+from lib.prepare.assemble import SPLITS, Features, clean_caption, write_dataset
 from lib.prepare.io import read_json
 
-SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 FIRST = 1_000  # images of COCO's val and test that the published dev and test are
 KEYS = ("cocoid", "filename", "imgid")  # how an image's features may be called
 

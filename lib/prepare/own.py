@@ -1,31 +1,37 @@
-"""Make a data set of your own captions and features. CAPTIONS is a .csv or .tsv file (a header, then a caption a line),
-a .jsonl file (a JSON object a line) or a .json file (a list of such objects) with image_id, caption and, if you like,
-split: train, dev or test. Without it the images are drawn to splits. An image may have any number of captions, and they
-need not stand together. A run that was interrupted begins again."""
+"""Make a data set of your own captions and features. CAPTIONS is a table with a header (.csv, .tsv, .txt), lines
+NAME.jpg#0<TAB>caption (.txt, .token), JSON objects, one a line (.jsonl) or in a list (.json), or COCO's captions
+(.json); with image_id or a file name, a caption or a list of them, and, if you like, split: train, dev or test. Without
+it the images are drawn to splits. An image may have any number of captions, and they need not stand together. A run
+that was interrupted begins again."""
 
 import argparse
 import csv
 import json
-from collections.abc import Callable, Iterable
-from functools import partial
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from lib.cli import InputError, reason
+from lib.cli import InputError, reason, refusing
 from lib.files import read_lines
 from lib.prepare import assemble
-from lib.prepare.assemble import Features, clean_caption, write_dataset
+from lib.prepare.assemble import SPLITS, Features, clean_caption, write_dataset
 from lib.prepare.io import read_json
 
-SPLITS = ("train", "dev", "test")
+# What columns and keys are called that hold an image's id or name, and its captions.
+IMAGES = ("image_id", "image", "file_name", "filename", "image_name")
+CAPTIONS = ("caption", "captions", "text", "raw", "sentences", "comment")
+TOKEN_LINE = re.compile(r"(.+)#[0-9]+\t(.*)")
 
 Rows = Iterable[tuple[str, Any]]  # where a caption stands in its file, and its fields: a dict, or JSON that holds one
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("captions", type=Path, metavar="CAPTIONS", help=f"a file of captions: {', '.join(READERS)}")
+    flags.add_argument("--image_column", default="", metavar="NAME", help="column or key of the image's id or name")
+    flags.add_argument("--caption_column", default="", metavar="NAME", help="column or key of the caption or captions")
     assemble.add_flags(flags)
     flags.add_argument("--dev", type=float, default=0.1, help="part of the images that is dev, where none is given")
     flags.add_argument("--test", type=float, default=0.1, help="part of the images that is test, where none is given")
@@ -33,37 +39,48 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    captions, given = read_captions(args.captions)
+    captions, given, file_names = read_captions(args.captions, args.image_column, args.caption_column)
     split_of = given or draw_splits(captions, args.dev, args.test, args.seed)
-    splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS if split in split_of.values()}
+    splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS.values() if split in split_of.values()}
     for image_id, of_image in captions.items():
         splits[split_of[image_id]][image_id] = of_image
     names = {"image_id": {image_id: image_id for image_id in captions}}
+    names["file_name"] = {image_id: file_names[image_id] for image_id in captions if image_id in file_names}
     write_dataset(args.data_path / args.data_name, splits, names, Features(args.features))
 
 
-def read_captions(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Captions of each image and, where the file says so, its split; in the order in which the images appear.
+def read_captions(
+    path: Path, image: str = "", caption: str = ""
+) -> tuple[dict[str, list[str]], dict[str, str], dict[str, str]]:
+    """Captions of each image and, where the file says so, its split and its file's name; in the order of the images.
 
-    Raises InputError with the line where one is not what it should be, or an image is in two splits.
+    image, caption: the columns or keys that hold them; empty: the one of IMAGES and of CAPTIONS that is there, which is
+    printed. Raises InputError with the line where one is not what it should be, or an image is in two splits.
     """
     captions: dict[str, list[str]] = {}
     splits: dict[str, str] = {}
     if path.suffix not in READERS:
         raise InputError(f"{path}: expected a file that ends in {', '.join(READERS)}")
-    for place, row in READERS[path.suffix](path):
+    rows, file_names = READERS[path.suffix](path)
+    for place, row in rows:
         try:
-            image_id, caption, split = _fields(row)
+            fields = json.loads(row) if isinstance(row, str) else row
+            if not isinstance(fields, dict):
+                raise ValueError('expected {"image_id": ..., "caption": ...}, or a line NAME#0<TAB>CAPTION')
+            if not captions:
+                image, caption = _column(fields, image, IMAGES, "image"), _column(fields, caption, CAPTIONS, "caption")
+                print(f"{path}: images by {image}, captions from {caption}")
+            image_id, texts, split = _fields(fields, image, caption)
             if bool(split) != bool(next(iter(splits.values()), split)):
                 raise ValueError("every caption must have a split, or none")
             if splits.setdefault(image_id, split) != split:
                 raise ValueError(f"image {image_id} is in {split}, but in {splits[image_id]} before")
         except ValueError as error:
             raise InputError(f"{path}: {place}: {reason(error)}") from None
-        captions.setdefault(image_id, []).append(caption)
+        captions.setdefault(image_id, []).extend(texts)
     if not captions:
         raise InputError(f"{path}: no captions in it")
-    return captions, splits if any(splits.values()) else {}
+    return captions, splits if any(splits.values()) else {}, file_names
 
 
 def draw_splits(image_ids: Iterable[str], dev: float, test: float, seed: int) -> dict[str, str]:
@@ -81,39 +98,66 @@ def draw_splits(image_ids: Iterable[str], dev: float, test: float, seed: int) ->
     return {**dict.fromkeys(ids, "train"), **{ids[place]: name for place, name in zip(drawn, names, strict=False)}}
 
 
+def _read_text(path: Path) -> tuple[Rows, dict[str, str]]:
+    """Lines `name.jpg#0<TAB>caption`, or a table with a header; a field in quotes may have several lines."""
+    _, first = next(iter(read_lines(path)), (0, ""))
+    if TOKEN_LINE.fullmatch(first):
+        return ((f"line {number}", _split_tokens(line)) for number, line in read_lines(path) if line.strip()), {}
+    return _read_table(path, next((one for one in "\t|;," if one in first), ",")), {}
+
+
+def _split_tokens(line: str) -> dict[str, str] | None:
+    found = TOKEN_LINE.fullmatch(line)
+    return found and {"image": found[1], "caption": found[2]}
+
+
 def _read_table(path: Path, delimiter: str) -> Rows:
-    """Rows by the names in the header; a field in quotes may have several lines."""
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
     lines = (f"{line}\n" for _, line in read_lines(path))
-    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True, quoting=quoting)
     try:
-        if not {"image_id", "caption"} <= set(reader.fieldnames or ()):
-            raise InputError(f"{path}: the first line must name the columns, image_id and caption among them")
         for row in reader:
             yield f"line {reader.reader.line_num}", row
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.reader.line_num}: {reason(error)}") from None
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".csv": partial(_read_table, delimiter=","),
-    ".tsv": partial(_read_table, delimiter="\t"),
-    ".jsonl": lambda path: ((f"line {number}", line) for number, line in read_lines(path) if line.strip()),
-    ".json": lambda path: ((f"entry {number} (counted from 0)", row) for number, row in enumerate(read_json(path))),
+def _read_json(path: Path) -> tuple[Rows, dict[str, str]]:
+    """A list of objects, or COCO's `images` and `annotations`."""
+    content, names = read_json(path), {}
+    if isinstance(content, dict):
+        with refusing(f"{path}: neither a list of captions nor COCO's captions; Karpathy's splits go to `karpathy`"):
+            names = {str(image["id"]): image["file_name"] for image in content["images"]}
+            content = [{name: one[name] for name in ("image_id", "caption")} for one in content["annotations"]]
+    return ((f"entry {number} (counted from 0)", row) for number, row in enumerate(content)), names
+
+
+READERS: dict[str, Callable[[Path], tuple[Rows, dict[str, str]]]] = {
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".token"), _read_text),
+    ".jsonl": lambda path: (((f"line {number}", line) for number, line in read_lines(path) if line.strip()), {}),
+    ".json": _read_json,
 }
 
 
-def _fields(row: Any) -> tuple[str, str, str]:
-    """image_id, caption and split (empty where none is given). Raises ValueError where one is not what it should be."""
-    fields = json.loads(row) if isinstance(row, str) else row
-    if not isinstance(fields, dict):
-        raise ValueError('expected {"image_id": ..., "caption": ...}')
+def _column(fields: dict, given: str, known: Sequence[str], what: str) -> str:
+    """The field that holds the image's name or its captions. Raises ValueError where it is not plain which."""
+    found = [given] if given in fields else [] if given else [name for name in known if name in fields]
+    if len(found) != 1:
+        seen = f"several ({', '.join(found)}) may be" if found else f"none of {', '.join(map(str, fields))} is known as"
+        raise ValueError(f"{seen} the {what}: choose one with --{what}_column")
+    return found[0]
+
+
+def _fields(fields: dict, image: str, caption: str) -> tuple[str, list[str], str]:
+    """Image id, captions and split (empty where none is given). Raises ValueError where one is not as it should be."""
     if None in fields:
         raise ValueError("more columns than the header; put captions into quotes")
-    image_id, caption, split = fields.get("image_id"), fields.get("caption"), fields.get("split") or ""
+    image_id, texts, split = fields.get(image), fields.get(caption), fields.get("split") or ""
+    texts = texts if isinstance(texts, list) else [texts]
     if type(image_id) not in (int, str) or not str(image_id).strip() or not str(image_id).strip().isprintable():
-        raise ValueError("image_id must be a number or printable text")
-    if not isinstance(caption, str) or not clean_caption(caption):
-        raise ValueError("caption must be text")
+        raise ValueError(f"{image} must be a number or printable text")
+    if not texts or not all(isinstance(text, str) and clean_caption(text) for text in texts):
+        raise ValueError(f"{caption} must be text, or a list of texts")
     if split and split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    return str(image_id).strip(), clean_caption(caption), split
+    return str(image_id).strip(), list(map(clean_caption, texts)), SPLITS.get(split, "")

@@ -155,11 +155,11 @@ def test_byte_order_marks_line_ends_and_blank_lines_do_not_matter(tmp_path, mark
     lines = ["caption, other,image_id", "A dog,3,a", "", '"Two  ""cats"",', 'on a mat",4,b', " Hund ,5, a "]
     path = tmp_path / "c.csv"
     path.write_bytes((mark + end.join(lines) + end).encode())
-    assert read_captions(path) == ({"a": ["A dog", "Hund"], "b": ['Two "cats", on a mat']}, {})
+    assert read_captions(path)[:2] == ({"a": ["A dog", "Hund"], "b": ['Two "cats", on a mat']}, {})
     rows = [{"image_id": "a", "caption": "A\ndog"}, {"caption": "Zwei Hünde", "image_id": 7, "split": None}]
     path = tmp_path / "c.jsonl"
     path.write_bytes((mark + f"{end} {end}".join(json.dumps(row, ensure_ascii=False) for row in rows)).encode())
-    assert read_captions(path) == ({"a": ["A dog"], "7": ["Zwei Hünde"]}, {})
+    assert read_captions(path)[:2] == ({"a": ["A dog"], "7": ["Zwei Hünde"]}, {})
 
 
 CSV = b"image_id,caption,split\na,A dog,train\n"
@@ -175,21 +175,39 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
         (".csv", CSV + b'b,"A cat,dev\nc,A dog,dev\n', "line 4: unexpected end of data"),
         (".csv", CSV + b" ,A cat,dev\n", "line 3: image_id must be"),
         (".csv", CSV + b"b, ,dev\n", "line 3: caption must be text"),
-        (".csv", CSV + b"b,A cat,val\n", "line 3: split 'val' is none of train, dev, test"),
+        (".csv", CSV + b"b,A cat,eval\n", "line 3: split 'eval' is none of train, restval, dev, val, validation, test"),
         (".csv", CSV + b"b,A cat,\n", "line 3: every caption must have a split, or none"),
         (".csv", CSV + b"a,A cat,dev\n", "line 3: image a is in dev, but in train before"),
         (".csv", b"image_id,caption\n", "no captions in it"),
-        (".csv", b"image_id;caption\n1;a\n", "the first line must name the columns"),
+        (
+            ".csv",
+            b"id,caption\n1,a\n",
+            "line 2: none of id, caption is known as the image: choose one with --image_column",
+        ),
+        (
+            ".csv",
+            b"image,filename,text\n1,a,b\n",
+            "several (image, filename) may be the image: choose one with --image_c",
+        ),
+        (".json", b'[{"image": 1, "raw": "a", "text": "b"}]', "several (text, raw) may be the caption: choose"),
+        (".txt", b"a.jpg#0\tA dog\nb.jpg A cat\n", "line 2: expected {"),
+        (".txt", b"image_name| comment_number| comment\na.jpg| 0   A dog\n", "line 2: comment must be text"),
+        (
+            ".json",
+            b'{"dataset": "coco", "images": []}',
+            "neither a list of captions nor COCO's captions; Karpathy's splits",
+        ),
         (".csv", "image_id,caption\n1,a\n".encode("utf-16"), "line 1 is not UTF-8"),
         (".jsonl", JSONL + b"b,A dog\n", "line 2: Expecting value"),
         (".jsonl", JSONL + b'["b", "A dog"]\n', 'line 2: expected {"image_id"'),
         (".jsonl", JSONL + b'{"image_id": true, "caption": "A cat"}\n', "line 2: image_id must be"),
-        (".jsonl", JSONL + b'{"image_id": 1, "caption": ["A cat"]}\n', "line 2: caption must be text"),
+        (".jsonl", JSONL + b'{"image_id": 1, "caption": ["A cat", 3]}\n', "line 2: caption must be text, or a list"),
+        (".jsonl", JSONL + b'{"image_id": 1, "caption": []}\n', "line 2: caption must be text, or a list"),
         (".jsonl", JSONL + b'{"image_id": 1, "caption": "\\ud800", "split": "dev"}\n', "surrogates"),
         (".jsonl", JSONL + b'{"image_id": "\\u001b[2J", "caption": "a"}\n', "line 2: image_id must be"),
         (".json", b'[{"image_id": 1, "caption": "a"}, 3]', "entry 1 (counted from 0): expected {"),
         (".json", b"a", "not JSON"),
-        (".txt", b"a dog\n", "expected a file that ends in .csv, .tsv, .jsonl, .json"),
+        (".md", b"a dog\n", "expected a file that ends in .csv, .tsv, .txt, .token, .jsonl, .json"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, suffix, content, words):
@@ -213,7 +231,7 @@ def test_any_captions_come_back_as_they_were_written(tmp_path_factory, rows, suf
     expected = {}
     for image_id, caption in rows:
         expected.setdefault(image_id, []).append(" ".join(caption.split()))
-    assert read_captions(path) == (expected, {})
+    assert read_captions(path)[:2] == (expected, {})
 
 
 # The page

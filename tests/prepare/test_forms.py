@@ -1,0 +1,108 @@
+"""Files in the forms in which people have them: each row of the table in docs/data.md becomes a data set to the bit."""
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.prepare.io import open_features
+from tests.prepare.samples import make_images, prepare, write_image_files, write_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+SECTION = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Forms of files")[1].split("\n## ")[0]
+ROWS = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in SECTION.splitlines() if line.startswith("| ")][1:]
+
+NUMBERS = (7, 42, 391895, 1000092795)
+NAMES = [f"photo_{number}.jpg" for number in NUMBERS]
+CAPTIONS = {number: [f"a dog, {k}; of {number}" for k in range(2)] for number in NUMBERS}
+PAIRS = [(f"photo_{number}.jpg", k, CAPTIONS[number][k]) for k in range(2) for number in NUMBERS]
+
+
+def features_of_names(ending=".npy", pattern="photo_{}"):
+    """A folder of files, and what is in them by number."""
+    images = make_images([pattern.format(number) for number in NUMBERS], (3, 7, 4))
+    write_image_files(Path("features"), images, ending)
+    return dict(zip(NUMBERS, (features for features, _ in images.values()), strict=True))
+
+
+def write_table(path, header, rows, delimiter):
+    with open(path, "w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+
+
+def token_file():
+    write_lines(Path("captions.token"), (f"{name}#{k}\t{caption}" for name, k, caption in PAIRS))
+    return features_of_names()
+
+
+def image_caption():
+    write_table("captions.txt", ("image", "caption"), ((name, caption) for name, _, caption in PAIRS), ",")
+    return features_of_names()
+
+
+def other_names():
+    write_table("captions.csv", ("photo", "image", "text"), ((name, 1, caption) for name, _, caption in PAIRS), ";")
+    return features_of_names()
+
+
+def flickr30k_results():
+    rows = (f"{name}| {k}| {caption.replace('dog', chr(34) + 'dog')}" for name, k, caption in PAIRS)
+    write_lines(Path("results.csv"), ["image_name| comment_number| comment", *rows])
+    return features_of_names()
+
+
+def coco_captions():
+    images = [{"id": number, "file_name": f"COCO_val2014_{number:012d}.jpg", "license": 1} for number in NUMBERS]
+    annotations = [{"image_id": n, "id": k, "caption": one} for n, of in CAPTIONS.items() for k, one in enumerate(of)]
+    Path("captions_val2014.json").write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    return features_of_names(".npz", "COCO_val2014_{:012d}")
+
+
+def json_list():
+    Path("captions.json").write_text(
+        json.dumps([{"filename": n, "sentences": CAPTIONS[k]} for n, k in zip(NAMES, NUMBERS, strict=True)])
+    )
+    return features_of_names()
+
+
+def json_lines():
+    write_lines(Path("metadata.jsonl"), (json.dumps({"file_name": f"train/{n}", "text": c}) for n, _, c in PAIRS))
+    return features_of_names()
+
+
+FORMS = [token_file, image_caption, other_names, flickr30k_results, coco_captions, json_list, json_lines]
+
+
+def test_every_row_of_the_table_has_its_files():
+    assert len(ROWS) == len(FORMS)
+
+
+@pytest.mark.parametrize(
+    ("row", "form"), list(zip(ROWS, FORMS, strict=False)), ids=lambda one: getattr(one, "__name__", "")
+)
+def test_files_in_the_forms_of_the_table_become_a_data_set_to_the_bit(tmp_path, monkeypatch, capsys, row, form):
+    monkeypatch.chdir(tmp_path)
+    features, (_, command, printed) = form(), (cell.strip("`") for cell in row)
+    code, out, error = prepare(capsys, *shlex.split(command), "--data_name", "new")
+    assert (code, error) == (0, "")
+    assert printed.replace("\\|", "|") in out
+    check(Path("data/new"), features)
+
+
+def check(folder, features):
+    """The data set holds each image's features and captions, whatever the splits that they were drawn to."""
+    found = []
+    for path in sorted(folder.glob("*_ims.npy")):
+        split = open_features(folder, path.name.removesuffix("_ims.npy"))
+        ids = (folder / f"{split.name}_ids.txt").read_text().splitlines()
+        for place, image_id in enumerate(ids):
+            number = int(re.search("[0-9]+", image_id)[0])
+            captions = [split.captions[k].replace('"', "") for k in np.flatnonzero(split.image_of_caption == place)]
+            assert np.array_equal(split.features.read(np.array([place])), features[number])
+            assert captions == CAPTIONS[number]
+            found.append(number)
+    assert sorted(found) == sorted(NUMBERS)
