@@ -17,7 +17,7 @@ __version__ = "0.3.0"
 def load(
     checkpoint: str | Path, bert: str = "", device: str = "auto", precision: str = "", engine: str = ""
 ) -> "Matcher":
-    """Load a trained model; `score(regions, captions)` of the result scores.
+    """Load a trained model; `score(regions, captions)` of the result scores, in one thread at a time.
 
     checkpoint: a run folder (its best epoch), a checkpoint of this project or a published one. bert: name or folder of
     the language model, for a published checkpoint that is not BERT-base; others carry it. device: auto, cpu, cuda or

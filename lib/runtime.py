@@ -40,7 +40,8 @@ class Compute:
         """While it lasts PyTorch computes as chosen here, backward passes too; afterwards its switches are as before.
 
         float32 products are exact but for tf32, in cuDNN's recurrent layers too, which have a switch of their own. On
-        CUDA algorithms are deterministic where there are such, and the device is the current one.
+        CUDA algorithms are deterministic where there are such, and the device is the current one. All threads share the
+        switches: where two overlap in here, they are not put back right.
         """
         backends: Any = torch.backends
         with ExitStack() as undo:
