@@ -11,7 +11,7 @@ RUN=${RUN:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 
 # shellcheck disable=SC2086 -- a command and its arguments
 $LAUNCH train.py \
-    --data_name scenes_precomp --img_dim 414 --bert vocab/scenes \
+    --data_name scenes_precomp --img_dim 414 --bert vocab/scenes --bert_from_scratch \
     --embed_size 128 --batch_size 32 \
     --num_epochs 5 --learning_rate 0.002 --lr_update 4 --vse_mean_warmup_epochs 5 \
     --model_name "$RUN" "$@"

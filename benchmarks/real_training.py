@@ -81,7 +81,8 @@ def train(settings, data: Path, bert: Path, way: list[str]) -> dict[str, float]:
     run = data.parent / f"run{len(way)}"
     command = [
         *(sys.executable, str(ROOT / "train.py"), "--data_path", str(data.parent), "--data_name", data.name),
-        *("--bert", str(bert), "--img_dim", str(settings.img_dim), "--embed_size", str(settings.embed_size), *way),
+        *("--bert", str(bert), "--bert_from_scratch", "--img_dim", str(settings.img_dim), *way),
+        *("--embed_size", str(settings.embed_size)),
         *("--batch_size", str(settings.batch_size), "--device", settings.device, "--precision", settings.precision),
         *("--max_violation", "--num_epochs", "1", "--log_step", str(settings.log_step), "--model_name", str(run)),
     ]

@@ -67,6 +67,7 @@ def tiny_flags(tiny_data) -> list[str]:
     """train.py's flags for a model and recipe small enough for a test; the run folder is to be added."""
     return [
         *("--data_path", tiny_data[0], "--data_name", tiny_data[1], "--bert", str(TINY_BERT)),
+        "--bert_from_scratch",
         *("--img_dim", "16", "--embed_size", "16", "--batch_size", "8", "--workers", "0", "--device", "cpu"),
         *("--num_epochs", "1", "--log_step", "5"),
     ]

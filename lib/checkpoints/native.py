@@ -30,7 +30,7 @@ from lib.cli import InputError, refusing
 from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
-from lib.model.backbone import build_backbone, has_weights, load_backbone, read_config
+from lib.model.backbone import build_backbone, check_weights, load_backbone, read_config
 from lib.model.registry import describe
 from lib.model.xdim import XDim
 
@@ -188,14 +188,17 @@ def new_model(settings: dict[str, Any]) -> tuple[XDim, Tokenizer, str]:
     if not os.path.isdir(name):
         print(f"{name}: taken from the cache, or fetched from the Hugging Face hub", flush=True)
     config, tokenizer = _read_text(name)
+    from_scratch = settings.get("bert_from_scratch", False)
+    if os.path.isdir(name) and not from_scratch:
+        with refusing(f"--bert {name}: no weights that can be read; --bert_from_scratch starts at random"):
+            check_weights(name)
     with refusing(f"--bert {name}: its weights are damaged, or not its config.json's"):
-        pretrained = not os.path.isdir(name) or has_weights(name)
-        backbone = load_backbone(name) if pretrained else build_backbone(config)
+        backbone = build_backbone(config) if from_scratch else load_backbone(name)
     try:
         model = XDim.build(_with_text(describe(settings), config, tokenizer.own_pad_id), backbone)
     except ValueError as error:  # it names the flag
         raise InputError(str(error)) from None
-    note = f"starts from the weights of {name}" if pretrained else f"starts at random: {name} holds no weights"
+    note = "starts at random (--bert_from_scratch)" if from_scratch else f"starts from the weights of {name}"
     return model, tokenizer, f"the language model ({config['model_type']}) {note}"
 
 

@@ -33,9 +33,12 @@ def read_config(name: str) -> dict:
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def has_weights(folder: str) -> bool:
-    """Whether a folder holds weights beside its configuration."""
-    return any((Path(folder) / f"{name}{part}").is_file() for name in WEIGHT_FILES for part in ("", ".index.json"))
+def check_weights(folder: str) -> None:
+    """Raises ValueError where a folder holds no weights that are read, listing what it holds."""
+    found = {path.name for path in Path(folder).iterdir() if path.is_file()}
+    if found.isdisjoint(f"{name}{part}" for name in WEIGHT_FILES for part in ("", ".index.json")):
+        wanted = " nor ".join(WEIGHT_FILES)
+        raise ValueError(f"neither {wanted} among its files, which are {', '.join(sorted(found))}")
 
 
 def build_backbone(config: dict) -> PreTrainedModel:

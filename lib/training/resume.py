@@ -18,7 +18,7 @@ from lib.training.optim import restore_optimizer
 from lib.training.run_folder import Progress, checkpoints, step_files, step_of
 
 OF_ONE_START = ("resume", "init_from", "allow_changes", "model_name", "logger_name")  # not taken from a checkpoint
-ARCHITECTURE = ModelSettings.__annotations__.keys() - {"bert", "mask_padding"}  # what shapes the weights
+ARCHITECTURE = ModelSettings.__annotations__.keys() - {"bert", "bert_from_scratch", "mask_padding"}  # the weights' form
 RECIPE = RecipeSettings.__annotations__.keys() | {"seed", "mask_padding", "precision", "engine", "device_features"}
 RECIPE -= {"num_epochs"}
 ORDER = ("batch_size", "seed")  # the order of pairs depends on them

@@ -45,7 +45,7 @@ def test_words_do_not_depend_on_the_captions_beside_them(folder):
 
 def test_a_padding_token_within_a_caption_is_not_attended_to(tmp_path):
     """As published: the augmentation may put one there."""
-    encoder, (ids, lengths) = make_encoder(TINY_BERT), tokens(TINY_BERT)
+    encoder, (ids, lengths) = make_encoder(folder := make_text_model("bert", tmp_path)), tokens(folder)
     ids[1, 2] = 0
     with torch.no_grad():
         words = encoder(ids, lengths).split(lengths.tolist())[1]
@@ -83,8 +83,13 @@ def test_a_checkpoint_brings_the_language_model_back(folder, tmp_path):
         assert torch.equal(again.eval().encode_captions(ids, lengths), expected)
 
 
-def test_a_folder_without_weights_starts_at_random_and_says_so():
-    assert f"starts at random: {TINY_BERT} holds no weights" in new_model({"bert": str(TINY_BERT), "img_dim": 4})[2]
+def test_a_language_model_starts_at_random_where_that_is_asked_for(tmp_path):
+    settings = {"bert": str(make_text_model("bert", tmp_path / "bert")), "img_dim": 4, "embed_size": 8}
+    (model, _, note), (pretrained, _, _) = new_model({**settings, "bert_from_scratch": True}), new_model(settings)
+    assert note == "the language model (bert) starts at random (--bert_from_scratch)"
+    one, other = (next(each.text_encoder.backbone_parameters()) for each in (model, pretrained))
+    assert not torch.equal(one, other)
+    new_model({**settings, "bert": str(TINY_BERT), "bert_from_scratch": True})
 
 
 def test_a_model_with_clips_text_tower_is_trained_and_evaluated(tiny_flags, tmp_path, capsys):
@@ -97,6 +102,17 @@ def test_a_model_with_clips_text_tower_is_trained_and_evaluated(tiny_flags, tmp_
 
 
 # What is refused
+
+
+@pytest.mark.parametrize("name", ["tf_model.h5", "model.bin", "weights.safetensors", ""])
+def test_weights_under_another_name_are_not_passed_over(tmp_path, name):
+    folder = make_text_model("bert", tmp_path / "bert")
+    weights = folder / "model.safetensors"
+    weights.rename(folder / name) if name else weights.unlink()
+    line = refused(bert=str(folder))
+    assert f"--bert {folder}: no weights that can be read; --bert_from_scratch starts at random" in line
+    listed = sorted(path.name for path in folder.iterdir())
+    assert f"neither model.safetensors nor pytorch_model.bin among its files, which are {', '.join(listed)}" in line
 
 
 def refused(**settings) -> str:

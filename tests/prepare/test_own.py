@@ -250,7 +250,7 @@ def test_the_page_says_what_happens(tmp_path, monkeypatch, capsys):
     assert argv[:2] == ["-m", "lib.prepare"]
     assert prepare(capsys, *argv[2:])[1] == printed
     assert [len(open_split("data", "photos", split, 16).features) for split in SPLITS] == [4, 2, 2]
-    for line, program in zip(training.splitlines(), (train, test), strict=True):
+    for line, program in zip(training.replace("\\\n", "").splitlines(), (train, test), strict=True):
         _, name, *flags = shlex.split(line)
         assert name == f"{program.__name__}.py"
         assert program.main([*flags, "--device", "cpu"]) == 0

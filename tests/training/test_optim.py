@@ -15,7 +15,7 @@ RATE = 5e-4
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return new_model({"bert": str(TINY_BERT), "img_dim": 8, "embed_size": 8})[0]
+    return new_model({"bert": str(TINY_BERT), "bert_from_scratch": True, "img_dim": 8, "embed_size": 8})[0]
 
 
 def rates(model, optimizer):
