@@ -1,7 +1,8 @@
 """Files of region features.
 
     {split}_ims.npy      float32 or float16, (images, regions, img_dim), or packed: (regions of all images, img_dim)
-    {split}_offsets.npy  of packed features: (images + 1,) integers, image i has the rows offsets[i] to offsets[i + 1]
+    {split}_offsets.npy  of packed features: (images + 1,) integers, image i has the rows offsets[i] to offsets[i + 1];
+                         without this file they are (images, img_dim), one region each
 
 Features are read at an offset when they are asked for. They are not memory-mapped: mapped pages count as memory of each
 process that touches them, and reading them is slower (docs/log.md).
@@ -44,6 +45,8 @@ class FeatureFile:
         self.path, self.repeats = path, repeats
         shape, self.dtype, self._data_at = _read_header(path)
         self.img_dim, self._row_bytes = shape[-1], shape[-1] * self.dtype.itemsize
+        if len(shape) == 2 and not _offsets_path(path).is_file():
+            shape = (shape[0], 1, shape[1])
         self._is_packed = len(shape) == 2
         self.starts = (
             _read_offsets(path, shape[0]) if self._is_packed else np.arange(shape[0] // repeats + 1) * shape[1]
@@ -152,12 +155,15 @@ def _read_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     return shape, dtype, data_at
 
 
+def _offsets_path(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix("_ims.npy") + "_offsets.npy")
+
+
 def _read_offsets(path: Path, rows: int) -> np.ndarray:
     """The offsets (images + 1,) that belong to a packed feature file. Raises InputError if they do not fit it."""
-    offsets_path = path.with_name(path.name.removesuffix("_ims.npy") + "_offsets.npy")
     what = f"integers (images + 1,) that rise from 0 to {rows}"
-    with refusing(f"{path}: of shape (regions of all images, img_dim), so {offsets_path} must hold {what}"):
-        offsets = np.load(offsets_path, allow_pickle=False)
+    with refusing(f"{path}: of shape (regions of all images, img_dim), so {_offsets_path(path)} must hold {what}"):
+        offsets = np.load(_offsets_path(path), allow_pickle=False)
         if offsets.ndim != 1 or offsets.dtype.kind != "i" or offsets[0] != 0 or offsets[-1] != rows:
             raise ValueError(f"{offsets.dtype} {offsets.shape}")
         if not (np.diff(offsets) > 0).all():

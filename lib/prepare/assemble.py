@@ -21,7 +21,7 @@ SAMPLED = 16  # images looked at to tell how large all are, and of which type
 PICTURE, SEPARATOR = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE), re.compile("[-_./ ]")
 LEAST_SHARE = 0.5  # of the images or features, whichever are fewer, that must match by another than the first name
 # Arrays of a .npz file, as different tools call them.
-FEATURE_NAMES, BOX_NAMES, COUNT_NAMES = ("features", "x"), ("boxes", "bbox"), ("num_boxes", "num_bbox")
+FEATURE_NAMES, BOX_NAMES, COUNT_NAMES = ("features", "feat", "x"), ("boxes", "bbox"), ("num_boxes", "num_bbox")
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH",
         help="features by image id: what `tsv` wrote or another data set (FOLDER, or FOLDER/SPLIT), "
-        "or a folder of ID.npy or ID.npz; several are searched in turn",
+        "or a folder of ID.npy or ID.npz, which may have folders in it; several are searched in turn",
     )
     io.add_data_flags(flags)
 
@@ -185,26 +185,42 @@ def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
             raise InputError(f"--features {split.features.path}: needs {name}_ids.txt beside it, an image id a line")
         yield from ((one, partial(io.read_image, split, boxes, place, one)) for place, one in enumerate(ids))
     if not splits:
-        files = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".npz"))
+        files = sorted(file for file in path.rglob("*") if file.suffix in (".npy", ".npz"))
         if not files:
             raise InputError(f"--features {path}: neither NAME{FEATURES} with NAME_ids.txt in it, nor ID.npy or ID.npz")
-        yield from ((file.stem, partial(_read_file, file)) for file in files)
+        ids = (file.relative_to(path).with_suffix("").as_posix() for file in files)
+        yield from ((one, partial(_read_file, file)) for one, file in zip(ids, files, strict=True))
 
 
 def _read_file(path: Path) -> Image:
-    """ID.npy (r, img_dim), or ID.npz with an array `features` or `x` and perhaps its boxes. Raises InputError."""
+    """ID.npy, or ID.npz with the arrays that `_from_arrays` knows. Raises InputError."""
     with refusing(f"{path}: not an image's features; copy or extract it again"):
         content = np.load(path, allow_pickle=False)
         arrays = {FEATURE_NAMES[0]: content} if isinstance(content, np.ndarray) else content
-        features, boxes, count = (
-            next((arrays[name] for name in names if name in arrays), None)
-            for names in (FEATURE_NAMES, BOX_NAMES, COUNT_NAMES)
-        )
-        if features is None:
-            raise ValueError(f"no array {' or '.join(FEATURE_NAMES)}")
-        regions = len(boxes) if boxes is not None else len(features) if count is None else int(count)
-        was_transposed = len(features) != regions and features.shape[1:] == (regions,)
-        features = features.T if was_transposed else features
-        if len(features) != regions:
-            raise ValueError(f"{regions} boxes, but features of shape {features.shape}")
-    return Image(path.stem, features, boxes, origin=str(path), was_transposed=was_transposed)
+        return _from_arrays(arrays, path.stem, str(path))
+
+
+def _from_arrays(arrays: Mapping[str, np.ndarray], image_id: str, origin: str) -> Image:
+    """An image of arrays by name: features (r, img_dim), (1, r, img_dim), (img_dim,) or, where boxes say so,
+    (img_dim, r); perhaps boxes (r, 4), or their number. Raises ValueError where they do not fit each other."""
+    features, boxes = (_one_of(names, arrays) for names in (FEATURE_NAMES, BOX_NAMES))
+    if features is None:
+        raise ValueError(f"none of {', '.join(arrays)} is called {' or '.join(FEATURE_NAMES)}")
+    count = _one_of(COUNT_NAMES, arrays) if boxes is None else len(boxes)
+    regions = len(features) if count is None else int(count)
+    was_transposed = len(features) != regions and features.shape[1:] == (regions,)
+    features = features.T if was_transposed else features
+    if len(features) != regions:
+        raise ValueError(f"{regions} boxes, but features of shape {features.shape}")
+    return Image(image_id, features, boxes, origin=origin, was_transposed=was_transposed)
+
+
+def _one_of(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """The array that has one of the names, None where none has; (1, r, n) and (n,) become (r, n)."""
+    found = [name for name in names if name in arrays]
+    if len(found) > 1:
+        raise ValueError(f"both {' and '.join(found)} are in it; keep one of them")
+    array = np.asarray(arrays[found[0]]) if found else None
+    if array is None or not array.ndim:
+        return array
+    return array[0] if array.ndim == 3 and len(array) == 1 else np.atleast_2d(array)

@@ -1,7 +1,7 @@
 """Turn bottom-up attention TSV files into a store of region features by image id, from which `karpathy` and `own` make
 data sets. Six columns without a header, as bottom-up attention (Anderson et al. 2018) writes them: image_id, image_w,
 image_h, num_boxes, boxes, features; the last two base64 of float32 (float16 and float64 are recognised). Images may
-differ in their number of boxes. A run that was interrupted begins again."""
+differ in their number of boxes. LXMERT's files of ten columns will do, too. A run that was interrupted begins again."""
 
 import argparse
 import base64
@@ -17,6 +17,7 @@ from lib.files import check_space, new_folder
 from lib.prepare.io import BOX, Image, add_data_flags, describe, open_features, some, write_split
 
 TYPES = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"))  # of boxes and features, the usual one first
+COLUMNS_BETWEEN = (3, 7)  # image_id and boxes; LXMERT puts classes and attributes between size and num_boxes
 LOOKED_AT = 4096  # features that tell an image's type
 SPREAD = 6.0  # octaves, a standard deviation: features have 1 to 3, float16 read as float32 has 8 times as many
 
@@ -66,7 +67,9 @@ def _read(paths: Sequence[Path], read: Callable[[int], object], repeated: list[s
 def _read_row(line: bytes, origin: str) -> Image:
     try:
         image_id, *numbers, boxes, features = line.rstrip(b"\r\n").split(b"\t")
-        width, height, regions = map(int, numbers)
+        if len(numbers) not in COLUMNS_BETWEEN:
+            raise ValueError(f"{len(numbers) + 3} columns, 6 or LXMERT's 10 expected")
+        width, height, regions = map(int, (*numbers[:2], numbers[-1]))
         if min(width, height, regions) < 1:
             raise ValueError(f"{width} x {height} pixels, {regions} boxes")
         boxes, features = (base64.b64decode(field, validate=True) for field in (boxes, features))

@@ -104,6 +104,14 @@ def test_what_float16_cannot_hold_is_refused_only_where_float16_is_asked_for(tmp
     assert DeviceFeatures(file, CPU)
 
 
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_without_offsets_rows_are_images_of_one_region(tmp_path, repeats):
+    np.save(tmp_path / "dev_ims.npy", make_features()[:, 0].repeat(repeats, 0))
+    file = FeatureFile(tmp_path / "dev_ims.npy", repeats)
+    assert file.counts.tolist() == [1] * IMAGES
+    assert np.array_equal(file.read(np.arange(IMAGES)), make_features()[:, 0])
+
+
 def as_npy(array):
     content = io.BytesIO()
     np.save(content, array)
@@ -116,7 +124,7 @@ DAMAGE = {
     "cut in the data": (SOUND[:-1], "463 bytes instead of 464"),
     "a web page": (b"<!DOCTYPE html>\n<html>\n" * 50, "truncated or not a .npy file"),
     "float64": (as_npy(make_features(dtype=np.float64)), "expected float32 or float16"),
-    "packed, without offsets": (as_npy(make_features()[:, 0]), "dev_offsets.npy must hold integers"),
+    "numbers of one image": (as_npy(make_features()[0, 0]), "of shape (images, regions, img_dim)"),
     "by columns": (as_npy(np.asfortranarray(make_features())), "stored by columns"),
 }
 

@@ -161,6 +161,14 @@ def test_an_image_file_that_is_damaged_is_named_and_nothing_in_it_runs(tmp_path,
     assert refusal(Features([folder]).read, "a").startswith(f"{path}: not an image's features")
 
 
+def test_arrays_that_are_not_known_or_are_two_are_listed(tmp_path):
+    np.savez(tmp_path / "a.npz", fc7=np.ones((4, 7)), info=3)
+    np.savez(tmp_path / "b.npz", x=np.ones((4, 7)), feat=np.ones((4, 7)))
+    features = Features([tmp_path])
+    assert "none of fc7, info is called features or feat or x" in refusal(features.read, "a")
+    assert "both feat and x are in it" in refusal(features.read, "b")
+
+
 def test_a_number_of_boxes_that_fits_neither_size_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.ones((4, 7), np.float32), num_boxes=5)
     assert "5 boxes, but features of shape (4, 7)" in refusal(Features([tmp_path]).read, "a")

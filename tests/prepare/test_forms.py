@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lib.prepare.io import open_features
-from tests.prepare.samples import make_images, prepare, write_image_files, write_lines
+from tests.prepare.samples import make_images, prepare, tsv_line, write_image_files, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTION = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Forms of files")[1].split("\n## ")[0]
@@ -74,7 +74,62 @@ def json_lines():
     return features_of_names()
 
 
+def captions_csv():
+    write_table("captions.csv", ("image_id", "caption"), ((name, caption) for name, _, caption in PAIRS), ",")
+
+
+def named_arrays():
+    captions_csv()
+    return features_of_names(".npz")
+
+
+def feat_and_count():
+    """Features with a first axis of one, and others that stand as (numbers, regions)."""
+    captions_csv()
+    images = make_images(NUMBERS, (3, 7, 4))
+    Path("features").mkdir()
+    for place, (number, (features, _)) in enumerate(images.items()):
+        feat = features[None] if place % 2 else features.T
+        np.savez(f"features/photo_{number}", feat=feat, num_boxes=len(features))
+    return {int(number): features for number, (features, _) in images.items()}
+
+
+def subfolders():
+    captions_csv()
+    images = make_images(NUMBERS, (3, 7, 4))
+    for number, (features, _) in images.items():
+        folder = Path("features", number[-1])
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"photo_{number}.npy", features)
+    return {int(number): features for number, (features, _) in images.items()}
+
+
+def one_vector():
+    captions_csv()
+    images = make_images([f"photo_{number}" for number in NUMBERS], (1,))
+    Path("features").mkdir()
+    np.save("features/all_ims.npy", np.concatenate([features for features, _ in images.values()]))
+    write_lines(Path("features/all_ids.txt"), images)
+    return dict(zip(NUMBERS, (features for features, _ in images.values()), strict=True))
+
+
+def bottom_up_tsv(between=()):
+    """The store that comes of it becomes a data set by the same captions."""
+    captions_csv()
+    images = make_images([f"photo_{number}" for number in NUMBERS], (3, 7, 4))
+    lines = [tsv_line(name, *image) for name, image in images.items()]
+    if between:
+        lines = [b"\t".join([*(cells := line.split(b"\t"))[:3], *between, *cells[3:]]) for line in lines]
+    Path("features.tsv").write_bytes(b"".join(lines))
+    return dict(zip(NUMBERS, (features for features, _ in images.values()), strict=True))
+
+
+def lxmert_tsv():
+    return bottom_up_tsv(between=(b"AAAA", b"AAAA", b"AAAA", b"AAAA"))
+
+
 FORMS = [token_file, image_caption, other_names, flickr30k_results, coco_captions, json_list, json_lines]
+FORMS += [named_arrays, feat_and_count, subfolders, one_vector, bottom_up_tsv, lxmert_tsv]
 
 
 def test_every_row_of_the_table_has_its_files():
@@ -90,6 +145,9 @@ def test_files_in_the_forms_of_the_table_become_a_data_set_to_the_bit(tmp_path, 
     code, out, error = prepare(capsys, *shlex.split(command), "--data_name", "new")
     assert (code, error) == (0, "")
     assert printed.replace("\\|", "|") in out
+    if command.startswith("tsv"):
+        Path("data/new").rename("store")
+        assert prepare(capsys, *shlex.split("own captions.csv --features store --data_name new"))[0] == 0
     check(Path("data/new"), features)
 
 
