@@ -82,7 +82,7 @@ def tile(monkeypatch, tile_bytes=5000, block=5, few_pairs=-1):
     """Small, uneven tiles; few_pairs: -1 differentiates all pairs, 1 only those with a gradient."""
     monkeypatch.setitem(tiles.CACHE_BYTES, "cpu", tile_bytes)
     monkeypatch.setitem(norms.BLOCK, "cpu", block)
-    monkeypatch.setattr(autograd, "FEW_PAIRS", few_pairs)
+    monkeypatch.setitem(autograd.FEW_PAIRS, "cpu", few_pairs)
 
 
 def summed(similarity, inputs, real=None, engine="tiled"):
@@ -142,7 +142,7 @@ def test_the_engine_gives_the_plain_formulas_scores_losses_and_gradients(monkeyp
 )
 def test_any_sizes_tiles_and_any_number_of_pairs_with_a_gradient(images, lengths, regions, tile_bytes, block, share):
     with pytest.MonkeyPatch.context() as patch:
-        tile(patch, tile_bytes, block, autograd.FEW_PAIRS)
+        tile(patch, tile_bytes, block, autograd.FEW_PAIRS["cpu"])
         model, inputs = make(dims=6), random_inputs(images, lengths, regions, 6)
         weights = torch.rand(images, len(lengths), dtype=torch.float64)
         weights = weights * (torch.rand(weights.shape, generator=torch.Generator().manual_seed(3)) < share)

@@ -38,7 +38,7 @@ class Seen(Exception):
 def train_in_float64(flags, steps, few_pairs=None):
     """A rank's run: figures and gradients of each of the first steps, and the weights after them."""
     torch.set_default_dtype(torch.float64)
-    autograd.FEW_PAIRS = few_pairs or autograd.FEW_PAIRS
+    autograd.FEW_PAIRS["cpu"] = few_pairs or autograd.FEW_PAIRS["cpu"]
     seen, train_step = [], loop.train_step
 
     def spy(run, *args):
