@@ -33,17 +33,9 @@ STEPS_AN_EPOCH = 15  # of the tiny data set at batch 8
 
 def command(data: Path, folder: Path, epochs: int, workers: int) -> list[str]:
     flags = f"--img_dim 16 --embed_size 64 --batch_size 8 --device cpu --log_step 1 --save_steps 2 --workers {workers}"
-    places = [
-        "--data_path",
-        str(data.parent),
-        "--data_name",
-        data.name,
-        "--num_epochs",
-        str(epochs),
-        "--model_name",
-        str(folder),
-    ]
-    recipe = ["--bert", str(TINY_BERT), "--bert_from_scratch", "--lr_update", str(epochs - 1)]
+    places = ["--data_path", str(data.parent), "--data_name", data.name, "--model_name", str(folder)]
+    places += ["--bert", str(TINY_BERT), "--bert_from_scratch"]
+    recipe = ["--num_epochs", str(epochs), "--lr_update", str(epochs - 1)]
     return [sys.executable, str(ROOT / "train.py"), *flags.split(), *places, *recipe, "--resume", "auto"]
 
 

@@ -59,11 +59,9 @@ def test_a_short_training_on_the_embedded_scenes_reaches_three_times_chance(tmp_
     monkeypatch.setattr(scenes, "split_sizes", lambda _: sizes)
     scenes.write_scenes(tmp_path / "scenes_precomp", tmp_path / "vocab", images=400, seed=0)
     flags = ["--data_path", str(tmp_path), "--data_name", "scenes_precomp", "--img_dim", "414", "--device", "cpu"]
-    flags += ["--bert", str(tmp_path / "vocab"), "--bert_from_scratch", "--gate", "open", "--embed_size", "128"]
-    run(
-        [*flags, "--num_epochs", "1", "--batch_size", "16", "--learning_rate", "0.002", "--workers", "0"],
-        tmp_path / "run",
-    )
+    flags += ["--bert", str(tmp_path / "vocab"), "--bert_from_scratch", "--gate", "open", "--batch_size", "16"]
+    flags += ["--embed_size", "128", "--learning_rate", "0.002", "--num_epochs", "1", "--workers", "0"]
+    run(flags, tmp_path / "run")
     chance = 2 * (1 + 5 + 10) * 100 / sizes["dev"]  # about: R@1, R@5 and R@10 in both directions
     assert read_record(tmp_path / "run")["history"][0]["dev"]["rsum"] > 3 * chance
 
