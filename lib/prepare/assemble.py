@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,8 @@ SAMPLED = 16  # images looked at to tell how large all are, and of which type
 PICTURE, SEPARATOR = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE), re.compile("[-_./ ]")
 LEAST_SHARE = 0.5  # of the images or features, whichever are fewer, that must match by another than the first name
 # Arrays of a .npz file, as different tools call them.
-FEATURE_NAMES, BOX_NAMES, COUNT_NAMES = ("features", "feat", "x"), ("boxes", "bbox"), ("num_boxes", "num_bbox")
+FEATURE_NAMES, ID_NAMES = ("features", "feat", "x", "image_features"), ("ids", "image_ids", "image_id")
+BOX_NAMES, COUNT_NAMES = ("boxes", "bbox"), ("num_boxes", "num_bbox")
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -170,7 +172,10 @@ def clean_caption(text: str) -> str:
 
 
 def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
-    """Image ids and what reads each: in all splits of a folder that have ids, one split, or a folder of files."""
+    """Image ids and what reads each: in all splits of a folder that have ids, one split, a folder of files, or HDF5."""
+    if path.suffix in (".h5", ".hdf5") and path.is_file():
+        yield from _open_hdf5(path)
+        return
     if Path(f"{path}{FEATURES}").is_file():
         folder, splits = path.parent, [path.name]
     elif path.is_dir():
@@ -192,6 +197,28 @@ def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
         yield from ((one, partial(_read_file, file)) for one, file in zip(ids, files, strict=True))
 
 
+def _open_hdf5(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
+    """Arrays by name, one row an image, and their ids; rows beyond an image's `num_boxes` are padding."""
+    with refusing(f"--features {path}: HDF5 needs h5py: pip install h5py"):
+        import h5py  # here: an optional dependency
+    with refusing(f"--features {path}: not a file of features and ids of images"):
+        file = h5py.File(path)
+        known = {name: file[name] for name in (*FEATURE_NAMES, *BOX_NAMES, *COUNT_NAMES) if name in file}
+        ids = [one.decode() if isinstance(one, bytes) else str(one) for one in _named(ID_NAMES, file, needed=True)[:]]
+        if lengths := {len(array) for array in known.values()}.difference([len(ids)]):
+            raise ValueError(f"{len(ids)} ids, but arrays of {min(lengths)} rows")
+    for place, image_id in enumerate(ids):
+        yield image_id, partial(_read_hdf5, known, place, image_id, f"{path}: image {image_id}")
+
+
+def _read_hdf5(known: Mapping[str, Any], place: int, image_id: str, origin: str) -> Image:
+    with refusing(origin):
+        arrays = {name: array[place] for name, array in known.items()}
+        for count in (np.asarray(arrays[name]).item() for name in COUNT_NAMES if name in arrays):
+            arrays = {name: array[:count] if np.ndim(array) > 1 else array for name, array in arrays.items()}
+        return _from_arrays(arrays, image_id, origin)
+
+
 def _read_file(path: Path) -> Image:
     """ID.npy, or ID.npz with the arrays that `_from_arrays` knows. Raises InputError."""
     with refusing(f"{path}: not an image's features; copy or extract it again"):
@@ -203,11 +230,9 @@ def _read_file(path: Path) -> Image:
 def _from_arrays(arrays: Mapping[str, np.ndarray], image_id: str, origin: str) -> Image:
     """An image of arrays by name: features (r, img_dim), (1, r, img_dim), (img_dim,) or, where boxes say so,
     (img_dim, r); perhaps boxes (r, 4), or their number. Raises ValueError where they do not fit each other."""
-    features, boxes = (_one_of(names, arrays) for names in (FEATURE_NAMES, BOX_NAMES))
-    if features is None:
-        raise ValueError(f"none of {', '.join(arrays)} is called {' or '.join(FEATURE_NAMES)}")
-    count = _one_of(COUNT_NAMES, arrays) if boxes is None else len(boxes)
-    regions = len(features) if count is None else int(count)
+    features, boxes = _rows(_named(FEATURE_NAMES, arrays, needed=True)), _rows(_named(BOX_NAMES, arrays))
+    count = _named(COUNT_NAMES, arrays) if boxes is None else len(boxes)
+    regions = len(features) if count is None else np.asarray(count).item()
     was_transposed = len(features) != regions and features.shape[1:] == (regions,)
     features = features.T if was_transposed else features
     if len(features) != regions:
@@ -215,12 +240,16 @@ def _from_arrays(arrays: Mapping[str, np.ndarray], image_id: str, origin: str) -
     return Image(image_id, features, boxes, origin=origin, was_transposed=was_transposed)
 
 
-def _one_of(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """The array that has one of the names, None where none has; (1, r, n) and (n,) become (r, n)."""
+def _named(names: Sequence[str], arrays: Mapping[str, Any], needed: bool = False) -> Any:
+    """The array that has one of the names; None where none has, or ValueError if it is needed."""
     found = [name for name in names if name in arrays]
     if len(found) > 1:
         raise ValueError(f"both {' and '.join(found)} are in it; keep one of them")
-    array = np.asarray(arrays[found[0]]) if found else None
-    if array is None or not array.ndim:
-        return array
-    return array[0] if array.ndim == 3 and len(array) == 1 else np.atleast_2d(array)
+    if needed and not found:
+        raise ValueError(f"none of {', '.join(arrays)} is called {' or '.join(names)}")
+    return arrays[found[0]] if found else None
+
+
+def _rows(array: Any) -> Any:
+    """(r, n) of that, of (1, r, n) or of (n,); None of None."""
+    return array[0] if np.ndim(array) == 3 and len(array) == 1 else array if array is None else np.atleast_2d(array)

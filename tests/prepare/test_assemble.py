@@ -1,5 +1,7 @@
 """Features by image id: the same numbers from every kind of place, the first of equal ids, faults with their file."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -167,6 +169,22 @@ def test_arrays_that_are_not_known_or_are_two_are_listed(tmp_path):
     features = Features([tmp_path])
     assert "none of fc7, info is called features or feat or x" in refusal(features.read, "a")
     assert "both feat and x are in it" in refusal(features.read, "b")
+
+
+def test_hdf5_without_its_package_or_ids_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "h5py", None)
+        assert f"--features {path}: HDF5 needs h5py: pip install h5py" in refusal(Features, [path])
+    h5py = pytest.importorskip("h5py")
+    for ids, words in (([], "none of features is called ids or image_ids"), ([1, 2, 3], "3 ids, but arrays of 2 rows")):
+        path = tmp_path / f"{len(ids)}.h5"
+        with h5py.File(path, "w") as file:
+            file.update({"features": np.ones((2, 4, 3), np.float32)} | ({"ids": ids} if ids else {}))
+        message = refusal(Features, [path])
+        assert message.startswith(f"--features {path}: not a file of features and ids of images")
+        assert words in message
 
 
 def test_a_number_of_boxes_that_fits_neither_size_is_refused(tmp_path):

@@ -128,8 +128,21 @@ def lxmert_tsv():
     return bottom_up_tsv(between=(b"AAAA", b"AAAA", b"AAAA", b"AAAA"))
 
 
+def hdf5():
+    """Padded to the longest."""
+    h5py = pytest.importorskip("h5py")
+    captions_csv()
+    images = make_images(NUMBERS, (3, 7, 4))
+    with h5py.File("features.h5", "w") as file:
+        file["image_ids"] = [f"photo_{number}" for number in NUMBERS]
+        file["num_boxes"] = [len(features) for features, _ in images.values()]
+        for name, place in (("features", 0), ("boxes", 1)):
+            file[name] = np.stack([np.pad(image[place], ((0, 7 - len(image[0])), (0, 0))) for image in images.values()])
+    return {int(number): features for number, (features, _) in images.items()}
+
+
 FORMS = [token_file, image_caption, other_names, flickr30k_results, coco_captions, json_list, json_lines]
-FORMS += [named_arrays, feat_and_count, subfolders, one_vector, bottom_up_tsv, lxmert_tsv]
+FORMS += [named_arrays, feat_and_count, subfolders, one_vector, hdf5, bottom_up_tsv, lxmert_tsv]
 
 
 def test_every_row_of_the_table_has_its_files():
