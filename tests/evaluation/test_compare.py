@@ -194,7 +194,7 @@ def test_a_checkpoint_and_the_scores_it_has_saved_are_alike_and_caveats_name_the
     ("given", "complaint"),
     [
         (["good.npy", "absent_run"], "absent_run"),
-        (["turned.npy", "good.npy"], r"turned\.npy: 50 x 10 scores, but \S+ test has 10 images and 50 captions"),
+        (["other.npy", "good.npy"], r"other\.npy: 50 x 11 scores, but \S+ test has 10 images and 50 captions"),
         (["good.npy", "good.npy", "--split", "odd", "--fold5"], "--fold5: 12 images"),
     ],
 )
@@ -202,7 +202,7 @@ def test_wrong_uses_are_one_line_that_names_the_file_or_flag(given, complaint, t
     data = write_data(tmp_path / "data" / "tiny_precomp", {"test": 10, "odd": 12}, repeats=())
     monkeypatch.chdir(tmp_path)
     np.save("good.npy", np.eye(10 if "odd" not in given else 12).repeat(5, axis=1))
-    np.save("turned.npy", np.zeros((50, 10)))
+    np.save("other.npy", np.zeros((50, 11)))
     flags = ["--data_path", str(data.parent), "--data_name", data.name, *FLAGS]
     assert eval_program.main(["compare", *given, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
