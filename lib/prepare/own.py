@@ -1,8 +1,8 @@
 """Make a data set of your own captions and features. CAPTIONS is a table with a header (.csv, .tsv, .txt), lines
-NAME.jpg#0<TAB>caption (.txt, .token), JSON objects, one a line (.jsonl) or in a list (.json), or COCO's captions
-(.json); with image_id or a file name, a caption or a list of them, and, if you like, split: train, dev or test. Without
-it the images are drawn to splits. An image may have any number of captions, and they need not stand together. A run
-that was interrupted begins again."""
+NAME.jpg#0<TAB>caption (.txt, .token), JSON objects, one a line (.jsonl) or in a list (.json), COCO's captions (.json),
+or Parquet; with image_id or a file name, a caption or a list of them, and, if you like, split: train, dev or test.
+Without it the images are drawn to splits. An image may have any number of captions, and they need not stand together. A
+run that was interrupted begins again."""
 
 import argparse
 import csv
@@ -132,10 +132,23 @@ def _read_json(path: Path) -> tuple[Rows, dict[str, str]]:
     return ((f"entry {number} (counted from 0)", row) for number, row in enumerate(content)), names
 
 
+def _read_parquet(path: Path) -> tuple[Rows, dict[str, str]]:
+    """Rows without their binary columns, which hold pictures."""
+    with refusing(f"{path}: Parquet needs pyarrow: pip install pyarrow"):
+        from pyarrow import parquet  # here: an optional dependency
+    with refusing(f"{path}: not a Parquet file; copy or download it again"):
+        file = parquet.ParquetFile(path)
+        columns = [file.schema.column(place) for place in range(len(file.schema))]
+        texts = [one.path for one in columns if one.physical_type != "BYTE_ARRAY" or one.logical_type.type == "STRING"]
+    rows = (row for batch in file.iter_batches(columns=texts) for row in batch.to_pylist())
+    return ((f"row {number} (counted from 0)", row) for number, row in enumerate(rows)), {}
+
+
 READERS: dict[str, Callable[[Path], tuple[Rows, dict[str, str]]]] = {
     **dict.fromkeys((".csv", ".tsv", ".txt", ".token"), _read_text),
     ".jsonl": lambda path: (((f"line {number}", line) for number, line in read_lines(path) if line.strip()), {}),
     ".json": _read_json,
+    ".parquet": _read_parquet,
 }
 
 
@@ -153,6 +166,7 @@ def _fields(fields: dict, image: str, caption: str) -> tuple[str, list[str], str
     if None in fields:
         raise ValueError("more columns than the header; put captions into quotes")
     image_id, texts, split = fields.get(image), fields.get(caption), fields.get("split") or ""
+    image_id = image_id.get("path") if isinstance(image_id, dict) else image_id  # Hugging Face's pictures
     texts = texts if isinstance(texts, list) else [texts]
     if type(image_id) not in (int, str) or not str(image_id).strip() or not str(image_id).strip().isprintable():
         raise ValueError(f"{image} must be a number or printable text")

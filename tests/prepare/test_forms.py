@@ -74,6 +74,16 @@ def json_lines():
     return features_of_names()
 
 
+def hugging_face():
+    """Pictures beside the captions, as in Hugging Face's data sets."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    pictures = [{"bytes": b"\xff\xd8", "path": name} for name in NAMES]
+    rows = {"image": pictures, "caption": list(CAPTIONS.values()), "split": ["validation", "test", "train", "train"]}
+    parquet.write_table(table.from_pydict(rows), "train-00000-of-00001.parquet")
+    return features_of_names()
+
+
 def captions_csv():
     write_table("captions.csv", ("image_id", "caption"), ((name, caption) for name, _, caption in PAIRS), ",")
 
@@ -141,7 +151,7 @@ def hdf5():
     return {int(number): features for number, (features, _) in images.items()}
 
 
-FORMS = [token_file, image_caption, other_names, flickr30k_results, coco_captions, json_list, json_lines]
+FORMS = [token_file, image_caption, other_names, flickr30k_results, coco_captions, json_list, json_lines, hugging_face]
 FORMS += [named_arrays, feat_and_count, subfolders, one_vector, hdf5, bottom_up_tsv, lxmert_tsv]
 
 

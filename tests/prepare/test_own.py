@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +208,7 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
         (".jsonl", JSONL + b'{"image_id": "\\u001b[2J", "caption": "a"}\n', "line 2: image_id must be"),
         (".json", b'[{"image_id": 1, "caption": "a"}, 3]', "entry 1 (counted from 0): expected {"),
         (".json", b"a", "not JSON"),
-        (".md", b"a dog\n", "expected a file that ends in .csv, .tsv, .txt, .token, .jsonl, .json"),
+        (".md", b"a dog\n", "expected a file that ends in .csv, .tsv, .txt, .token, .jsonl, .json, .parquet"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, suffix, content, words):
@@ -217,6 +218,16 @@ def test_a_bad_line_is_named(tmp_path, suffix, content, words):
     assert message.startswith(f"{path}: ")
     assert words in message
     assert message.isprintable()
+
+
+def test_parquet_without_its_package_or_damaged_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        assert f"{path}: Parquet needs pyarrow: pip install pyarrow" in refusal(read_captions, path)
+    pytest.importorskip("pyarrow")
+    assert f"{path}: not a Parquet file" in refusal(read_captions, path)
 
 
 CAPTION = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30).filter(str.strip)
