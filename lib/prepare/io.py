@@ -50,7 +50,7 @@ def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeL
     with open(folder / f"{split}{FEATURES}", "wb") as file:
         file.write(bytes(HEADER_BYTES))
         for image in images:
-            _check(image, shape, np.dtype(dtype))
+            check(image, shape, np.dtype(dtype))
             shape = image.features.shape
             counts.append(len(image.features))
             file.write(np.ascontiguousarray(image.features, dtype).data)
@@ -80,7 +80,7 @@ def write_lines(path: Path, lines: Iterable[object]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
-def _check(image: Image, before: tuple[int, int], dtype: np.dtype) -> None:
+def check(image: Image, before: tuple[int, int], dtype: np.dtype) -> None:
     """Raises InputError where an image cannot be written. before: shape of the image before, (0, 0) for the first."""
     features, boxes, problem = image.features, image.boxes, ""
     if not image.id.isprintable() or not image.id.strip():

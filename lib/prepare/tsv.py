@@ -5,7 +5,7 @@ differ in their number of boxes. LXMERT's files of ten columns will do, too. A r
 
 import argparse
 import base64
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from lib.cli import InputError, progress_bar, reason
 from lib.data.dataset import read_ids
 from lib.files import check_space, new_folder
-from lib.prepare.io import BOX, Image, add_data_flags, describe, open_features, some, write_split
+from lib.prepare.io import BOX, Image, add_data_flags, check, describe, open_features, some, write_lines, write_split
 
 TYPES = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"))  # of boxes and features, the usual one first
 COLUMNS_BETWEEN = (3, 7)  # image_id and boxes; LXMERT puts classes and attributes between size and num_boxes
@@ -24,11 +24,12 @@ SPREAD = 6.0  # octaves, a standard deviation: features have 1 to 3, float16 rea
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("files", type=Path, nargs="+", metavar="FILE", help="TSV files, all parts of them at once")
+    flags.add_argument("--skip_damaged", action="store_true", help="leave lines out that are not sound, and list them")
     add_data_flags(flags)
 
 
 def run(args: argparse.Namespace) -> None:
-    folder, repeated, types = args.data_path / args.data_name, [], Counter()
+    folder, noted = args.data_path / args.data_name, defaultdict(list)
     for file in args.files:
         if not file.is_file():
             raise InputError(f"{file}: no such file")
@@ -36,31 +37,47 @@ def run(args: argparse.Namespace) -> None:
         size = sum(file.stat().st_size for file in args.files)
         check_space(folder, size * 3 // 4, "the store")  # base64 takes 4 bytes for 3
         with progress_bar("read", size, unit="B") as bar:
-            counts = write_split(temporary, "all", _read(args.files, bar.update, repeated, types))
+            counts = write_split(temporary, "all", _read(args.files, bar.update, noted, args.skip_damaged))
+        if damaged := noted["damaged"]:
+            write_lines(temporary / "damaged.txt", damaged)
     store = open_features(folder, "all")
     print(f"{store.features.path}: {some(read_ids(store) or [], 'image')}")
-    print(describe(counts, (f"{name} in {images:,} images" for name, images in types.items()), store.features.img_dim))
-    print(f"repeated image ids left out: {len(repeated):,}")
+    types = (f"{name} in {images:,} images" for name, images in Counter(noted["type"]).items())
+    print(describe(counts, types, store.features.img_dim))
+    if damaged:
+        print(f"damaged lines left out: {len(damaged):,}, all in {folder / 'damaged.txt'}; the first is {damaged[0]}")
+    print(f"repeated image ids left out: {len(noted['repeated']):,}")
 
 
-def _read(paths: Sequence[Path], read: Callable[[int], object], repeated: list[str], types: Counter) -> Iterator[Image]:
-    """The images of TSV files; an id that was there before goes to `repeated`. `read` gets the bytes of each line.
+def _read(
+    paths: Sequence[Path], read: Callable[[int], object], noted: dict[str, list[str]], skip_damaged: bool
+) -> Iterator[Image]:
+    """The images of TSV files. `read` gets the bytes of each line.
 
-    types: counts images by the type of their features.
+    noted: gets ids that were there before (`repeated`), each image's `type`, and what is wrong with lines left out
+    (`damaged`).
     """
-    seen: set[str] = set()
+    seen, before = set(), (0, 0)
     for path in paths:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 read(len(line))
                 if not line.strip():
                     continue
-                image = _read_row(line, f"{path}: line {number}")
+                try:
+                    image = _read_row(line, f"{path}: line {number}")
+                    check(image, before, TYPES[0])
+                except InputError as error:
+                    if not skip_damaged:
+                        raise
+                    noted["damaged"].append(str(error))
+                    continue
+                before = image.features.shape
                 if image.id in seen:
-                    repeated.append(image.id)
+                    noted["repeated"].append(image.id)
                 else:
                     seen.add(image.id)
-                    types[str(image.features.dtype)] += 1
+                    noted["type"].append(str(image.features.dtype))
                     yield image
 
 

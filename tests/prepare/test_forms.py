@@ -151,8 +151,15 @@ def hdf5():
     return {int(number): features for number, (features, _) in images.items()}
 
 
+def damaged_tsv():
+    features = bottom_up_tsv()
+    with open("features.tsv", "ab") as file:
+        file.write(b"9\t640\t480\t2\tAAAA")
+    return features
+
+
 FORMS = [token_file, image_caption, other_names, flickr30k_results, coco_captions, json_list, json_lines, hugging_face]
-FORMS += [named_arrays, feat_and_count, subfolders, one_vector, hdf5, bottom_up_tsv, lxmert_tsv]
+FORMS += [named_arrays, feat_and_count, subfolders, one_vector, hdf5, bottom_up_tsv, lxmert_tsv, damaged_tsv]
 
 
 def test_every_row_of_the_table_has_its_files():

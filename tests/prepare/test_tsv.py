@@ -1,5 +1,7 @@
 """`prepare tsv`: bottom-up attention TSV files become a store, to the bit; a damaged line is named."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -95,6 +97,20 @@ def test_a_damaged_line_is_named_with_its_file_and_nothing_stays(tmp_path, run, 
     assert words in error
     assert "\x1b" not in error
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_damaged_lines_are_left_out_counted_and_listed_if_asked(tmp_path, run):
+    images = make_images("abc", VARYING)
+    first, *rest = [tsv_line(image_id, *image) for image_id, image in images.items()]
+    other_size, nan = tsv_line("8", np.ones((2, 3)), BOXES), tsv_line("9", ONES * np.nan, BOXES)
+    (tmp_path / "a.tsv").write_bytes(b"".join([b"image_id\timage_w\n", first, other_size, nan, *rest, SOUND[:60]]))
+    code, out, _ = run(tmp_path / "a.tsv", "--skip_damaged")
+    folder = tmp_path / "data" / "store"
+    assert code == 0
+    check_split(folder, "all", images)
+    lines = (folder / "damaged.txt").read_text().splitlines()
+    assert [int(re.search("line ([0-9]+)", line)[1]) for line in lines] == [1, 3, 4, 7]
+    assert f"damaged lines left out: 4, all in {folder / 'damaged.txt'}; the first is {lines[0]}\n" in out
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"\n\r\n", "no images"), (None, "no such file")])
