@@ -28,7 +28,7 @@ from lib.files import replacing
 from lib.model.registry import PAPERS_GATE, describe
 from lib.runtime import ROOT
 
-SPEED = re.compile(r" (\d+) pairs/s$", re.MULTILINE)
+SPEED = re.compile(r" ([\d.]+) pairs/s")
 
 
 class Run(NamedTuple):
@@ -103,7 +103,7 @@ def _evaluate(folder: Path, split_name: str) -> Outcome:
         evaluate(EvaluationSettings(checkpoint=(str(folder),), split=split_name, save_sims=str(scores), **same))
     split = open_split(trained["data_path"], trained["data_name"], split_name)
     ranks = rank_matrix(np.load(scores), split.image_of_caption)
-    speeds = [int(speed) for speed in SPEED.findall((folder / "run.log").read_text(encoding="utf-8"))]
+    speeds = [float(speed) for speed in SPEED.findall((folder / "run.log").read_text(encoding="utf-8"))]
     step = 1000 * trained["batch_size"] / statistics.median(speeds) if speeds else math.nan
     return Outcome(retrieval_metrics(ranks)["rsum"], bootstrap(ranks, split.image_of_caption)["rsum"], step)
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lib.cli import TrainingStopped, reason, refusing
+from lib.cli import LINE_INTERVAL, TrainingStopped, reason, refusing
 from lib.distributed import is_first
 from lib.training.run_folder import Progress
 
@@ -83,7 +84,8 @@ class StepFigures:
     def __init__(self, margin: float, log: RunLog, progress: Progress, folder: str):
         self._margin, self._log, self._progress, self._folder = margin, log, progress, folder
         self._unread: list[tuple[int, Tensor]] = []
-        self._last = (math.nan, math.nan, math.nan)
+        self._unsaid: list[list[float]] = []  # of the steps since the last line
+        self._since, self._has_line = 0.0, False  # when they began; whether there was a line
 
     def add(self, step: int, figures: Tensor) -> None:
         """figures: (3,) on the device, as `train_step` returns them. Raises as `read` does."""
@@ -91,14 +93,31 @@ class StepFigures:
         if len(self._unread) >= READ_EVERY:
             self.read()
 
-    def read(self) -> tuple[float, float, float]:
-        """The last step's figures. Raises TrainingStopped where a step's loss or gradient is not finite."""
+    def read(self) -> None:
+        """Raises TrainingStopped where a step's loss or gradient is not finite."""
         if self._unread:
             steps, figures = zip(*self._unread, strict=True)
             self._unread = []
-            for step, self._last in zip(steps, map(tuple, torch.stack(figures).tolist()), strict=True):
-                self._check(step, *self._last)
-        return self._last
+            for step, of_step in zip(steps, torch.stack(figures).tolist(), strict=True):
+                self._check(step, *of_step)
+                self._unsaid.append(of_step)
+
+    def begin_epoch(self) -> None:
+        """Start the clock by which speed is measured."""
+        self._since = time.perf_counter()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the first line is still to come, or the last one was LINE_INTERVAL ago."""
+        return not self._has_line or time.perf_counter() - self._since > LINE_INTERVAL
+
+    def mean(self) -> tuple[float, ...]:
+        """Means of the steps since the last line, and steps a second: NaN at first, where the device warms up."""
+        self.read()
+        now, unsaid = time.perf_counter(), self._unsaid
+        speed = len(unsaid) / (now - self._since) if self._has_line else math.nan
+        self._since, self._unsaid, self._has_line = now, [], True
+        return *(sum(column) / len(unsaid) for column in zip(*unsaid, strict=True)), speed
 
     def _check(self, step: int, loss: float, gradient_norm: float, spread: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):

@@ -1,9 +1,10 @@
 """Training: an epoch, a step, dev and a save in the order things happen; what comes before the first step is below."""
 
 import math
-import time
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -87,28 +88,34 @@ def train_epoch(run: Run) -> None:
     rate = set_learning_rate(run.optimizer, progress.epoch, settings.learning_rate, settings.lr_update)
     loss_function = loss_of(settings, progress.epoch)
     run.model.train()
-    since, step_then = time.perf_counter(), progress.step
+    steps = len(run.train[1]) // settings.batch_size
+    run.figures.begin_epoch()
     for batch in batches_left(run):
         figures = train_step(run, batch, loss_function)
         progress.step += 1
         progress.batch += 1
         run.figures.add(progress.step, figures)
-        if progress.step % settings.log_step == 0:
-            loss, gradient_norm, spread = run.figures.read()
-            now = time.perf_counter()
-            speed = settings.batch_size * (progress.step - step_then) / (now - since)
-            since, step_then = now, progress.step
-            run.log.say(
-                f"epoch {progress.epoch + 1} step {progress.step} loss {loss:.4f} gradient {gradient_norm:.2f} "
-                f"rate {rate:.1e} {speed:.0f} pairs/s"
-            )
-            scalars = {"loss": loss, "gradient_norm": gradient_norm, "spread": spread, "pairs_per_second": speed}
-            run.log.scalars(progress.step, "train", scalars)
-            rates = [group["lr"] for group in run.optimizer.param_groups]
-            run.log.scalars(progress.step, "rate", dict(zip(("learning", "bert"), rates, strict=True)))
-            run.log.scalars(progress.step, "gate", run.model.similarity.figures())
+        if progress.step % settings.log_step == 0 or progress.batch == steps or run.figures.overdue:
+            say_progress(run, rate, (settings.num_epochs - progress.epoch) * steps - progress.batch)
         if run.signals.agree() or (settings.save_steps and progress.step % settings.save_steps == 0):
             save(run)
+
+
+def say_progress(run: Run, rate: float, steps_left: int) -> None:
+    """A line of the log, and TensorBoard's scalars, on the steps since the last one."""
+    progress, rates = run.progress, [group["lr"] for group in run.optimizer.param_groups]
+    loss, gradient_norm, spread, speed = run.figures.mean()
+    pairs = run.settings.batch_size * speed
+    line = (
+        f"epoch {progress.epoch + 1} step {progress.step} loss {loss:.4f} gradient {gradient_norm:.2f} rate {rate:.1e}"
+    )
+    if not math.isnan(speed):
+        line += f" {pairs:.1f} pairs/s, {timedelta(seconds=round(steps_left / speed))} left"
+    run.log.say(line)
+    scalars = {"loss": loss, "gradient_norm": gradient_norm, "spread": spread, "pairs_per_second": pairs}
+    run.log.scalars(progress.step, "train", scalars)
+    run.log.scalars(progress.step, "rate", dict(zip(("learning", "bert"), rates, strict=True)))
+    run.log.scalars(progress.step, "gate", run.model.similarity.figures())
 
 
 def loss_of(settings: TrainSettings, epoch: int) -> Loss:
@@ -130,7 +137,8 @@ def batches_left(run: Run) -> Iterator[Batch]:
     own, half, indexed = collectives.shard(size).own, run.compute.half_features, run.resident is not None
     batches = EpochBatches(*run.train, run.tokenizer, size, settings.seed, progress.epoch, own, half, indexed)
     left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
-    return on_device(with_bar(left, f"epoch {progress.epoch + 1}"), run.compute.device, run.resident)
+    shown = with_bar(left, f"epoch {progress.epoch + 1}") if sys.stderr.isatty() else left  # else lines say as much
+    return on_device(shown, run.compute.device, run.resident)
 
 
 def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:
@@ -300,7 +308,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
         RunFolder(path, settings.keep, log.say, record),
         log,
         StepFigures(settings.margin, log, progress, settings.model_name),
-        Signals(),
+        Signals(progress),
     )
 
 

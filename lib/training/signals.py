@@ -1,12 +1,16 @@
 """Ctrl-C and SIGTERM: training finishes its step, saves, and only then ends."""
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from lib import distributed
 from lib.collectives import largest
+from lib.training.run_folder import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -16,23 +20,31 @@ class EndNow(Exception):
 
 
 class Signals:
-    """Within this context the first signal is only noted; a second one ends the process as usual.
+    """Within this context the first signal is only noted, and answered; a second one ends the process as usual.
 
     In a job of several processes all signals are only noted: torchrun passes on those that the processes have already
     received, and ends processes that take too long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.noted: signal.Signals | None = None
-        self._previous = {}
-        self._at_once = False
+        self._progress, self._at_once = progress, False
+        self._previous: dict = {}
 
     def __enter__(self) -> "Signals":
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        received, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup)
+        self._answering = threading.Thread(target=self._answer, args=(received,), daemon=True)
+        self._answering.start()
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
         self._restore()
+        signal.set_wakeup_fd(-1)
+        os.close(self._wakeup)
+        self._answering.join()
         if self.noted and distributed.is_lost_connection(error):
             signal.signal(self.noted, signal.SIG_DFL)  # torchrun is ending the job after another process has failed
             signal.raise_signal(self.noted)
@@ -49,12 +61,21 @@ class Signals:
         In a job of several processes only at its beginning: a process that left alone would let the others wait.
         """
         self._at_once = True
-        try:
-            if self.agree():
-                raise EndNow
-            yield
-        finally:
-            self._at_once = False
+        if self.agree():
+            raise EndNow
+        yield
+        self._at_once = False
+
+    def _answer(self, received: int) -> None:
+        """Answer the first signal from another thread: handlers wait until the main one's operation of PyTorch ends."""
+        answered = False
+        while number := os.read(received, 1):
+            if number[0] in SIGNALS and not answered and distributed.is_first():
+                answered = True
+                step = "" if self._at_once else f"finishing step {self._progress.step + 1}, then "
+                again = "" if distributed.world_size() > 1 else "; again to leave at once"
+                print(f"{signal.Signals(number[0]).name}: {step}saving{again}", file=sys.stderr, flush=True)
+        os.close(received)
 
     def _restore(self) -> None:
         while self._previous:

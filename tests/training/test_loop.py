@@ -170,6 +170,25 @@ def test_a_run_folder_holds_checkpoints_record_log_and_tensorboard_files(trained
     assert f"rSum {rsum:.1f} (best)" in text
 
 
+def test_there_is_a_line_of_the_first_step_of_each_epochs_end_and_every_half_minute(
+    tiny_flags, tmp_path, capsys, monkeypatch
+):
+    """With the mean loss since the last line, pairs a second and the time left, also without a terminal."""
+    each = run(tiny_flags, tmp_path / "each", "--num_epochs", "2")
+    capsys.readouterr()
+    losses = run(tiny_flags, tmp_path / "few", "--num_epochs", "2", "--log_step", "99")
+    out, text = capsys.readouterr().out, (tmp_path / "few" / "run.log").read_text()
+    first, last = range(2, STEPS + 1), range(STEPS + 1, 2 * STEPS + 1)
+    means = [each[1], *(np.mean([each[step] for step in steps]) for steps in (first, last))]
+    assert losses == pytest.approx(dict(zip((1, STEPS, 2 * STEPS), means, strict=True)), abs=1e-4)
+    lines = [line for line in text.splitlines() if " loss " in line]
+    assert lines == [line for line in out.splitlines() if " loss " in line]
+    assert ["left" in line for line in lines] == [False, True, True]
+    assert re.search(r"rate 5\.0e-04 [\d.]+ pairs/s, 0:00:00 left$", lines[2])
+    monkeypatch.setattr(log, "LINE_INTERVAL", 0.0)
+    assert run(tiny_flags, tmp_path / "slow", "--num_epochs", "2", "--log_step", "99") == each
+
+
 def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
     events = EventAccumulator(str(trained_run))
     events.Reload()
@@ -179,7 +198,7 @@ def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
         *("gate/temperature", "dev/rsum"),
         *(f"dev/{way}_{recall}" for way in ("i2t", "t2i") for recall in ("r1", "r5", "r10")),
     }
-    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 5, 10, 15]
     assert events.Scalars("rate/bert")[0].value == pytest.approx(5e-5)
 
 

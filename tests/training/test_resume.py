@@ -15,9 +15,10 @@ from lib.checkpoints.native import BEST, build_model, read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.training import loop
 from lib.training import run_folder as run_folder_module
+from lib.training.run_folder import Progress
 from lib.training.signals import Signals
 from tests import mishap
-from tests.conftest import GOLDEN, TINY_BERT
+from tests.conftest import GOLDEN, ROOT, TINY_BERT
 from tests.ranks import run_ranks
 
 LOSS = re.compile(r"step (\d+) loss ([\d.]+) gradient ([\d.]+) rate ([\d.e-]+)")
@@ -158,8 +159,11 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_continue(
         at(patch, step, lambda: os.kill(os.getpid(), number))
         assert train.main([*flags, "--model_name", str(tmp_path / "run")]) == 128 + number
     done = STEPS if step == "dev" else step
+    answer = "saving" if step == "dev" else f"finishing step {step}, then saving"
     resume = f"python train.py --resume {tmp_path / 'run'}"
-    assert capsys.readouterr().err == f"{number.name}: saved after step {done}; continue with: {resume}\n"
+    saved = f"saved after step {done}; continue with: {resume}"
+    name = number.name
+    assert capsys.readouterr().err == f"{name}: {answer}; again to leave at once\n{name}: {saved}\n"
     assert read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["batch"] == done
     assert train.main(resume.split()[2:]) == 0
     assert_equal_runs(tmp_path / "run", whole)
@@ -167,7 +171,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_continue(
 
 def test_a_second_signal_ends_the_process_as_usual():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
-    with Signals() as signals:
+    with Signals(Progress()) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.agree() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
@@ -180,7 +184,22 @@ def test_loader_workers_leave_signals_to_the_main_process(flags, tmp_path):
     command = [*flags, "--workers", "2", "--model_name", str(tmp_path / "run")]
     (outcome,) = run_ranks(mishap.main, 1, "SIGTERM to the group", 6, command)
     assert outcome.value == 143
-    assert outcome.err.startswith("SIGTERM: saved after step 6; continue with: ")
+    assert "SIGTERM: saved after step 6; continue with: " in outcome.err
+
+
+def test_a_signal_is_answered_while_the_main_thread_is_within_an_operation():
+    """Here one that ends with the process alone; PyTorch's let other threads run too."""
+    program = (
+        "import ctypes; from lib.training.signals import *\n"
+        "with Signals(Progress(step=6)):\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS); print('ready', flush=True); ctypes.CDLL(None).pause()\n"
+    )
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) as run:
+        assert run.stdout.readline() == b"ready\n"
+        run.send_signal(signal.SIGINT)
+        assert run.stderr.readline() == b"SIGINT: finishing step 7, then saving; again to leave at once\n"
+        run.kill()
 
 
 # Where to continue
