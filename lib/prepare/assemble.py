@@ -91,6 +91,8 @@ class Features:
             raise InputError(f"--features: the captions are of {captioned}, the features of {featured}: {common}")
         image_id, example = next(iter(found.items()))
         print(f"matched by {how}: {len(found):,} of {len(images):,} images, {image_id} is {example}")
+        for other in [one for one, pairs in tried if len(pairs) == len(found) and pairs != found][:1]:
+            print(f"{other} would match as many images, with other features: look which is right")
         return found
 
     def read(self, found: str) -> Image:
@@ -124,6 +126,8 @@ def write_dataset(
     without = sorted({image_id for wanted in names.values() for image_id in wanted}.difference(captioned))
     found = features.match(names)
     used = [one for image_id, one in found.items() if image_id in captioned]
+    if not used:
+        raise InputError(f"--features: no image that has features has captions, {next(iter(found))} for one")
     size, dtype = features.summarise(used)
     rows, left_out, counts = [], {}, []
     with new_folder(folder, "--data_name") as temporary:

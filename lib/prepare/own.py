@@ -23,7 +23,7 @@ from lib.prepare.io import read_json
 # What columns and keys are called that hold an image's id or name, and its captions.
 IMAGES = ("image_id", "image", "file_name", "filename", "image_name")
 CAPTIONS = ("caption", "captions", "text", "raw", "sentences", "comment")
-TOKEN_LINE = re.compile(r"(.+)#[0-9]+\t(.*)")
+TOKEN_LINE = re.compile(r"(?P<image>.+)#[0-9]+\t(?P<caption>.*)")
 
 Rows = Iterable[tuple[str, Any]]  # where a caption stands in its file, and its fields: a dict, or JSON that holds one
 
@@ -32,6 +32,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("captions", type=Path, metavar="CAPTIONS", help=f"a file of captions: {', '.join(READERS)}")
     flags.add_argument("--image_column", default="", metavar="NAME", help="column or key of the image's id or name")
     flags.add_argument("--caption_column", default="", metavar="NAME", help="column or key of the caption or captions")
+    flags.add_argument("--id_mapping", type=Path, metavar="FILE.json", help="file names by image id, as GPO has them")
     assemble.add_flags(flags)
     flags.add_argument("--dev", type=float, default=0.1, help="part of the images that is dev, where none is given")
     flags.add_argument("--test", type=float, default=0.1, help="part of the images that is test, where none is given")
@@ -44,8 +45,13 @@ def run(args: argparse.Namespace) -> None:
     splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS.values() if split in split_of.values()}
     for image_id, of_image in captions.items():
         splits[split_of[image_id]][image_id] = of_image
-    names = {"image_id": {image_id: image_id for image_id in captions}}
-    names["file_name"] = {image_id: file_names[image_id] for image_id in captions if image_id in file_names}
+    ids = {}
+    if args.id_mapping:
+        with refusing(f"--id_mapping {args.id_mapping}: not a JSON object of image ids and file names"):
+            file_names = {str(image_id): str(name) for image_id, name in read_json(args.id_mapping).items()}
+        ids = {name: image_id for image_id, file in file_names.items() for name in (file, Path(file).stem)}
+    named = {"image_id": {image_id: image_id for image_id in captions}, "file_name": file_names, "id of file_name": ids}
+    names = {kind: {one: table[one] for one in captions if one in table} for kind, table in named.items()}
     write_dataset(args.data_path / args.data_name, splits, names, Features(args.features))
 
 
@@ -102,13 +108,9 @@ def _read_text(path: Path) -> tuple[Rows, dict[str, str]]:
     """Lines `name.jpg#0<TAB>caption`, or a table with a header; a field in quotes may have several lines."""
     _, first = next(iter(read_lines(path)), (0, ""))
     if TOKEN_LINE.fullmatch(first):
-        return ((f"line {number}", _split_tokens(line)) for number, line in read_lines(path) if line.strip()), {}
+        found = ((number, TOKEN_LINE.fullmatch(line)) for number, line in read_lines(path) if line.strip())
+        return ((f"line {number}", one and one.groupdict()) for number, one in found), {}
     return _read_table(path, next((one for one in "\t|;," if one in first), ",")), {}
-
-
-def _split_tokens(line: str) -> dict[str, str] | None:
-    found = TOKEN_LINE.fullmatch(line)
-    return found and {"image": found[1], "caption": found[2]}
 
 
 def _read_table(path: Path, delimiter: str) -> Rows:

@@ -113,6 +113,14 @@ def test_few_whole_names_are_enough_and_of_several_kinds_the_one_that_finds_most
     assert features.match({"image_id": {**image_ids, "x": "x"}}) == {"x": "x"}
 
 
+def test_another_kind_of_name_that_finds_as_many_other_features_is_told(tmp_path, capsys):
+    features = Features([write_store(tmp_path, make_images("123"))])
+    features.match({"image_id": {"1": "1", "2": "2"}, "file_name": {"1": "2.jpg", "2": "1.jpg"}})
+    assert "file_name, name without ending would match as many images, with other" in capsys.readouterr().out
+    features.match({"image_id": {"1": "1", "2": "2"}, "file_name": {"1": "1.jpg", "2": "2.jpg"}})
+    assert "as many" not in capsys.readouterr().out
+
+
 def test_sources_of_both_types_give_float32_and_boxes_are_written_where_all_have_them(tmp_path):
     images = {**make_images("ab"), **make_images("cd", dtype=np.float16, seed=1)}
     whole = write_store(tmp_path / "whole", dict(list(images.items())[:2]))

@@ -158,7 +158,26 @@ def damaged_tsv():
     return features
 
 
-FORMS = [token_file, image_caption, other_names, flickr30k_results, coco_captions, json_list, json_lines, hugging_face]
+def id_mapping():
+    """Captions by file name, features by the ids that a mapping gives them."""
+    captions_csv()
+    Path("id_mapping.json").write_text(json.dumps(dict(enumerate(NAMES))))
+    images = make_images(range(4), (3, 7, 4))
+    write_image_files(Path("features"), images)
+    return dict(zip(NUMBERS, (features for features, _ in images.values()), strict=True))
+
+
+FORMS = [
+    token_file,
+    image_caption,
+    other_names,
+    flickr30k_results,
+    coco_captions,
+    json_list,
+    json_lines,
+    hugging_face,
+    id_mapping,
+]
 FORMS += [named_arrays, feat_and_count, subfolders, one_vector, hdf5, bottom_up_tsv, lxmert_tsv, damaged_tsv]
 
 

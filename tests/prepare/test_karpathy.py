@@ -140,6 +140,13 @@ def test_images_without_captions_are_left_out_counted_named_and_listed(tmp_path,
     check_split(folder, "train", in_splits(images, "train", "restval"))
 
 
+def test_features_of_images_without_captions_alone_are_refused(tmp_path, run, entries):
+    entries[3]["sentences"] = []
+    write_karpathy(tmp_path / "dataset.json", entries)
+    code, _, error = run(write_store(tmp_path / "store", make_images([3])))
+    assert (code, error) == (2, "error: --features: no image that has features has captions, 3 for one\n")
+
+
 def test_cocos_captions_file_is_named_as_what_it_is_with_the_command_that_takes_it(tmp_path, run):
     path = tmp_path / "dataset.json"
     path.write_text('{"info": {}, "images": [{"id": 1, "file_name": "1.jpg"}], "annotations": []}')

@@ -220,6 +220,22 @@ def test_a_bad_line_is_named(tmp_path, suffix, content, words):
     assert message.isprintable()
 
 
+def test_a_mapping_leads_from_ids_to_file_names_and_something_else_is_refused(tmp_path, run):
+    images, path = make_images(["b", "c", "a"]), tmp_path / "m.json"
+    captions = write_captions(
+        tmp_path / "c.jsonl", [{"image_id": n, "caption": "x", "split": "train"} for n in range(3)]
+    )
+    store, flags = write_store(tmp_path / "store", images), ("--id_mapping", path)
+    path.write_text('["a.jpg"]')
+    assert f"--id_mapping {path}: not a JSON object of image ids and file names" in run(captions, store, flags=flags)[2]
+    path.write_text('{"0": "pictures/a.jpg", "1": "pictures/b.jpg", "2": "pictures/c.jpg"}')
+    assert (
+        "matched by file_name, name without folder and ending: 3 of 3 images, 0 is a"
+        in run(captions, store, flags=flags)[1]
+    )
+    check_split(tmp_path / "data" / "new", "train", {"0": images["a"], "1": images["b"], "2": images["c"]})
+
+
 def test_parquet_without_its_package_or_damaged_is_named(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1")
