@@ -30,7 +30,7 @@ from lib.cli import InputError, refusing
 from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
-from lib.model.backbone import build_backbone, check_weights, load_backbone, read_config
+from lib.model.backbone import build_backbone, fetch, load_backbone, read_config
 from lib.model.registry import describe
 from lib.model.xdim import XDim
 
@@ -185,13 +185,11 @@ def new_model(settings: dict[str, Any]) -> tuple[XDim, Tokenizer, str]:
     name = settings["bert"]
     if os.path.isfile(name):
         raise InputError(f"--bert {name}: is a file; give the folder that holds config.json and the vocabulary")
-    if not os.path.isdir(name):
-        print(f"{name}: taken from the cache, or fetched from the Hugging Face hub", flush=True)
     config, tokenizer = _read_text(name)
     from_scratch = settings.get("bert_from_scratch", False)
-    if os.path.isdir(name) and not from_scratch:
+    if not from_scratch:
         with refusing(f"--bert {name}: no weights that can be read; --bert_from_scratch starts at random"):
-            check_weights(name)
+            fetch(name, weights=True)
     with refusing(f"--bert {name}: its weights are damaged, or not its config.json's"):
         backbone = build_backbone(config) if from_scratch else load_backbone(name)
     try:
@@ -247,6 +245,8 @@ def add_text(content: dict[str, Any], bert: str) -> tuple[dict[str, Any], Tokeni
 
 def _read_text(name: str) -> tuple[dict, Tokenizer]:
     """Configuration and tokenizer of a language model. Raises InputError."""
+    with refusing(f"--bert {name}: no such folder, nor had from the Hugging Face hub; give a whole model's folder"):
+        fetch(name)
     with refusing(f"--bert {name}: no language model of the transformers library"):
         config = read_config(name)
     return config, load_tokenizer(name)

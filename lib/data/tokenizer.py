@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.cli import InputError, refusing, with_bar
 from lib.data.features import ranges
-from lib.model.backbone import read_config
+from lib.model.backbone import fetch, read_config
 
 MASK_TOKENS = ("[MASK]", "<mask>")  # BERT's and RoBERTa's families
 COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their first token has position pad_id + 1
@@ -136,10 +136,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises InputError where there is none, or it does not fit the model's configuration.
     """
     with refusing(f"--bert {name}: no tokenizer found"):
-        config = read_config(name)
-        loaded = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
+        config, folder = read_config(name), fetch(name)
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not loaded.is_fast:
-            loaded = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=os.path.isdir(name))
+            loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         reserved = config["pad_token_id"] + 1 if config["model_type"] in COUNT_FROM_PAD else 0
         longest = min(config["max_position_embeddings"] - reserved, loaded.model_max_length)
         specification = complete(loaded.backend_tokenizer.to_str(), longest, loaded.pad_token, loaded.pad_token_id)

@@ -7,15 +7,20 @@ here uses them, and parameters without gradients stop a training on several proc
 import inspect
 import json
 import os
-from pathlib import Path
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their .index.json where they are in parts
+HUB_SECONDS = 8  # to the first answer of the Hugging Face hub
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = {f"{name}{ending}" for name in WEIGHTS for ending in ("", ".index.json")}  # the latter if in parts
+VOCABULARIES = {"tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"}
+SMALL_FILES = ("*.json", "*.txt", "*.model")  # configuration and vocabulary
 TOWERS = {  # AutoModel does not know all of these, or gives the two-tower model
     "clip_text_model": "CLIPTextModel",
     "siglip_text_model": "SiglipTextModel",
@@ -23,22 +28,47 @@ TOWERS = {  # AutoModel does not know all of these, or gives the two-tower model
 }
 
 
+def fetch(name: str, weights: bool = False) -> str:
+    """The folder of a text model: `name` itself, or the cached files of that name from the Hugging Face hub.
+
+    What is not in the cache is fetched, which is said before; a hub that does not answer is given up after HUB_SECONDS.
+    weights: they must be there, too, not the configuration and tokenizer alone. Raises ValueError where they are not,
+    or what huggingface_hub raises.
+    """
+    folder, wanted = name, WEIGHT_FILES if weights else VOCABULARIES
+    if not os.path.isdir(name):
+        if os.path.isdir(os.path.dirname(name)):
+            raise ValueError("no such folder")
+        config = try_to_load_from_cache(name, "config.json")
+        folder = os.path.dirname(config) if isinstance(config, str) else ""
+        if not folder or wanted.isdisjoint(os.listdir(folder)):
+            folder = _download(name, weights)
+    found = sorted(os.listdir(folder))
+    if weights and WEIGHT_FILES.isdisjoint(found):
+        raise ValueError(f"neither {' nor '.join(WEIGHTS)} among its files, which are {', '.join(found)}")
+    return folder
+
+
+def _download(name: str, weights: bool) -> str:
+    what = f"{name}: {'weights' if weights else 'configuration and vocabulary'}"
+    print(f"{what} are not in the cache; the Hugging Face hub has {HUB_SECONDS} seconds to answer", flush=True)
+    with ThreadPool(1) as thread:  # each address of the hub, and the name server, has a time limit of its own
+        about = thread.apply_async(HfApi().model_info, (name,), {"timeout": HUB_SECONDS}).get(HUB_SECONDS)
+    files, patterns = {one.rfilename for one in about.siblings or ()}, list(SMALL_FILES)
+    of_kind = next((kind for kind in WEIGHTS if files.intersection((kind, f"{kind}.index.json"))), None)
+    if weights and of_kind:
+        patterns.append(of_kind.replace(".", "*.") + "*")  # the index and the parts, too
+    return snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_SECONDS)
+
+
 def read_config(name: str) -> dict:
     """The configuration of a text model, as plain types, from a folder or by its name on the Hugging Face hub.
 
-    Raises OSError or ValueError, as transformers does, where there is none.
+    Raises OSError or ValueError, as transformers does, where there is none, and what `fetch` raises.
     """
-    config = AutoConfig.from_pretrained(name, local_files_only=os.path.isdir(name))
+    config = AutoConfig.from_pretrained(fetch(name), local_files_only=True)
     config = getattr(config, "text_config", config)
     return json.loads(config.to_json_string(use_diff=False))
-
-
-def check_weights(folder: str) -> None:
-    """Raises ValueError where a folder holds no weights that are read, listing what it holds."""
-    found = {path.name for path in Path(folder).iterdir() if path.is_file()}
-    if found.isdisjoint(f"{name}{part}" for name in WEIGHT_FILES for part in ("", ".index.json")):
-        wanted = " nor ".join(WEIGHT_FILES)
-        raise ValueError(f"neither {wanted} among its files, which are {', '.join(sorted(found))}")
 
 
 def build_backbone(config: dict) -> PreTrainedModel:
@@ -50,11 +80,12 @@ def build_backbone(config: dict) -> PreTrainedModel:
 def load_backbone(name: str) -> PreTrainedModel:
     """A pretrained language model of the default dtype, from a folder or by its name on the Hugging Face hub.
 
-    Raises OSError or ValueError, as transformers does, and ValueError where weights are missing in the file.
+    Raises OSError or ValueError, as transformers does, ValueError where weights are missing in the file, and what
+    `fetch` raises.
     """
     make, options = _model_class(read_config(name))
     model, loaded = make.from_pretrained(
-        name, local_files_only=os.path.isdir(name), output_loading_info=True, **options
+        fetch(name, weights=True), local_files_only=True, output_loading_info=True, **options
     )
     model = _without_head(model)
     if missing := sorted(set(loaded["missing_keys"]) & set(model.state_dict())):  # transformers would leave them random

@@ -1,5 +1,11 @@
 """Language models of every kind behind one text encoder: masks, weights, checkpoints."""
 
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
 import pytest
 import safetensors.torch
 import torch
@@ -9,9 +15,9 @@ import train
 from lib.checkpoints.native import BEST, build_model, find_checkpoint, new_model, read_checkpoint, write_weights
 from lib.cli import InputError
 from lib.data.tokenizer import load_tokenizer
-from lib.model.backbone import build_backbone, load_backbone, read_config
+from lib.model.backbone import WEIGHTS, build_backbone, load_backbone, read_config
 from lib.model.encoders import TextEncoder
-from tests.conftest import TINY_BERT
+from tests.conftest import QUIET, ROOT, TINY_BERT
 from tests.text_models import KINDS, TEXTS, make_text_model
 
 CAPTIONS = ["a dog", TEXTS[0], "two dogs on a black bench"]
@@ -122,11 +128,63 @@ def refused(**settings) -> str:
     return str(caught.value)
 
 
-def test_a_language_model_that_is_nowhere_or_a_file_is_refused_after_saying_that_it_is_fetched(tmp_path, capsys):
-    assert f"--bert {tmp_path / 'nothing'}: no language model" in refused(bert=str(tmp_path / "nothing"))
-    assert "fetched from the Hugging Face hub" in capsys.readouterr().out
+def test_a_language_model_that_is_nowhere_or_a_file_is_refused_without_asking_the_hub(tmp_path, capsys):
+    for name in (str(tmp_path / "nothing"), "vocab/nope", "../nope"):
+        line = refused(bert=name)
+        assert line.startswith(f"--bert {name}: no such folder, nor had ")
+        assert line.endswith("(no such folder)")
+    assert capsys.readouterr().out == ""
     (tmp_path / "file").touch()
     assert "is a file; give the folder" in refused(bert=str(tmp_path / "file"))
+
+
+ASKING = """
+import socket, time
+from lib.checkpoints.native import new_model
+from lib.cli import InputError
+from lib.model import backbone
+
+server, backbone.HUB_SECONDS, started = socket.socket(fileno={server}), 0.5, time.perf_counter()
+for name in ("tiny/whole", "tiny/nothing", "tiny/no_vocabulary", "tiny/no_weights"):
+    try:
+        print(new_model({{"bert": name, "img_dim": 4, "embed_size": 8}})[2])
+    except InputError as error:
+        print(error)
+    if name == "tiny/whole":
+        server.settimeout(0)
+        try:
+            server.accept()
+        except BlockingIOError:
+            print("the hub was not asked")
+print("quick" if time.perf_counter() - started < 10 else "slow")
+"""
+
+
+def test_the_cache_is_read_without_the_hub_and_a_hub_that_does_not_answer_is_given_up(tmp_path):
+    model = make_text_model("bert", tmp_path / "model")
+    for name, missing in (("whole", ()), ("no_vocabulary", ("tokenizer.json", "vocab.txt")), ("no_weights", WEIGHTS)):
+        folder = tmp_path / "hub" / f"models--tiny--{name}"
+        shutil.copytree(model, folder / "snapshots" / "abc", ignore=shutil.ignore_patterns(*missing))
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("abc")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = {**os.environ, **QUIET, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.getsockname()[1]}"
+        command, sockets = [sys.executable, "-c", ASKING.format(server=server.fileno())], [server.fileno()]
+        printed = subprocess.check_output(command, cwd=ROOT, env=environment, pass_fds=sockets, text=True)
+    asking, given_up = "the Hugging Face hub has 0.5 seconds to answer", "(TimeoutError)"
+    nowhere = f"no such folder, nor had from the Hugging Face hub; give a whole model's folder {given_up}"
+    assert printed.splitlines() == [
+        "the language model (bert) starts from the weights of tiny/whole",
+        "the hub was not asked",
+        f"tiny/nothing: configuration and vocabulary are not in the cache; {asking}",
+        f"--bert tiny/nothing: {nowhere}",
+        f"tiny/no_vocabulary: configuration and vocabulary are not in the cache; {asking}",
+        f"--bert tiny/no_vocabulary: {nowhere}",
+        f"tiny/no_weights: weights are not in the cache; {asking}",
+        f"--bert tiny/no_weights: no weights that can be read; --bert_from_scratch starts at random {given_up}",
+        "quick",
+    ]
 
 
 def spoil_weights(folder):
