@@ -6,7 +6,6 @@ FOLDER/table.json         the table               FOLDER/curves.csv   rSum on de
 
 import csv
 import io
-import math
 import re
 import statistics
 import subprocess
@@ -51,7 +50,7 @@ class Outcome(NamedTuple):
 
     rsum: float
     draws: np.ndarray  # rSum of each draw of the bootstrap
-    step_ms: float  # median over the lines of its log
+    step_ms: float | None  # median over the lines of its log, if they have a speed
 
 
 def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
@@ -104,19 +103,21 @@ def _evaluate(folder: Path, split_name: str) -> Outcome:
     split = open_split(trained["data_path"], trained["data_name"], split_name)
     ranks = rank_matrix(np.load(scores), split.image_of_caption)
     speeds = [float(speed) for speed in SPEED.findall((folder / "run.log").read_text(encoding="utf-8"))]
-    step = 1000 * trained["batch_size"] / statistics.median(speeds) if speeds else math.nan
+    speed = statistics.median(speeds) if speeds else 0.0
+    step = 1000 * trained["batch_size"] / speed if speed else None
     return Outcome(retrieval_metrics(ranks)["rsum"], bootstrap(ranks, split.image_of_caption)["rsum"], step)
 
 
 def _summarize(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> dict:
     """Mean and spread over seeds, and the difference from the reference on the same draws of queries."""
     rsums = [outcome.rsum for outcome in outcomes]
+    steps = [outcome.step_ms for outcome in outcomes if outcome.step_ms]
     ours, theirs = (np.mean([outcome.draws for outcome in some], axis=0) for some in (outcomes, reference))
     return {
         "rsum": statistics.mean(rsums),
         "spread": statistics.stdev(rsums) if len(rsums) > 1 else None,
         "rsums": rsums,
-        "step_ms": statistics.median(outcome.step_ms for outcome in outcomes),
+        "step_ms": statistics.median(steps) if steps else None,
         "difference": statistics.mean(rsums) - statistics.mean(outcome.rsum for outcome in reference),
         "interval": interval(ours - theirs),
         "p": p_value(ours - theirs),
@@ -128,11 +129,13 @@ def _show(results: dict) -> str:
     layout = f"{{:<{max(map(len, results['variants'])) + 2}}}{{:>7}}{{:>8}}{{:>11}}{{:>12}}{{:>18}}{{:>8}}  {{}}"
     lines = [layout.format("", "rSum", "spread", "ms a step", "difference", "95 %", "p", "of each seed")]
     for name, row in results["variants"].items():
-        spread, difference = "" if row["spread"] is None else f"{row['spread']:.1f}", ("", "", "")
+        known = ((row["spread"], ".1f"), (row["step_ms"], ".0f"))
+        spread, step = ("" if value is None else format(value, form) for value, form in known)
+        difference = "", "", ""
         if len(lines) > 1:
             difference = f"{row['difference']:+.1f}", "{:+.1f} to {:+.1f}".format(*row["interval"]), f"{row['p']:.3f}"
         rsums = " ".join(f"{rsum:.1f}" for rsum in row["rsums"])
-        lines.append(layout.format(name, f"{row['rsum']:.1f}", spread, f"{row['step_ms']:.0f}", *difference, rsums))
+        lines.append(layout.format(name, f"{row['rsum']:.1f}", spread, step, *difference, rsums))
     what = "spread: standard deviation over seeds; 95 % and p: bootstrap over images"
     lines += ["", f"rSum on {results['split']}; {what}"]
     if results["stopped"]:

@@ -74,7 +74,7 @@ class ModelSettings(Settings):
     text_encoder: str = part("text_encoder", "transformer", "what embeds captions")
     bert: str = flag("bert-base-uncased", "text model: a name (fetched once) or a folder")
     bert_from_scratch: bool = flag(False, "the text model starts from random weights")
-    img_dim: int = flag(2048, "size of a region feature", least=1)
+    img_dim: int = flag(0, "size of a region feature (default: that of the data)", least=0)
     embed_size: int = flag(1024, "dimensions that images and captions share", least=2)
     no_imgnorm: bool = flag(False, "do not normalise region embeddings")
     no_txtnorm: bool = flag(False, "do not normalise word embeddings")

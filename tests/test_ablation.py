@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -90,6 +91,19 @@ def test_a_rerun_trains_nothing_again_and_says_the_same(ablated, tiny_flags, mon
     row = json.loads(table)["variants"][VARIANTS[1]]
     assert f"{row['difference']:+.1f}" in lines[2]
     assert lines[2].endswith(" ".join(f"{rsum:.1f}" for rsum in row["rsums"]))
+
+
+def test_a_log_without_a_speed_leaves_its_cell_empty_and_the_table_valid_json(
+    ablated, tiny_flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda command: SimpleNamespace(returncode=0)))
+    copy = shutil.copytree(ablated, tmp_path / "copy")
+    for path in copy.glob("*/run.log"):
+        path.write_text("epoch 1 step 1 loss 3.1 gradient 2.0 rate 5.0e-04\n")
+    assert ablate.main([*flags_of(copy), "--", *tiny_flags]) == 0
+    table = json.loads((copy / "table.json").read_text(), parse_constant=pytest.fail)
+    assert [row["step_ms"] for row in table["variants"].values()] == [None, None]
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_a_run_that_stops_is_left_out_and_said(ablated, tiny_flags, monkeypatch, capsys):

@@ -68,7 +68,7 @@ def test_a_choice_is_trained_remembered_evaluated_and_resumed(train_with, tmp_pa
 def test_the_plain_engine_trains_and_evaluates_with_the_formula_to_the_same_model(train_with, tmp_path):
     fast, plain = train_with(name="fast"), train_with("--engine", "plain", name="plain")
     one, other = (re.findall(r"loss ([\d.]+)", (run / "run.log").read_text()) for run in (fast, plain))
-    assert len(one) == 3
+    assert len(one) == 4
     assert [*map(float, one)] == pytest.approx([*map(float, other)], rel=1e-4)
     _, scores = evaluate(plain, tmp_path, "--engine", "tiled")
     _, by_formula = evaluate(plain, tmp_path)  # with what it was trained with

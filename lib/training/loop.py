@@ -3,10 +3,11 @@
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from lib.data.features import DeviceFeatures
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import report
 from lib.evaluation.evaluate import measure_split
+from lib.evaluation.metrics import chance_metrics
 from lib.evaluation.score import Matcher
 from lib.losses import Loss, loss_of_epoch
 from lib.model.engine import Embedded, PlainEngine
@@ -243,7 +245,8 @@ def evaluate_on_dev(run: Run) -> None:
         save(run)  # raises Interrupted; the resumed run evaluates
     progress.end_epoch({name: metrics[name] for name in ("rsum", "i2t", "t2i")})
     best = " (best)" if progress.is_best else ""
-    run.log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{best}")
+    chance = chance_metrics(run.dev[0].image_of_caption)["rsum"]
+    run.log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{best}; chance {chance:.1f}")
     recalls = {f"{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
     run.log.scalars(progress.step, "dev", {"rsum": metrics["rsum"], **recalls})
 
@@ -258,14 +261,15 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     loss_of(settings, progress.epoch)  # refuses wrong options before anything is read
     if origin is None:
         resume.refuse_used_folder(Path(settings.model_name))
-    train_split, dev_split = (
-        open_split(settings.data_path, settings.data_name, name, settings.img_dim) for name in ("train", "dev")
-    )
+    train_split = open_split(settings.data_path, settings.data_name, "train", settings.img_dim or None)
+    settings.img_dim = train_split.features.img_dim
+    dev_split = open_split(settings.data_path, settings.data_name, "dev", settings.img_dim)
     pairs = len(train_split.captions)
     if not processes <= settings.batch_size <= pairs:
         limit = f"fewer pairs than the {processes} processes"
         if settings.batch_size > pairs:
-            limit = f"larger than the {pairs} pairs of train"
+            fits = max(2, processes, 2 ** int(math.log2(pairs) - 3))  # about ten steps an epoch
+            limit = f"larger than the {pairs} pairs of train; --batch_size {fits} fits"
         raise InputError(f"--batch_size {settings.batch_size}: {limit}")
     data = {split.name: describe_data(split) for split in (train_split, dev_split)}
     if origin:
@@ -316,6 +320,11 @@ def introduce(run: Run, origin: Origin | None) -> None:
     """Say what is trained on what, from where, and where it is written; begin the record."""
     settings, progress, (train_split, _), (dev_split, _) = run.settings, run.progress, run.train, run.dev
     counts, features = run.model.parameter_counts(), train_split.features
+    changed = [
+        f"{field.name}={getattr(settings, field.name)}"
+        for field in fields(settings)
+        if getattr(settings, field.name) != field.default
+    ]
     lines = [
         f"data        {train_split.folder}: train {len(features)} images, {len(train_split.captions)} captions; "
         f"dev {len(dev_split.features)} images, {len(dev_split.captions)} captions",
@@ -324,7 +333,7 @@ def introduce(run: Run, origin: Origin | None) -> None:
         f"batches of {settings.batch_size} pairs",
         f"device      {run.compute}",
         f"written to  {settings.model_name} ({LAST}, {BEST}, {RECORD}, run.log), TensorBoard: {settings.logger_name}",
-        f"settings    {' '.join(f'{name}={value}' for name, value in asdict(settings).items())}",
+        fill(f"settings    {' '.join(changed)}", 120, subsequent_indent=" " * 12, break_long_words=False),
     ]
     if features.varies:
         regions = f"{features.counts.min()} to {features.regions} of an image"

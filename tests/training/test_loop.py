@@ -14,12 +14,13 @@ from lib.checkpoints.native import read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.config import TrainSettings, parse
 from lib.data.dataset import open_split
+from lib.evaluation.metrics import chance_metrics
 from lib.prepare import scenes
 from lib.runtime import Compute, versions
 from lib.training import log, loop
 from lib.training.log import COLLAPSED_STEPS, RunLog, StepFigures
 from lib.training.run_folder import Progress
-from tests.conftest import GOLDEN, bert_without_dropout
+from tests.conftest import GOLDEN, TINY_BERT, bert_without_dropout
 
 STEPS = 15  # of an epoch of the tiny data set
 
@@ -167,7 +168,8 @@ def test_a_run_folder_holds_checkpoints_record_log_and_tensorboard_files(trained
     assert record["chosen"] == {"split": "dev", "epoch": 1, "rsum": rsum, "checkpoint": "model_best.safetensors"}
     text = (trained_run / "run.log").read_text()
     assert "1 epochs of 15, batches of 8 pairs" in text
-    assert f"rSum {rsum:.1f} (best)" in text
+    chance = chance_metrics(open_split(*tiny_data, "dev").image_of_caption)["rsum"]
+    assert f"rSum {rsum:.1f} (best); chance {chance:.1f}\n" in text
 
 
 def test_there_is_a_line_of_the_first_step_of_each_epochs_end_and_every_half_minute(
@@ -187,6 +189,19 @@ def test_there_is_a_line_of_the_first_step_of_each_epochs_end_and_every_half_min
     assert re.search(r"rate 5\.0e-04 [\d.]+ pairs/s, 0:00:00 left$", lines[2])
     monkeypatch.setattr(log, "LINE_INTERVAL", 0.0)
     assert run(tiny_flags, tmp_path / "slow", "--num_epochs", "2", "--log_step", "99") == each
+
+
+def test_the_size_of_features_is_taken_from_the_data_and_only_what_was_chosen_is_listed(tiny_data, tmp_path):
+    flags = ["--data_path", tiny_data[0], "--data_name", tiny_data[1], "--bert", str(TINY_BERT), "--device", "cpu"]
+    flags += ["--bert_from_scratch", "--embed_size", "16", "--batch_size", "8", "--workers", "0", "--num_epochs", "1"]
+    run(flags, tmp_path / "run")
+    content, text = read_checkpoint(tmp_path / "run" / "last.pt"), (tmp_path / "run" / "run.log").read_text()
+    assert content["settings"]["img_dim"] == content["architecture"]["image_encoder"]["options"]["img_dim"] == 16
+    listed = re.search(r"^settings {4}((.|\n {12})*)$", text, re.MULTILINE)[1]
+    names = {"data_path", "data_name", "workers", "bert", "bert_from_scratch", "img_dim", "embed_size", "batch_size"}
+    names |= {"num_epochs", "device", "log_step", "model_name", "logger_name"}
+    assert {one.partition("=")[0] for one in listed.split()} == names
+    assert "\n" in listed
 
 
 def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
