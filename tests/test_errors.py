@@ -169,7 +169,11 @@ def test_flags_that_do_not_exist_or_do_not_parse(refusal, program, flags):
         (["--max_violation", "--loss", "ramped"], "--max_violation: "),
         (["--resume", "auto", "--init_from", "a"], "--init_from: "),
         (["--local-rank=0"], "--local-rank: torch.distributed.launch is not supported, start"),
-        (["--batch_size", 121], "--batch_size 121: larger than the 120 pairs"),
+        (["--optim", "adam"], "unrecognized arguments: --optim adam; --optim: not needed"),
+        (["--val_step=500", "--vocab_path", "vocab", "--word_dim", "300"], "; --word_dim: not needed, --bert says"),
+        (["--reset_start_epoch"], "; --reset_start_epoch: --init_from starts a new run"),
+        (["--backbone_source", "wsl"], "; --backbone_: features are read from files"),
+        (["--batch_size", 121], "--batch_size 121: larger than the 120 pairs of train; --batch_size 8 fits"),
         (["--img_dim", 2048], "--img_dim 2048"),
     ],
 )
