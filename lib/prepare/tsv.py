@@ -16,10 +16,9 @@ from lib.data.dataset import read_ids
 from lib.files import check_space, new_folder
 from lib.prepare.io import BOX, Image, add_data_flags, check, describe, open_features, some, write_lines, write_split
 
-TYPES = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"))  # of boxes and features, the usual one first
+TYPES = (np.dtype("<f4"), np.dtype("<f8"), np.dtype("<f2"))  # of boxes and features, the usual one first
 COLUMNS_BETWEEN = (3, 7)  # image_id and boxes; LXMERT puts classes and attributes between size and num_boxes
-LOOKED_AT = 4096  # features that tell an image's type
-SPREAD = 6.0  # octaves, a standard deviation: features have 1 to 3, float16 read as float32 has 8 times as many
+LOOKED_AT, TELLING = 4096, 256  # numbers that tell an image's type, bytes below which they do not
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -94,24 +93,26 @@ def _read_row(line: bytes, origin: str) -> Image:
         if not box_type:
             raise ValueError(f"{len(boxes)} bytes of boxes, {BOX} floats for each of {regions} expected")
         of_boxes = np.frombuffer(boxes, box_type).reshape(regions, BOX)
-        return Image(image_id.decode(), _features(features, regions, box_type), of_boxes, origin=origin)
+        return Image(image_id.decode(), _features(features, regions), of_boxes, origin=origin)
     except ValueError as error:
         what_to_do = "" if line.endswith(b"\n") else "; the file ends in this line: copy or download it again"
         raise InputError(f"{origin}: not a line of bottom-up attention ({reason(error)}){what_to_do}") from None
 
 
-def _features(content: bytes, regions: int, box_type: np.dtype) -> np.ndarray:
-    """(regions, img_dim), of the first type that gives values of like size: the number of bytes leaves it open."""
-    types = [one for one in (box_type, *TYPES) if content and len(content) % (regions * one.itemsize) == 0]
+def _features(content: bytes, regions: int) -> np.ndarray:
+    """(regions, img_dim), of the type that gives values of the most alike sizes: the number of bytes leaves it open."""
+    types = [one for one in TYPES if content and len(content) % (regions * one.itemsize) == 0]
     if not types:
         raise ValueError(f"{len(content)} bytes of features, floats for each of {regions} boxes expected")
-    read = [np.frombuffer(content, one).reshape(regions, -1) for one in types]
-    return next((features for features in read if _alike(features.ravel()[:LOOKED_AT])), read[0])
+    types = types if len(content) >= TELLING else types[:1]
+    return min((np.frombuffer(content, one).reshape(regions, -1) for one in types), key=_spread)
 
 
-def _alike(values: np.ndarray) -> bool:
-    """Whether all are finite, and of about one size. Read as another type, floats spread over hundreds of octaves."""
-    if not np.isfinite(values).all():
-        return False
+def _spread(features: np.ndarray) -> float:
+    """Standard deviation of the sizes in octaves. Read as another type it is 8 times that of the features or more, or
+    some are not finite, or, where all are exact in a shorter type, every second one is 0."""
+    values = features.ravel()[:LOOKED_AT]
+    if not np.isfinite(values).all() or (values.any() and not values[::2].any()):
+        return np.inf
     octaves = np.log2(np.abs(values[values != 0], dtype=np.float64))
-    return not octaves.size or bool(octaves.std() < SPREAD)
+    return float(octaves.std()) if octaves.size else 0.0

@@ -50,7 +50,7 @@ def test_more_regions_than_numbers_are_asked_about(tmp_path, run):
 
 @pytest.mark.parametrize("boxes_type", ["<f4", "<f2", "<f8"])
 @pytest.mark.parametrize("stored", ["<f2", "<f4", "<f8"])
-@pytest.mark.parametrize("draw", ["normal", "relu"])
+@pytest.mark.parametrize("draw", ["normal", "relu", "float16"])
 def test_features_of_any_float_type_keep_their_size_and_values_and_the_type_is_printed(
     tmp_path, run, boxes_type, stored, draw
 ):
@@ -58,6 +58,7 @@ def test_features_of_any_float_type_keep_their_size_and_values_and_the_type_is_p
     for image_id in "abc":
         features = rng.normal(size=(36, 64))
         features = np.maximum(features, 0) if draw == "relu" else features
+        features = features.astype(np.float16) if draw == "float16" else features  # the rest of their bits are zeros
         boxes = rng.integers(0, 640, (36, 4)).astype(np.float32)
         lines.append(tsv_line(image_id, features, boxes, types=(boxes_type, stored)))
         images[image_id] = features.astype(stored).astype(np.float32), boxes
