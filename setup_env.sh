@@ -51,6 +51,6 @@ case ${NPROC:=1} in
     *)
         cores=$(getconf _NPROCESSORS_ONLN)
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}"
-        LAUNCH="$PYTHON -m torch.distributed.run --standalone --nproc_per_node $NPROC"
+        LAUNCH="$PYTHON -m lib.distributed --standalone --nproc_per_node $NPROC"
         ;;
 esac

@@ -134,11 +134,10 @@ class _HelpFormatter(argparse.HelpFormatter):
         return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
-# Flags of the published programs of this family, and of PyTorch's old launcher, and what to do instead.
+# Beginnings of flags of the published programs and of PyTorch's old launcher, and what to do instead.
 FOREIGN_FLAGS = {
     "--backbone_": "features are read from files (docs/data.md), no image backbone is trained",
-    "--local-rank": "torch.distributed.launch is not supported, start the processes with torchrun",
-    "--local_rank": "torch.distributed.launch is not supported, start the processes with torchrun",
+    "--local": "torch.distributed.launch is not supported, start the processes with torchrun",
     "--optim": "not needed, the optimiser is AdamW, as published",
     "--reset_start_epoch": "--init_from starts a new run from a checkpoint's weights",
     "--val_step": "not needed, dev is evaluated after each epoch",
@@ -154,10 +153,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        given = message.removeprefix("unrecognized arguments: ").split()
-        for flag, advice in FOREIGN_FLAGS.items():
-            if any(one.startswith(flag) for one in given):
-                message += f"; {flag}: {advice}"
+        for given in message.removeprefix("unrecognized arguments: ").split():
+            for flag in filter(given.startswith, FOREIGN_FLAGS):
+                message += f"; {given.partition('=')[0]}: {FOREIGN_FLAGS[flag]}"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if distributed.is_first() else None)
 
 

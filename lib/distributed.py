@@ -215,3 +215,25 @@ def _exit(message: str) -> NoReturn:
     else:
         time.sleep(STAGGER)
     os._exit(1)
+
+
+def launch() -> int:
+    """torchrun without its traceback: `python -m lib.distributed FLAGS PROGRAM ...`, its exit code the program's."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.run(run.parse_args(None))
+    except SignalException as received:
+        return 128 + received.sigval
+    except ChildFailedError as failed:
+        first, failure = failed.get_first_failure()
+        if failure.exitcode < 0:  # otherwise it has said why
+            print(f"error: rank {first}: {failure.message}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch())

@@ -65,7 +65,7 @@ def test_the_published_recipe(commands, recipe, data, epochs, lr_update):
 
 def test_nproc_starts_as_many_processes(commands):
     ((*launch, _), *_) = [line[:6] for line in commands("train_region_f30k.sh", NPROC="4")]
-    assert launch == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    assert launch == ["-m", "lib.distributed", "--standalone", "--nproc_per_node", "4"]
 
 
 def test_a_python_that_is_named_is_taken_as_it_is(commands):

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,6 @@ from lib.training.optim import build_optimizer, set_learning_rate
 from lib.training.resume import Origin
 from lib.training.run_folder import Progress, RunFolder, command_to_resume
 from lib.training.signals import EndNow, Signals
-
-SAID_FROM = 0.01  # share of a batch's pairs that have another caption of their image in it
 
 
 @dataclass
@@ -320,11 +318,7 @@ def introduce(run: Run, origin: Origin | None) -> None:
     """Say what is trained on what, from where, and where it is written; begin the record."""
     settings, progress, (train_split, _), (dev_split, _) = run.settings, run.progress, run.train, run.dev
     counts, features = run.model.parameter_counts(), train_split.features
-    changed = [
-        f"{field.name}={getattr(settings, field.name)}"
-        for field in fields(settings)
-        if getattr(settings, field.name) != field.default
-    ]
+    chosen = [f"{name}={value}" for name, value in asdict(settings).items() if value != getattr(TrainSettings, name)]
     lines = [
         f"data        {train_split.folder}: train {len(features)} images, {len(train_split.captions)} captions; "
         f"dev {len(dev_split.features)} images, {len(dev_split.captions)} captions",
@@ -333,18 +327,16 @@ def introduce(run: Run, origin: Origin | None) -> None:
         f"batches of {settings.batch_size} pairs",
         f"device      {run.compute}",
         f"written to  {settings.model_name} ({LAST}, {BEST}, {RECORD}, run.log), TensorBoard: {settings.logger_name}",
-        fill(f"settings    {' '.join(changed)}", 120, subsequent_indent=" " * 12, break_long_words=False),
+        fill(f"settings    {' '.join(chosen)}", 120, subsequent_indent=" " * 12, break_long_words=False),
     ]
     if features.varies:
         regions = f"{features.counts.min()} to {features.regions} of an image"
         lines.insert(1, f"regions     {regions}; padding is masked (--mask_padding)")
     beside = share_beside_own_image(train_split.image_of_caption, settings.batch_size)
-    if beside > SAID_FROM:
-        treated = "is a negative; --no_same_image_negatives leaves it out"
-        if settings.no_same_image_negatives:
-            treated = "is left out of the negatives (--no_same_image_negatives)"
-        share = f"{100 * beside:.0f} % of a batch's pairs"
-        lines.append(f"negatives   {share} have another caption of their image in the batch, which {treated}")
+    if beside > 0.01:
+        share = f"{100 * beside:.0f} % of a batch's pairs have another caption of their image in the batch, which is "
+        treated = "left out" if settings.no_same_image_negatives else "one; --no_same_image_negatives leaves it out"
+        lines.append(f"negatives   {share}{treated}")
     lines += origin.notes if origin else []
     if origin and origin.exact:
         done = f"{progress.step} steps done, {progress.batch} of them in epoch {progress.epoch + 1}"

@@ -169,9 +169,9 @@ def unlucky(tiny_flags, tmp_path):
     return [*tiny_flags, "--save_steps", "5", "--model_name", str(tmp_path / "run")]
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, module="torch.distributed.run"):
     """The outcome of a job of two processes; arguments: of torchrun, then a mishap's."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    command = [sys.executable, "-m", module, "--standalone", "--nproc_per_node", "2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -185,6 +185,13 @@ def test_torchrun_names_a_killed_process_restarts_the_job_and_it_ends_with_the_s
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.is_file()]
     assert not [command for command in commands if str(tmp_path).encode() in command]
     assert_same_weights(tmp_path / "run" / "last.pt", by_two / "step-00000015.pt")
+
+
+def test_a_missing_data_set_is_one_line_and_no_traceback_where_the_scripts_start_processes(unlucky, tmp_path):
+    done = torchrun("train.py", *unlucky, "--data_path", str(tmp_path), module="lib.distributed")
+    assert done.returncode == 2
+    assert done.stderr.count(f"no data set at {tmp_path}") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_a_restart_does_not_continue_another_jobs_run(unlucky, monkeypatch, capsys):
