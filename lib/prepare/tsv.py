@@ -17,7 +17,6 @@ from lib.files import check_space, new_folder
 from lib.prepare.io import BOX, Image, add_data_flags, check, describe, open_features, some, write_lines, write_split
 
 TYPES = (np.dtype("<f4"), np.dtype("<f8"), np.dtype("<f2"))  # of boxes and features, the usual one first
-COLUMNS_BETWEEN = (3, 7)  # image_id and boxes; LXMERT puts classes and attributes between size and num_boxes
 LOOKED_AT, TELLING = 4096, 256  # numbers that tell an image's type, bytes below which they do not
 
 
@@ -83,7 +82,7 @@ def _read(
 def _read_row(line: bytes, origin: str) -> Image:
     try:
         image_id, *numbers, boxes, features = line.rstrip(b"\r\n").split(b"\t")
-        if len(numbers) not in COLUMNS_BETWEEN:
+        if len(numbers) not in (3, 7):  # LXMERT puts classes and attributes between the size and num_boxes
             raise ValueError(f"{len(numbers) + 3} columns, 6 or LXMERT's 10 expected")
         width, height, regions = map(int, (*numbers[:2], numbers[-1]))
         if min(width, height, regions) < 1:
@@ -104,8 +103,8 @@ def _features(content: bytes, regions: int) -> np.ndarray:
     types = [one for one in TYPES if content and len(content) % (regions * one.itemsize) == 0]
     if not types:
         raise ValueError(f"{len(content)} bytes of features, floats for each of {regions} boxes expected")
-    types = types if len(content) >= TELLING else types[:1]
-    return min((np.frombuffer(content, one).reshape(regions, -1) for one in types), key=_spread)
+    last = None if len(content) >= TELLING else 1
+    return min((np.frombuffer(content, one).reshape(regions, -1) for one in types[:last]), key=_spread)
 
 
 def _spread(features: np.ndarray) -> float:

@@ -92,6 +92,7 @@ def test_names_are_matched_in_one_way_for_all_images_which_is_said(tmp_path, cap
     [
         (["0", "8", "70", "4427320012"], FLICKR),  # digits that end a hexadecimal number, and one that is all digits
         (["1", "2"], ["train_1", "dev_1", "dev_2"]),  # which of two is 1?
+        (["1", "2"], ["train_1", "train_2", "mean"]),
         (["test_1", "test_2"], ["train_1", "train_2"]),
         (["test/1.jpg", "test/2.jpg"], ["train/1", "train/2"]),
         (["test/1.jpg", "dev/1.jpg"], ["1", "2"]),

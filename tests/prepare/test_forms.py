@@ -50,7 +50,8 @@ def other_names():
 
 
 def flickr30k_results():
-    rows = (f"{name}| {k}| {caption.replace('dog', chr(34) + 'dog')}" for name, k, caption in PAIRS)
+    """Captions have single quotation marks in them."""
+    rows = (f'{name}| {k}| "{caption}' for name, k, caption in PAIRS)
     write_lines(Path("results.csv"), ["image_name| comment_number| comment", *rows])
     return features_of_names()
 
