@@ -21,6 +21,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ ENTRIES = ("architecture", "tokenizer", "settings", "progress", "data", "version
 STATE = ("model", *ENTRIES, "optimizer", "random_state")
 BERT_BASE = "bert-base-uncased"
 OLD_HARDNESS = {"epochs": "hinge", "recall": "ramped"}  # --hardness, as it was, to --loss
+SCALAR: Any = np.float64().__reduce__()[0]  # what makes a NumPy number of its bytes; NumPy 1 has another name for it
+NUMBERS = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"]
+PLAIN = [argparse.Namespace, np.dtype, *NUMBERS, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]  # beside tensors
 DAMAGED = "damaged, or not a checkpoint"
 MOST_LISTED = 20  # of the weights that do not fit
 
@@ -78,7 +82,9 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """
     with refusing(f"{path}: {DAMAGED}"):
         if _is_sound_archive(path):
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(PLAIN):
+                if others := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                    raise ValueError(f"holds {others[0]}; torch.load it where you trust it, torch.save plain types")
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         else:
             content = _read_safetensors(path)
@@ -187,10 +193,7 @@ def new_model(settings: dict[str, Any]) -> tuple[XDim, Tokenizer, str]:
         raise InputError(f"--bert {name}: is a file; give the folder that holds config.json and the vocabulary")
     config, tokenizer = _read_text(name)
     from_scratch = settings.get("bert_from_scratch", False)
-    if not from_scratch:
-        with refusing(f"--bert {name}: no weights that can be read; --bert_from_scratch starts at random"):
-            fetch(name, weights=True)
-    with refusing(f"--bert {name}: its weights are damaged, or not its config.json's"):
+    with refusing(f"--bert {name}: no weights to start from; --bert_from_scratch starts at random"):
         backbone = build_backbone(config) if from_scratch else load_backbone(name)
     try:
         model = XDim.build(_with_text(describe(settings), config, tokenizer.own_pad_id), backbone)

@@ -10,6 +10,8 @@ from collections import ChainMap, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lib.cli import InputError
 from lib.model.registry import PUBLISHED_GATES, describe
 
@@ -65,13 +67,18 @@ def convert(content: dict[str, Any]) -> dict[str, Any]:
         for key, weight in part.items():
             name = _renamed(key.removeprefix(PREFIX), names)
             weights[name] = weight.squeeze() if name in MATRICES else weight
-    options = vars(content["opt"])
+    content = _with_pythons_numbers(content)
+    options = _with_pythons_numbers(vars(content["opt"]))
     settings = {"similarity": "xdim", "gate": "adaptive"}
     settings |= {name: options[name] for name in SETTINGS if name in options}
     position = {"epoch": content.get("epoch", 0), "batch": 0, "step": content.get("Eiters", 0)}
     best = {"best_rsum": content.get("best_rsum", -1.0), "best_epoch": 0, "history": []}
     entries = {"architecture": describe(settings), "settings": settings, "progress": position | best}
     return {"model": weights, **entries, "data": {}, "versions": {}, "published": {"opt": options}}
+
+
+def _with_pythons_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
 
 
 def revert(content: dict[str, Any]) -> dict[str, Any]:

@@ -104,9 +104,9 @@ class Tokenizer:
         share = len(unknown) / max(1, len(captions.ids))
         if share <= SAID:
             return ""
-        first = np.searchsorted(captions.starts, unknown[0], side="right")
-        sentence = f"{name}: the vocabulary of {self.source} does not know {100 * share:.0f} % of the captions' pieces"
-        sentence += f" ([UNK], first in caption {first})"
+        first = f"[UNK], first in caption {np.searchsorted(captions.starts, unknown[0], side='right')}"
+        share_of = f"{100 * share:.0f} % of the captions' pieces ({first})"
+        sentence = f"{name}: the vocabulary of {self.source} does not know {share_of}"
         if share > MOST_UNKNOWN:
             raise InputError(f"{sentence}; choose a --bert of the captions' language, with its whole vocabulary")
         return sentence

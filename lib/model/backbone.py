@@ -29,11 +29,9 @@ TOWERS = {  # AutoModel does not know all of these, or gives the two-tower model
 
 
 def fetch(name: str, weights: bool = False) -> str:
-    """The folder of a text model: `name` itself, or the cached files of that name from the Hugging Face hub.
+    """The folder of a text model: `name` itself, or the Hugging Face hub's files of that name, cached or fetched.
 
-    What is not in the cache is fetched, which is said before; a hub that does not answer is given up after HUB_SECONDS.
-    weights: they must be there, too, not the configuration and tokenizer alone. Raises ValueError where they are not,
-    or what huggingface_hub raises.
+    weights: they must be there, too. Raises ValueError where they are not, or what huggingface_hub raises.
     """
     folder, wanted = name, WEIGHT_FILES if weights else VOCABULARIES
     if not os.path.isdir(name):
@@ -54,11 +52,10 @@ def _download(name: str, weights: bool) -> str:
     print(f"{what} are not in the cache; the Hugging Face hub has {HUB_SECONDS} seconds to answer", flush=True)
     with ThreadPool(1) as thread:  # each address of the hub, and the name server, has a time limit of its own
         about = thread.apply_async(HfApi().model_info, (name,), {"timeout": HUB_SECONDS}).get(HUB_SECONDS)
-    files, patterns = {one.rfilename for one in about.siblings or ()}, list(SMALL_FILES)
-    of_kind = next((kind for kind in WEIGHTS if files.intersection((kind, f"{kind}.index.json"))), None)
-    if weights and of_kind:
-        patterns.append(of_kind.replace(".", "*.") + "*")  # the index and the parts, too
-    return snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_SECONDS)
+    files = {one.rfilename for one in about.siblings or ()}
+    kinds = [kind for kind in WEIGHTS if weights and files.intersection((kind, f"{kind}.index.json"))]
+    patterns = [kind.replace(".", "*.") + "*" for kind in kinds[:1]]  # the index and the parts, too
+    return snapshot_download(name, allow_patterns=[*SMALL_FILES, *patterns], etag_timeout=HUB_SECONDS)
 
 
 def read_config(name: str) -> dict:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -173,6 +175,30 @@ def test_another_bert_than_the_one_it_was_trained_with_is_refused(tmp_path):
     (bert / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
     with pytest.raises(InputError, match=r"bert\.encoder\.layer\.2\.\S+ is missing, .* and 28 more\)?$"):
         build_model(read_checkpoint(PUBLISHED), str(tmp_path / "bert"))
+
+
+def test_numpy_numbers_are_read_as_pythons_and_other_objects_are_named(altered):
+    def with_numpy(content):
+        content.update(best_rsum=np.float64(123.4), Eiters=np.int32(6), epoch=np.uint8(1))
+        content["opt"].margin, content["opt"].max_violation = np.float32(0.5), np.bool_(True)
+
+    path, old = altered(with_numpy), altered(with_numpy).with_name("old.pth.tar")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(old, "w") as as_numpy_1:
+        for name in archive.namelist():
+            as_numpy_1.writestr(name, archive.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    for content in map(read_checkpoint, (path, old)):
+        read = [content["progress"][name] for name in ("best_rsum", "step", "epoch")]
+        read += [content["settings"][name] for name in ("margin", "max_violation")]
+        assert same(read, [123.4, 6, 1, 0.5, True])
+    with pytest.raises(InputError, match=r"\(holds numpy\S+; torch\.load it where you trust it, .* plain types\)$"):
+        read_checkpoint(altered(lambda content: content.update(best_rsum=np.array([1.0]))))
+    with pytest.raises(InputError, match=r"\(holds posix\.system; "):
+        read_checkpoint(altered(lambda content: content.update(best_rsum=RunsCode())))
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
 
 
 def unpickled(path) -> dict:

@@ -116,7 +116,7 @@ def test_weights_under_another_name_are_not_passed_over(tmp_path, name):
     weights = folder / "model.safetensors"
     weights.rename(folder / name) if name else weights.unlink()
     line = refused(bert=str(folder))
-    assert f"--bert {folder}: no weights that can be read; --bert_from_scratch starts at random" in line
+    assert f"--bert {folder}: no weights to start from; --bert_from_scratch starts at random" in line
     listed = sorted(path.name for path in folder.iterdir())
     assert f"neither model.safetensors nor pytorch_model.bin among its files, which are {', '.join(listed)}" in line
 
@@ -182,7 +182,7 @@ def test_the_cache_is_read_without_the_hub_and_a_hub_that_does_not_answer_is_giv
         f"tiny/no_vocabulary: configuration and vocabulary are not in the cache; {asking}",
         f"--bert tiny/no_vocabulary: {nowhere}",
         f"tiny/no_weights: weights are not in the cache; {asking}",
-        f"--bert tiny/no_weights: no weights that can be read; --bert_from_scratch starts at random {given_up}",
+        f"--bert tiny/no_weights: no weights to start from; --bert_from_scratch starts at random {given_up}",
         "quick",
     ]
 
@@ -198,7 +198,7 @@ def spoil_weights(folder):
     [
         (lambda folder: (folder / "config.json").unlink(), "no language model"),
         (lambda folder: (folder / "config.json").write_text("{"), "no language model"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 100), "its weights are damaged"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 100), "no weights to start from"),
         (spoil_weights, "its weights lack encoder.layer.1.output.dense.bias"),
     ],
 )
