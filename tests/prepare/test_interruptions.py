@@ -54,7 +54,7 @@ def kill(argv, image):
     child = os.fork()
     if child == 0:
         try:
-            check, seen = io._check, []
+            check, seen = io.check, []
 
             def check_or_die(*arguments):
                 seen.append(arguments)
@@ -62,7 +62,7 @@ def kill(argv, image):
                     os.kill(os.getpid(), signal.SIGKILL)
                 check(*arguments)
 
-            io._check = check_or_die
+            io.check = check_or_die
             main(list(map(str, argv)))
         except BaseException:
             traceback.print_exc()
@@ -104,7 +104,7 @@ def test_a_disk_that_fills_half_way_is_one_line_and_leaves_nothing(tmp_path, cap
 def test_a_disk_without_room_is_refused_before_any_image_is_written(tmp_path, capsys, command, monkeypatch):
     before = names(tmp_path / "data")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
-    monkeypatch.setattr(io, "_check", lambda *_: pytest.fail("an image is written"))
+    monkeypatch.setattr(io, "check", lambda *_: pytest.fail("an image is written"))
     code, _, error = prepare(capsys, *command)
     assert code == 2
     assert "are free on that disk" in error
