@@ -93,9 +93,7 @@ class RecipeSettings(Settings):
     margin: float = flag(0.2, "margin of the loss", above=0)
     vse_mean_warmup_epochs: int = flag(1, "first epochs with --loss hinge over all negatives, not the hardest", least=0)
     max_violation: bool = flag(False, "hardest negatives from the first step on: no warm-up")
-    no_same_image_negatives: bool = flag(
-        False, "an image's other captions in a batch are not its negatives (published: they are)"
-    )
+    no_same_image_negatives: bool = flag(False, "an image's other captions in a batch are no negatives of it")
     grad_clip: float = flag(2.0, "largest global gradient norm; 0 = no clipping", least=0)
 
 

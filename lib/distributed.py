@@ -4,14 +4,13 @@ A program that was started without torchrun is a job of one process. PyTorch is 
 follows it, so that flags can be read before.
 """
 
-import json
 import os
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
@@ -137,10 +136,6 @@ def print_error(message: str) -> None:
     kind, _, text = message.partition(": ")
     message = f"{kind}: rank {rank()}: {text}" if text else message
     print(message, file=sys.stderr, flush=True)
-    # torchrun quotes this file in its summary. Its own `record` would put a traceback there.
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with suppress(OSError), open(path, "w") as file:
-            json.dump({"message": message, "timestamp": int(time.time())}, file)
 
 
 def is_lost_connection(error: BaseException | None) -> bool:

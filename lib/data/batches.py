@@ -135,12 +135,10 @@ class EpochBatches(Dataset):
 
 
 def share_beside_own_image(image_of_caption: np.ndarray, batch_size: int) -> float:
-    """The share of a batch's pairs, on average, that have another caption of their image in the batch."""
-    captions, total = np.bincount(image_of_caption), len(image_of_caption)
-    alone = np.ones(len(captions))
-    for k in range(1, captions.max()):  # the image's k-th other caption is in the rest of the epoch
-        alone[captions > k] *= max(0, total - batch_size + 1 - k) / (total - k)
-    return float(np.average(1 - alone, weights=captions))
+    """About the share of a batch's pairs, on average, that have another caption of their image in the batch."""
+    captions = np.bincount(image_of_caption)
+    beside = (batch_size - 1) / (len(image_of_caption) - 1)  # how many of the other pairs are in the batch
+    return float(np.average(1 - (1 - beside) ** (captions - 1), weights=captions))
 
 
 class ImageBatches(Dataset):

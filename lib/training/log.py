@@ -87,11 +87,15 @@ class StepFigures:
         self._unsaid: list[list[float]] = []  # of the steps since the last line
         self._since, self._has_line = 0.0, False  # when they began; whether there was a line
 
-    def add(self, step: int, figures: Tensor) -> None:
-        """figures: (3,) on the device, as `train_step` returns them. Raises as `read` does."""
+    def add(self, step: int, figures: Tensor) -> bool:
+        """figures: (3,) on the device, as `train_step` returns them. Raises as `read` does.
+
+        Returns whether a line is overdue: the first one, or another one after LINE_INTERVAL.
+        """
         self._unread.append((step, figures))
         if len(self._unread) >= READ_EVERY:
             self.read()
+        return not self._has_line or time.perf_counter() - self._since > LINE_INTERVAL
 
     def read(self) -> None:
         """Raises TrainingStopped where a step's loss or gradient is not finite."""
@@ -105,11 +109,6 @@ class StepFigures:
     def begin_epoch(self) -> None:
         """Start the clock by which speed is measured."""
         self._since = time.perf_counter()
-
-    @property
-    def overdue(self) -> bool:
-        """Whether the first line is still to come, or the last one was LINE_INTERVAL ago."""
-        return not self._has_line or time.perf_counter() - self._since > LINE_INTERVAL
 
     def mean(self) -> tuple[float, ...]:
         """Means of the steps since the last line, and steps a second: NaN at first, where the device warms up."""

@@ -94,8 +94,8 @@ def train_epoch(run: Run) -> None:
         figures = train_step(run, batch, loss_function)
         progress.step += 1
         progress.batch += 1
-        run.figures.add(progress.step, figures)
-        if progress.step % settings.log_step == 0 or progress.batch == steps or run.figures.overdue:
+        overdue = run.figures.add(progress.step, figures)
+        if progress.step % settings.log_step == 0 or progress.batch == steps or overdue:
             say_progress(run, rate, (settings.num_epochs - progress.epoch) * steps - progress.batch)
         if run.signals.agree() or (settings.save_steps and progress.step % settings.save_steps == 0):
             save(run)

@@ -116,7 +116,7 @@ def test_the_share_of_pairs_beside_another_caption_of_their_image_is_the_one_tha
     image_of_caption = np.repeat(np.arange(60), captions_of_image)
     drawn = [np.random.default_rng(k).permutation(image_of_caption)[:40] for k in range(2000)]
     counted = np.mean([(np.bincount(images)[images] > 1).mean() for images in drawn])
-    assert share_beside_own_image(image_of_caption, 40) == pytest.approx(counted, rel=0.01)
+    assert share_beside_own_image(image_of_caption, 40) == pytest.approx(counted, rel=0.02)
     assert share_beside_own_image(np.repeat(np.arange(29_000), 5), 128) < 0.01  # Flickr30K
     assert share_beside_own_image(np.arange(9), 9) == 0
     assert share_beside_own_image(np.zeros(9, int), 9) == 1

@@ -252,10 +252,7 @@ class _Negatives:
     """Adds up a loss over wrong pairs, and its gradients in the scores of the true ones."""
 
     def __init__(self, loss: PairLoss, true: Tensor, first: int, image_of: Tensor | None):
-        """true: (B,) scores of image k and caption k. first: this process's first image among all.
-
-        image_of: see `sum_over_negatives`.
-        """
+        """true: (B,) scores of image k and caption k. first: of this process's images. image_of: see PlainEngine's."""
         self.loss, self.true, self.first = loss, true, first
         self.image_of = torch.arange(len(true), device=true.device) if image_of is None else image_of
         self.sum, self.of_true = true.new_zeros(()), torch.zeros_like(true)
