@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HANG_TIMEOUT = 600.0  # seconds without a heartbeat of any process, after which the job counts as hanging
 CHECK_INTERVAL = 5.0  # seconds between two looks at the heartbeats
 TORCH_TIMEOUT = timedelta(minutes=30)  # PyTorch's own for a collective; longer, as HANG_TIMEOUT's message says more
-STAGGER = 2.0  # seconds that a node's other processes hold back an error, which mostly is that of the first one
+STAGGER = 5.0  # seconds that a node's other processes hold back an error, which mostly is that of the first one
 EXIT_WAIT = 10.0  # seconds in which torchrun ends the remaining processes after one has failed
 
 
