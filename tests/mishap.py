@@ -31,7 +31,8 @@ MISHAPS = {
 
 
 def main(what: str, step: int, flags: list[str]) -> int:
-    distributed.HANG_TIMEOUT, distributed.CHECK_INTERVAL, distributed.EXIT_WAIT = 4.0, 0.5, 2.0  # seconds
+    distributed.HANG_TIMEOUT, distributed.CHECK_INTERVAL = 4.0, 0.5  # seconds
+    distributed.STAGGER, distributed.EXIT_WAIT = 1.0, 2.0  # the first is the shorter one, as in the program
     if what == "SIGTERM to the group":
         os.setsid()
     train_step = loop.train_step
