@@ -104,7 +104,7 @@ def test_the_size_of_blocks_and_chunks_changes_nothing_but_the_last_digits(run, 
 def with_a_nan_in_the_second(flags):
     if distributed.rank() == 1:
         Scorer.all_pairs = lambda self, regions, captions, real: torch.full(
-            (len(regions), len(captions.lengths)), torch.nan
+            (len(regions), len(captions.bags.lengths)), torch.nan
         )
     return eval_program.main(flags)
 

@@ -128,7 +128,6 @@ class Captions(NamedTuple):
 
     queries: Tensor  # words (sum of W, D) times delta
     weights: Tensor  # words as the norm takes them
-    lengths: Tensor  # (C,), on the CPU
     bags: Bags
 
 
@@ -142,15 +141,15 @@ class Scorer:
     @torch.no_grad()
     def captions(self, words: Tensor, lengths: Tensor) -> Captions:
         """Words (sum of W, D) and lengths (C,), on the CPU, prepared once for any number of images."""
-        return Captions(*self.prepare(words), lengths, Bags.of_lengths(lengths, words.device))
+        return Captions(*self.prepare(words), Bags.of_lengths(lengths, words.device))
 
     @torch.no_grad()
     def all_pairs(self, regions: Tensor, captions: Captions, real: Tensor | None = None) -> Tensor:
         """Scores (I, C). regions: (I, R, D). real: (I, R), False for padding."""
-        queries, weights, lengths, bags = captions
-        scores, regions = regions.new_empty(len(regions), len(lengths)), regions.to(self.dtype)
+        queries, weights, bags = captions
+        scores, regions = regions.new_empty(len(regions), len(bags.lengths)), regions.to(self.dtype)
         rows = rows_of_tile(regions, self.dtype, self.norm.wide(regions))
-        for tile in shared_tiles(len(regions), lengths, bags, rows):
+        for tile in shared_tiles(len(regions), bags, rows):
             some = self.score(tile, regions[tile.images], queries[tile.words], weights[tile.words], real)
             if some.shape == scores.shape:
                 return some
@@ -170,7 +169,7 @@ class Scorer:
         """Scores (P,) of image k and caption k, for indices (P,) of both."""
         scores, regions = regions.new_empty(len(images)), regions.to(self.dtype)
         rows = rows_of_tile(regions, self.dtype, self.norm.wide(regions, pairs=True), int(lengths.max()))
-        for tile in pair_tiles(images, captions, lengths, rows, words):
+        for tile in pair_tiles(images, captions, Bags.of_lengths(lengths, words.device), rows, words.dtype):
             scores[tile.place] = self.score(tile, regions[tile.images], *self.prepare(words[tile.words]), real)
         return scores
 
@@ -199,9 +198,10 @@ class _AllPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, norm):
         ctx.save_for_backward(regions, words, delta, gram, temperature, real)
-        ctx.lengths, ctx.dtype = lengths, dtype
         scorer = Scorer(delta, temperature, norm, dtype)
-        return scorer.all_pairs(regions, scorer.captions(words, lengths), real)
+        captions = scorer.captions(words, lengths)
+        ctx.bags, ctx.dtype = captions.bags, dtype
+        return scorer.all_pairs(regions, captions, real)
 
     @staticmethod
     @once_differentiable
@@ -211,7 +211,7 @@ class _AllPairs(torch.autograd.Function):
         few = len(chosen) <= FEW_PAIRS[gradient.device.type] * gradient.numel()
         with torch.autocast(gradient.device.type, enabled=False):
             dtype = inputs[0].dtype if few else ctx.dtype  # exact products cost little where few pairs remain
-            differentiator = _Differentiator(*inputs, ctx.lengths, real, dtype)  # type: ignore[call-arg]
+            differentiator = _Differentiator(*inputs, ctx.bags, real, dtype)  # type: ignore[call-arg]
             if few:
                 images, captions = chosen.unbind(dim=1)
                 gradient = gradient[images, captions]
@@ -225,7 +225,7 @@ class _SumOverNegatives(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, regions, words, delta, gram, temperature, lengths, real, dtype, loss, shard, image_of):
-        inputs = (regions, words, delta, gram, temperature, lengths, real)
+        inputs = (regions, words, delta, gram, temperature, Bags.of_lengths(lengths, words.device), real)
         exact = regions.dtype  # of the true pairs, which are few
         images = torch.arange(len(regions))
         true_pairs = (images, images + shard.own.start)
@@ -274,10 +274,10 @@ class _Negatives:
 class _Differentiator:
     """Scores tiles and adds up their gradients in regions, words, delta, K and the temperature."""
 
-    def __init__(self, regions, words, delta, gram, temperature, lengths, real: Tensor | None, dtype: torch.dtype):
+    def __init__(self, regions, words, delta, gram, temperature, bags: Bags, real: Tensor | None, dtype: torch.dtype):
         self.inputs = regions, words, delta, gram, temperature
         self.regions, self.words, self.others = regions.to(dtype), words, (delta, temperature)
-        self.lengths, self.real, self.dtype = lengths, real, dtype
+        self.bags, self.real, self.dtype = bags, real, dtype
         self.of_rows: list[Tensor | None] = [None, None]  # regions, words
         self.of_others: list[Tensor] = []  # delta, temperature, leaves of the norm
         self.norm = differentiable_norm(gram, dtype)
@@ -285,14 +285,13 @@ class _Differentiator:
 
     def shared_tiles(self) -> Iterable[SharedTile]:
         """Tiles of all pairs."""
-        bags = Bags.of_lengths(self.lengths, self.words.device)
         rows = rows_of_tile(self.regions, self.dtype, self.wide)
-        return shared_tiles(len(self.regions), self.lengths, bags, rows)
+        return shared_tiles(len(self.regions), self.bags, rows)
 
     def pair_tiles(self, images: Tensor, captions: Tensor) -> Iterable[Tile]:
         """Tiles of image k and caption k, for indices (P,) of both."""
-        rows = rows_of_tile(self.regions, self.dtype, self.wide, int(self.lengths.max()))
-        return pair_tiles(images, captions, self.lengths, rows, self.words)
+        rows = rows_of_tile(self.regions, self.dtype, self.wide, int(self.bags.lengths.max()))
+        return pair_tiles(images, captions, self.bags, rows, self.words.dtype)
 
     def add(self, tile: Tile, gradient_of: Callable[[Tensor], Tensor]) -> None:
         """gradient_of: takes the tile's scores, returns the loss's gradient in them."""

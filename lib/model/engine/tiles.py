@@ -26,12 +26,13 @@ OWN = 4  # tensors of D numbers for each word and each region that a tile of pai
 
 
 class Bags(NamedTuple):
-    """Rows of consecutive captions, one bag for each caption's words. All on the device."""
+    """Where the words of packed captions are: rows of consecutive captions, one bag for each. On the device."""
 
     rows: Tensor  # (W,) 0, 1, 2, ...
     starts: Tensor  # (c,) each caption's first row
     bag_of_row: Tensor  # (W,)
     sizes: Tensor  # (c, 1) words of each caption
+    lengths: Tensor  # (c,) the same, on the CPU
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, device: torch.device) -> "Bags":
@@ -39,15 +40,16 @@ class Bags(NamedTuple):
         sizes = [len(lengths), int(lengths.sum()), len(lengths)]
         bag_of_row = torch.arange(len(lengths)).repeat_interleave(lengths)
         numbers = upload(torch.cat([lengths.cumsum(0) - lengths, bag_of_row, lengths]), device)
-        starts, bag_of_row, lengths = numbers.split(sizes)
-        return cls(torch.arange(sizes[1], device=device), starts, bag_of_row, lengths[:, None])
+        starts, bag_of_row, uploaded = numbers.split(sizes)
+        return cls(torch.arange(sizes[1], device=device), starts, bag_of_row, uploaded[:, None], lengths)
 
     def part(self, captions: slice, words: slice) -> "Bags":
         """The bags of consecutive captions alone. words: the rows of these captions."""
         if captions.stop - captions.start == len(self.starts):
             return self
         starts, bag_of_row = self.starts[captions] - words.start, self.bag_of_row[words] - captions.start
-        return Bags(self.rows[: len(bag_of_row)], starts, bag_of_row, self.sizes[captions])
+        rows = self.rows[: len(bag_of_row)]
+        return Bags(rows, starts, bag_of_row, self.sizes[captions], self.lengths[captions])
 
 
 class _Sum(torch.autograd.Function):
@@ -179,11 +181,11 @@ def memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def shared_tiles(images: int, lengths: Tensor, bags: Bags, rows: int) -> Iterator[SharedTile]:
-    """Every image against every caption once. lengths: (C,), on the CPU; rows: (word, image) pairs of a tile."""
+def shared_tiles(images: int, bags: Bags, rows: int) -> Iterator[SharedTile]:
+    """Every image against every caption once. rows: (word, image) pairs of a tile."""
     images_of_tile = min(images, CACHE_IMAGES) if bags.rows.device.type in CACHE_BYTES else images
-    ends, first = [0, *lengths.cumsum(0).tolist()], 0
-    while first < len(lengths):
+    ends, first = [0, *bags.lengths.cumsum(0).tolist()], 0
+    while first < len(bags.lengths):
         last = max(first + 1, bisect_right(ends, ends[first] + rows // images_of_tile) - 1)
         captions, words = slice(first, last), slice(ends[first], ends[last])
         part, step = bags.part(captions, words), max(1, rows // (ends[last] - ends[first]))
@@ -193,26 +195,24 @@ def shared_tiles(images: int, lengths: Tensor, bags: Bags, rows: int) -> Iterato
         first = last
 
 
-def pair_tiles(images: Tensor, captions: Tensor, lengths: Tensor, rows: int, like: Tensor) -> Iterator[PairTile]:
+def pair_tiles(images: Tensor, captions: Tensor, bags: Bags, rows: int, dtype: torch.dtype) -> Iterator[PairTile]:
     """Image k against caption k alone, for indices (P,) on the CPU or on the device; the result is (P,).
 
-    lengths: (C,), on the CPU. like: a tensor whose device and dtype the tiles get. Pairs known on the CPU are ordered
-    by length, so that little is padded.
+    dtype: of the words. Pairs known on the CPU are ordered by length, so that little is padded.
     """
     if not len(images):
         return
-    device, longest = like.device, int(lengths.max())
+    device, lengths, longest = bags.rows.device, bags.lengths, int(bags.lengths.max())
     step, places = max(1, rows // longest), torch.arange(len(images), device=captions.device)
     widths = [longest] * -(-len(images) // step)
     if captions.device.type == "cpu":
         places = lengths[captions].argsort(stable=True)
         images, captions = images[places], captions[places]
         widths = [int(some.max()) for some in lengths[captions].split(step)]
-    starts, sizes = upload(torch.stack([lengths.cumsum(0) - lengths, lengths]), device)
-    position = torch.arange(longest, device=device)
+    position = bags.rows[:longest]
     parts = (upload(one, device).split(step) for one in (images, captions, places))
     for n, some_images, some, place in zip(widths, *parts, strict=True):
-        size = sizes[some, None]
-        words = starts[some, None] + torch.minimum(position[:n], size - 1)
-        inside = (position[:n] < size).to(like.dtype)
+        size = bags.sizes[some]
+        words = bags.starts[some, None] + torch.minimum(position[:n], size - 1)
+        inside = (position[:n] < size).to(dtype)
         yield PairTile(some_images, words, place, inside[..., None], size[:, 0])
