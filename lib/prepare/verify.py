@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
 from lib.cli import InputError, with_bar
+from lib.config import ModelSettings
 from lib.data.dataset import Split, read_ids
 from lib.data.features import FeatureFile
 from lib.prepare.io import KNOWN_SPLITS, add_data_flags, find_splits, open_features, read_boxes, some, span, table
@@ -93,11 +94,11 @@ def _check_split(folder: Path, name: str, found: Findings) -> Contents:
 
 def _check_words(bert: str, splits: list[Split], found: Findings) -> None:
     """That a text model's vocabulary knows the captions."""
-    if not bert and not isinstance(try_to_load_from_cache("bert-base-uncased", "vocab.txt"), str):
+    if not bert and not isinstance(try_to_load_from_cache(ModelSettings.bert, "vocab.txt"), str):
         return
     from lib.data.tokenizer import load_tokenizer  # imports transformers, which takes seconds
 
-    if tokenizer := found.read(load_tokenizer, bert or "bert-base-uncased"):
+    if tokenizer := found.read(load_tokenizer, bert or ModelSettings.bert):
         for split in splits:
             note = found.read(tokenizer.check_words, split.name, tokenizer.tokenize(split.captions))
             found.notes.extend([note] * bool(note))
