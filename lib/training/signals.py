@@ -35,14 +35,14 @@ class Signals:
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         received, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
-        signal.set_wakeup_fd(self._wakeup)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup)
         self._answering = threading.Thread(target=self._answer, args=(received,), daemon=True)
         self._answering.start()
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
         self._restore()
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._wakeup)
         self._answering.join()
         if self.noted and distributed.is_lost_connection(error):
