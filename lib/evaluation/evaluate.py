@@ -63,6 +63,8 @@ def evaluate(settings: EvaluationSettings) -> dict:
             for row, of_parts in ranks.items():
                 draws = metrics.bootstrap_parts(of_parts, job.parts, split.image_of_caption)
                 rows[row] = metrics.metrics_of_parts(of_parts, draws)
+                if job.folds_alone:
+                    del rows[row]["full"]
             beyond = fits.results(queries, [source.pooled for source in sources]) if fits else None
         *singles, last = rows
         results = {
@@ -111,7 +113,7 @@ class Clock(dict):
 
 
 class Source:
-    """A checkpoint, or a .npy file of scores (images, captions) as --save_sims writes it. Raises InputError."""
+    """A checkpoint, or a .npy file of scores: all, as --save_sims writes them, or of each fold. Raises InputError."""
 
     def __init__(self, given: str, settings: SplitSettings):
         self.path, self.name = given, "saved scores"  # name: in tables
@@ -143,7 +145,10 @@ class Source:
         """All scores (images, captions)."""
         if not self.content:
             with job.clock("load"):
-                return self.saved.astype(np.float32)
+                scores = np.full((len(job.split.features), len(job.split.captions)), -np.inf, np.float32)
+                for part, saved in zip(self.saved_parts(job.parts), self.saved, strict=True):
+                    scores[part] = saved
+                return scores
         embeddings, scorer = self.embed(job), self.matcher.scorer()
         del self.matcher  # the encoders' memory is free for the scores
         with job.clock("similarity"):
@@ -152,9 +157,36 @@ class Source:
             self.pooled = score.pool(embeddings)
         return scores
 
+    def saved_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Those whose scores were saved: the whole split, or its folds."""
+        return parts[1:] if len(self.saved) > 1 else parts[:1]
+
+    def fit_saved(self, split: Split, parts: Sequence[Part], settings: SplitSettings) -> None:
+        """Turn saved scores that have captions first. Raises InputError where they do not fit split or flags."""
+        parts, (folds, *size) = self.saved_parts(parts), self.saved.shape
+        found = f"{self.path}: {_by(self.saved.shape if folds > 1 else size)} scores"
+        if folds > 1:
+            needing = [f"--{name}" for name in ("eccv", "ranks", "save_sims") if getattr(settings, name, "")]
+            needing += ["compare"] * (not isinstance(settings, EvaluationSettings))
+            if needing or not settings.fold5:
+                what = f"{', '.join(needing)} cannot be had" if needing else "give --fold5, or use testall.py"
+                raise InputError(f"{found}, of {folds} folds without the pairs between these: {what}")
+            self.caveats = [("folds alone", "between folds there are no scores, so nothing is ranked among all images")]
+        fitting = [[one.stop - one.start for one in part] for part in parts]
+        if fitting == [size[::-1]] * folds and fitting != [size] * folds:
+            self.saved, self.name = self.saved.swapaxes(1, 2), f"{self.name}, read captions first"
+        elif fitting != [size] * folds:
+            sizes = f"{len(split.features)} images and {len(split.captions)} captions"
+            sizes += f", {len(parts)} folds" * (folds > 1)
+            raise InputError(f"{found}, but {split.folder} {split.name} has {sizes}")
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
 
 def _read_scores(path: str) -> np.ndarray:
-    """A .npy file of scores, mapped. Raises InputError where it is none."""
+    """A .npy file of scores (1, images, captions), or of folds (folds, ...), mapped. InputError where it is none."""
     try:
         saved = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -163,12 +195,10 @@ def _read_scores(path: str) -> np.ndarray:
         code = f"import numpy as np; np.save('scores.npy', np.load('{path}', allow_pickle=True).item()['sims'])"
         what = "a pickled dict, which could run code when it is loaded; if you trust it, write its scores alone"
         raise InputError(f'{path}: {what}: python -c "{code}"') from None
-    if saved.ndim == 3:
-        raise InputError(f"{path}: scores of {len(saved)} folds; ranks in the whole split need those of all pairs")
-    if saved.ndim != 2 or saved.dtype.kind != "f":
-        found = f"{saved.dtype} of {' x '.join(map(str, saved.shape))}"
+    if saved.ndim not in (2, 3) or saved.dtype.kind != "f":
+        found = f"{saved.dtype} of {_by(saved.shape)}"
         raise InputError(f"{path}: expected floating-point numbers, images x captions, found {found}")
-    return saved
+    return saved.reshape(-1, *saved.shape[-2:])
 
 
 class Job(NamedTuple):
@@ -182,6 +212,11 @@ class Job(NamedTuple):
 
     about: dict  # the split, for --json and --ranks
     caveats: list[tuple[str, str]]  # label, text: those of all sources, each once
+
+    @property
+    def folds_alone(self) -> bool:
+        """Whether a source has no scores between folds, and nothing can be ranked in the whole split."""
+        return any(not source.content and len(source.saved) > 1 for source in self.sources)
 
 
 @contextmanager
@@ -208,13 +243,10 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
             size = {"images": len(split.features), "captions": len(split.captions)}
             about = {"data": str(split.folder), "split": split.name, **size}
             for number, source in enumerate(sources, start=1):
-                if not source.content and source.saved.shape == (len(split.captions), len(split.features)):
-                    source.saved, source.name = source.saved.T, f"{source.name}, read captions first"
-                if not source.content and source.saved.shape != tuple(size.values()):
-                    found = "{} x {} scores, but".format(*source.saved.shape)
-                    wanted = "{data} {split} has {images} images and {captions} captions".format(**about)
-                    raise InputError(f"{source.path}: {found} {wanted}")
-                source.caveats = report.find_caveats(source.content, split, data_name)
+                if source.content:
+                    source.caveats = report.find_caveats(source.content, split, data_name)
+                else:
+                    source.fit_saved(split, parts, settings)
                 source.name = f"single {number}" if len(sources) > 1 else source.name
             caveats = list(dict.fromkeys(caveat for source in sources for caveat in source.caveats))
         yield Job(settings, clock, sources, split, parts, about, caveats)
@@ -268,7 +300,7 @@ def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
             lines += [report.Row(f"{name}, fold {k}", fold) for k, fold in enumerate(values["folds"], start=1)]
         for part, of_part in report.named_parts(values, images, folds).items():
             lines += report.with_interval(name + part, of_part)
-    for size in (images // folds, images) if folds else (images,):
+    for size in [images // max(1, folds)] * (folds > 0) + [images] * (not job.folds_alone):
         chance = metrics.chance_metrics(image_of_caption[image_of_caption < size])
         lines.append(report.Row(f"chance, {size} images" if folds else "chance", chance))
     if rerank := results["rerank"]:

@@ -51,9 +51,11 @@ def with_interval(name: str, metrics: dict, form: str = ".1f") -> list[Row]:
 
 
 def named_parts(metrics: dict, images: int, folds: int) -> dict[str, dict]:
-    """Metrics by what follows a row's name: those of the folds' mean and of the whole split, or the only ones."""
-    mean = f", mean of {folds} folds of {images // max(1, folds)}"
-    return {mean: metrics, f", all {images} images": metrics["full"]} if folds else {"": metrics}
+    """Metrics by what follows a row's name: those of the folds' mean and any of the whole split, or the only ones."""
+    if not folds:
+        return {"": metrics}
+    whole = {f", all {images} images": metrics["full"]} if "full" in metrics else {}
+    return {f", mean of {folds} folds of {images // folds}": metrics, **whole}
 
 
 def line(metrics: dict) -> str:

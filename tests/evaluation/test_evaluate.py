@@ -300,6 +300,56 @@ def test_saved_scores_with_captions_first_are_read_so_and_the_table_says_it(eval
     assert (results["row"], results["rsum"]) == ("saved scores, read captions first", expected["rsum"])
 
 
+def test_of_scores_of_folds_alone_the_table_has_the_folds_and_says_why_nothing_else(
+    evaluate, trained_run, data, tmp_path, capsys
+):
+    flags = ["--split", "testall", "--fold5", "--data_path", data.parent, "--data_name", data.name]
+    expected, scores, _ = evaluate("--checkpoint", trained_run, *flags)
+    folds = np.stack([scores[4 * k : 4 * k + 4, 20 * k : 20 * k + 20] for k in range(5)])
+    argv = [
+        *map(str, flags),
+        *FLAGS,
+        "--json",
+        str(tmp_path / "folds.json"),
+        "--checkpoint",
+        str(tmp_path / "folds.npy"),
+    ]
+    for form, turned in ((folds, ""), (folds.swapaxes(1, 2), ", read captions first")):
+        np.save(tmp_path / "folds.npy", form)
+        assert eval_program.main(argv) == 0
+        results, out = json.loads((tmp_path / "folds.json").read_text()), capsys.readouterr().out
+        assert all(results[part] == expected[part] for part in ("i2t", "t2i", "rsum", "interval", "folds"))
+        assert results["row"] == f"saved scores{turned}, folds alone"
+        assert "full" not in results
+        assert "all 20 images" not in out
+        assert "folds alone: between folds there are no scores, so nothing is ranked among all images" in out
+        assert re.search("^chance, 4 images", out, re.MULTILINE)
+        assert not re.search("^chance, 20 images", out, re.MULTILINE)
+    for wrong, words in (
+        ([*argv, "--ranks", str(tmp_path / "r")], "--ranks cannot be had"),
+        (["compare", *argv[:7], argv[-1], argv[-1]], "compare cannot be had"),
+    ):
+        assert eval_program.main(wrong) == 2
+        assert f"5 x 20 x 4 scores, of 5 folds without the pairs between these: {words}" in capsys.readouterr().err
+    np.save(tmp_path / "folds.npy", folds[:4])
+    assert eval_program.main(argv) == 2
+    assert "4 x 4 x 20 scores, but" in (line := capsys.readouterr().err)
+    assert line.endswith("testall has 20 images and 100 captions, 5 folds\n")
+
+
+def test_saved_scores_of_as_many_captions_as_images_have_images_first(evaluate, tmp_path):
+    scores = np.random.default_rng(0).random((12, 12), np.float32)
+    (folder := tmp_path / "square").mkdir()
+    np.save(folder / "test_ims.npy", np.ones((12, 3, 8), np.float32))
+    (folder / "test_caps_counts.txt").write_text("1\n" * 12)
+    (folder / "test_caps.txt").write_text("a dog\n" * 12)
+    np.save(tmp_path / "scores.npy", scores)
+    flags = ["--checkpoint", tmp_path / "scores.npy", "--data_path", tmp_path, "--data_name", "square"]
+    results, found, _ = evaluate(*flags)
+    np.testing.assert_array_equal(found, scores)
+    assert results["row"] == "saved scores"
+
+
 def test_an_evaluation_finds_the_data_of_a_training_from_another_folder(trained_run, data, tmp_path, monkeypatch):
     """The path that the training recorded is relative to the checkout."""
     monkeypatch.setattr("lib.evaluation.evaluate.ROOT", data.parent.parent)
@@ -364,7 +414,7 @@ def complaint_of(argv, capsys):
     [
         (np.zeros((10, 49), np.float32), r"10 x 49 scores, but \S+ test has 10 images and 50 captions"),
         (np.zeros((10, 50), np.int64), "expected floating-point numbers, images x captions, found int64 of 10 x 50"),
-        (np.zeros((5, 2, 10), np.float32), "scores of 5 folds; ranks in the whole split need those of all pairs"),
+        (np.zeros((5, 2, 10), np.float32), "5 x 2 x 10 scores, of 5 folds without .* give --fold5, or use testall.py"),
         (
             np.array({"npts": 10, "sims": 0}),
             r"if you trust it, .* python -c \"import numpy as np; np.save\('scores.npy'",
