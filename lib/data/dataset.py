@@ -4,23 +4,26 @@
                         {split}_caps.txt         UTF-8, one caption a line, five consecutive lines for each image, or
                         {split}_caps_counts.txt  says how many, one number a line
                         {split}_ids.txt          the images' ids, one a line (optional)
+                        encoder.json             the vision model that made the features (lib/prepare/images.py)
 
 GPO keeps the same files in data/f30k/precomp/ and data/coco/precomp/. The files that people download hold each image of
 dev, test and testall five times in a row, one row a caption. That is recognised, and an image is one row here.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lib.cli import InputError
+from lib.cli import InputError, refusing
 from lib.data.features import FeatureFile
 from lib.files import read_lines
 
 CAPTIONS_PER_IMAGE = 5  # where there is no file of counts
 FINGERPRINT_IMAGES = 64
+ENCODER = "encoder.json"
 
 HOW_TO_GET_DATA = (
     "usually obtained from the Kaggle data set kuanghueilee/scan-features (see docs/data.md); "
@@ -108,6 +111,18 @@ def find_folder(data_path: str, data_name: str) -> Path:
         f"no data set at {folder} or {of_gpo}: expected there train_ims.npy, train_caps.txt and the same for dev and "
         f"test (COCO: testall), {HOW_TO_GET_DATA}"
     )
+
+
+def read_encoder(folder: Path) -> dict | None:
+    """What made a data set's regions of pictures, from encoder.json; None where nothing says it. Raises InputError."""
+    path = folder / ENCODER
+    if not path.is_file():
+        return None
+    with refusing(f"{path}: damaged; make the data set again"):
+        record = json.loads(path.read_bytes())
+        if not isinstance(record["encoder"], str):
+            raise ValueError("encoder is no name")
+    return record
 
 
 def read_captions(path: Path) -> list[str]:
