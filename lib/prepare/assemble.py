@@ -1,7 +1,6 @@
 """From captions and region features by image id to a data set; what `karpathy` and `own` share."""
 
 import argparse
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -12,6 +11,7 @@ import numpy as np
 
 from lib.cli import InputError, refusing, with_bar
 from lib.data.dataset import read_ids
+from lib.data.images import WAYS, without_ending
 from lib.files import check_space, new_folder
 from lib.prepare import io
 from lib.prepare.io import FEATURES, Image, some, span
@@ -19,7 +19,6 @@ from lib.prepare.io import FEATURES, Image, some, span
 SPLITS = {"train": "train", "restval": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
 HEADER = ("split", "images", "captions", "an image", "regions", "missing")
 SAMPLED = 16  # images looked at to tell how large all are, and of which type
-PICTURE, SEPARATOR = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE), re.compile("[-_./ ]")
 LEAST_SHARE = 0.5  # of the images or features, whichever are fewer, that must match by another than the first name
 # Arrays of a .npz file, as different tools call them.
 FEATURE_NAMES, ID_NAMES = ("features", "feat", "x", "image_features"), ("ids", "image_ids", "image_id")
@@ -39,27 +38,6 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         "or a folder of ID.npy or ID.npz, which may have folders in it; several are searched in turn",
     )
     io.add_data_flags(flags)
-
-
-def _plain(name: str) -> str:
-    """A name without the ending of a picture, a number without leading zeros."""
-    stem = PICTURE.sub("", name)
-    return stem.lstrip("0") or "0" if stem.isdecimal() else stem
-
-
-def _number(name: str) -> str:
-    """The number after the last separator, 391895 of COCO_val2014_000000391895.jpg; empty where none stands there."""
-    end = SEPARATOR.split(_plain(name))[-1]
-    return _plain(end) if end.isdecimal() else ""
-
-
-# What of a name is compared with the same of another.
-WAYS: dict[str, Callable[[str], str]] = {
-    "whole name": str,
-    "name without ending": _plain,
-    "name without folder and ending": lambda name: _plain(name.split("/")[-1]),
-    "number at the end": _number,
-}
 
 
 class Features:
@@ -162,7 +140,7 @@ def _pair(part: Callable[[str], str], wanted: Mapping[str, str], ids: Sequence[s
     """
     there, parts = {part(one): one for one in ids}, {image_id: part(name) for image_id, name in wanted.items()}
     unique = len(there) == len(ids) and len(set(parts.values())) == len(parts)
-    whole = any(all(part(one) in (one, _plain(one)) for one in names) for names in (wanted.values(), ids))
+    whole = any(all(part(one) in (one, without_ending(one)) for one in names) for names in (wanted.values(), ids))
     if not (unique and whole) or "" in there or "" in parts.values():
         return {}
     return {image_id: there[one] for image_id, one in parts.items() if one in there}
