@@ -21,7 +21,7 @@ HEADER = ("split", "images", "captions", "an image", "regions", "missing")
 SAMPLED = 16  # images looked at to tell how large all are, and of which type
 LEAST_SHARE = 0.5  # of the images or features, whichever are fewer, that must match by another than the first name
 # Arrays of a .npz file, as different tools call them.
-FEATURE_NAMES, ID_NAMES = ("features", "feat", "x", "image_features"), ("ids", "image_ids", "image_id")
+FEATURE_NAMES, ID_NAMES = ("features", "feat", "x", "image_features", "arr_0"), ("ids", "image_ids", "image_id")
 BOX_NAMES, COUNT_NAMES = ("boxes", "bbox"), ("num_boxes", "num_bbox")
 
 
@@ -50,6 +50,7 @@ class Features:
             self._readers.setdefault(image_id, reader)
         self.ids = list(self._readers)
         self.transposed: set[str] = set()  # those that were read, and stood as (img_dim, r)
+        self.padded: set[str] = set()  # those that were read, and end in zeros
 
     def match(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         """Image id -> id of its features, for those that have some; prints how they were matched, and an example.
@@ -78,6 +79,8 @@ class Features:
         image = self._readers[found]()
         if image.was_transposed:
             self.transposed.add(found)
+        if not np.any(image.features[-1:]):
+            self.padded.add(found)
         return image
 
     def summarise(self, found: Sequence[str]) -> tuple[int, np.dtype]:
@@ -129,6 +132,9 @@ def write_dataset(
     print(io.describe(counts, [str(dtype)], features.read(used[0]).features.shape[1]))
     if features.transposed:
         print(f"stored as (numbers, regions), and turned: {some(sorted(features.transposed), 'image')}")
+    if features.padded:
+        end = "end in a region of zeros; if it is padding, store num_boxes"
+        print(f"{end}: {some(sorted(features.padded), 'image')}")
     for file, (what, images) in left_out.items():
         print(f"{what}: {some(images, 'image')}; all are in {folder / file}")
 
@@ -163,6 +169,8 @@ def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
     elif path.is_dir():
         folder, splits = path, sorted(file.name.removesuffix(FEATURES) for file in path.glob(f"?*{FEATURES}"))
         splits = [split for split in splits if (path / f"{split}_ids.txt").is_file()] or splits
+    elif path.is_file():
+        raise InputError(f"--features {path}: expected a folder, or a file .h5; make a folder of TSV files with `tsv`")
     else:
         raise InputError(f"--features {path}: no such folder, nor a file {path.name}{FEATURES} in {path.parent}")
     for name in splits:
@@ -174,23 +182,41 @@ def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
     if not splits:
         files = sorted(file for file in path.rglob("*") if file.suffix in (".npy", ".npz"))
         if not files:
-            raise InputError(f"--features {path}: neither NAME{FEATURES} with NAME_ids.txt in it, nor ID.npy or ID.npz")
+            wanted = f"NAME{FEATURES} with NAME_ids.txt in it, nor ID.npy or ID.npz"
+            raise InputError(f"--features {path}: neither {wanted}; of HDF5 give the file itself")
         ids = (file.relative_to(path).with_suffix("").as_posix() for file in files)
         yield from ((one, partial(_read_file, file)) for one, file in zip(ids, files, strict=True))
 
 
 def _open_hdf5(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
-    """Arrays by name, one row an image, and their ids; rows beyond an image's `num_boxes` are padding."""
+    """Arrays by name, one row an image, and their ids; or below each id an array of features, or a group of arrays."""
     with refusing(f"--features {path}: HDF5 needs h5py: pip install h5py"):
         import h5py  # here: an optional dependency
     with refusing(f"--features {path}: not a file of features and ids of images"):
         file = h5py.File(path)
         known = {name: file[name] for name in (*FEATURE_NAMES, *BOX_NAMES, *COUNT_NAMES) if name in file}
+        if not known:
+            yield from ((one, partial(_read_group, group, one, f"{path}: image {one}")) for one, group in _groups(file))
+            return
         ids = [one.decode() if isinstance(one, bytes) else str(one) for one in _named(ID_NAMES, file, needed=True)[:]]
         if lengths := {len(array) for array in known.values()}.difference([len(ids)]):
             raise ValueError(f"{len(ids)} ids, but arrays of {min(lengths)} rows")
     for place, image_id in enumerate(ids):
         yield image_id, partial(_read_hdf5, known, place, image_id, f"{path}: image {image_id}")
+
+
+def _groups(file: Mapping[str, Any], folder: str = "") -> Iterator[tuple[str, Any]]:
+    """Image ids, with the groups they are in, and the array or group of arrays of each."""
+    for name, one in file.items():
+        if hasattr(one, "keys") and not any(known in one for known in FEATURE_NAMES):
+            yield from _groups(one, f"{folder}{name}/")
+        else:
+            yield f"{folder}{name}", one
+
+
+def _read_group(group: Any, image_id: str, origin: str) -> Image:
+    with refusing(origin):
+        return _from_arrays(group if hasattr(group, "keys") else {FEATURE_NAMES[0]: group}, image_id, origin)
 
 
 def _read_hdf5(known: Mapping[str, Any], place: int, image_id: str, origin: str) -> Image:
@@ -203,7 +229,7 @@ def _read_hdf5(known: Mapping[str, Any], place: int, image_id: str, origin: str)
 
 def _read_file(path: Path) -> Image:
     """ID.npy, or ID.npz with the arrays that `_from_arrays` knows. Raises InputError."""
-    with refusing(f"{path}: not an image's features; copy or extract it again"):
+    with refusing(f"{path}: not an image's features; copy or extract it again, or save its arrays with np.savez"):
         content = np.load(path, allow_pickle=False)
         arrays = {FEATURE_NAMES[0]: content} if isinstance(content, np.ndarray) else content
         return _from_arrays(arrays, path.stem, str(path))

@@ -153,7 +153,7 @@ def read_image(split: Split, boxes: np.ndarray | None, place: int, image_id: str
 
 def read_json(path: Path) -> Any:
     """Raises InputError where the file is not JSON."""
-    with refusing(f"{path}: not JSON; copy or download it again"):
+    with refusing(f"{path}: not JSON; copy or download it again, or call it .jsonl if each line is an object"):
         return json.loads(path.read_bytes())
 
 

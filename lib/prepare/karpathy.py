@@ -52,7 +52,8 @@ def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str
                 if name := str(image.get(key, "")):
                     names[key][image_id] = name
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{path}: image {index} (counted from 0) is not sound ({error!r})") from None
+            what = f"image {index} (counted from 0) is not sound ({error!r}); other forms of captions go to `own`"
+            raise InputError(f"{path}: {what}") from None
     if data["dataset"] == "coco":
         first = {split: dict(list(splits[split].items())[:FIRST]) for split in ("dev", "test")}
         splits = {"train": splits["train"], **first, "devall": splits["dev"], "testall": splits["test"]}

@@ -5,10 +5,13 @@ Without it the images are drawn to splits. An image may have any number of capti
 run that was interrupted begins again."""
 
 import argparse
+import ast
 import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +26,7 @@ from lib.prepare.io import read_json
 # What columns and keys are called that hold an image's id or name, and its captions.
 IMAGES = ("image_id", "image", "file_name", "filename", "image_name")
 CAPTIONS = ("caption", "captions", "text", "raw", "sentences", "comment")
+WRITTEN_LIST = re.compile(r"""\[\s*["'].*["']\s*]""", re.DOTALL)  # several captions in a field of a table
 TOKEN_LINE = re.compile(r"(?P<image>.+)#[0-9]+\t(?P<caption>.*)")
 
 Rows = Iterable[tuple[str, Any]]  # where a caption stands in its file, and its fields: a dict, or JSON that holds one
@@ -65,9 +69,9 @@ def read_captions(
     """
     captions: dict[str, list[str]] = {}
     splits: dict[str, str] = {}
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         raise InputError(f"{path}: expected a file that ends in {', '.join(READERS)}")
-    rows, file_names = READERS[path.suffix](path)
+    rows, file_names = READERS[path.suffix.lower()](path)
     for place, row in rows:
         try:
             fields = json.loads(row) if isinstance(row, str) else row
@@ -82,7 +86,8 @@ def read_captions(
             if splits.setdefault(image_id, split) != split:
                 raise ValueError(f"image {image_id} is in {split}, but in {splits[image_id]} before")
         except ValueError as error:
-            raise InputError(f"{path}: {place}: {reason(error)}") from None
+            hint = "; a list over several lines ends in .json" if isinstance(error, json.JSONDecodeError) else ""
+            raise InputError(f"{path}: {place}: {reason(error)}{hint}") from None
         captions.setdefault(image_id, []).extend(texts)
     if not captions:
         raise InputError(f"{path}: no captions in it")
@@ -106,7 +111,8 @@ def draw_splits(image_ids: Iterable[str], dev: float, test: float, seed: int) ->
 
 def _read_text(path: Path) -> tuple[Rows, dict[str, str]]:
     """Lines `name.jpg#0<TAB>caption`, or a table with a header; a field in quotes may have several lines."""
-    _, first = next(iter(read_lines(path)), (0, ""))
+    lines = ((number, line) for number, line in read_lines(path) if line.strip())
+    _, first = next(lines, (0, ""))
     if TOKEN_LINE.fullmatch(first):
         found = ((number, TOKEN_LINE.fullmatch(line)) for number, line in read_lines(path) if line.strip())
         return ((f"line {number}", one and one.groupdict()) for number, one in found), {}
@@ -116,21 +122,30 @@ def _read_text(path: Path) -> tuple[Rows, dict[str, str]]:
 def _read_table(path: Path, delimiter: str) -> Rows:
     quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
     lines = (f"{line}\n" for _, line in read_lines(path))
-    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True, quoting=quoting)
+    table = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True, quoting=quoting)
     try:
-        for row in reader:
-            yield f"line {reader.reader.line_num}", row
+        header = [name.strip() for name in next(filter(any, table), [])]
+        if twice := [name for name in header if name and header.count(name) > 1]:
+            raise csv.Error(f"several columns are called {twice[0]}; rename or delete all but one")
+        for cells in filter(None, table):
+            if len(cells) > len(header):
+                raise csv.Error("more columns than the header; put captions into quotes")
+            yield f"line {table.line_num}", dict(zip_longest(header, cells))
     except csv.Error as error:
-        raise InputError(f"{path}: line {reader.reader.line_num}: {reason(error)}") from None
+        raise InputError(f"{path}: line {table.line_num}: {reason(error)}") from None
 
 
 def _read_json(path: Path) -> tuple[Rows, dict[str, str]]:
-    """A list of objects, or COCO's `images` and `annotations`."""
+    """A list of objects, captions by the image's name, or COCO's `annotations`, perhaps with `images`."""
     content, names = read_json(path), {}
-    if isinstance(content, dict):
-        with refusing(f"{path}: neither a list of captions nor COCO's captions; Karpathy's splits go to `karpathy`"):
-            names = {str(image["id"]): image["file_name"] for image in content["images"]}
+    if isinstance(content, dict) and "annotations" in content:
+        with refusing(f"{path}: not COCO's captions"):
+            names = {str(image["id"]): image["file_name"] for image in content.get("images", ())}
             content = [{name: one[name] for name in ("image_id", "caption")} for one in content["annotations"]]
+    elif isinstance(content, dict) and "images" not in content:
+        content = [{"image": name, "captions": captions} for name, captions in content.items()]
+    if not isinstance(content, list):
+        raise InputError(f"{path}: neither a list of captions nor COCO's captions; Karpathy's splits go to `karpathy`")
     return ((f"entry {number} (counted from 0)", row) for number, row in enumerate(content)), names
 
 
@@ -156,24 +171,25 @@ READERS: dict[str, Callable[[Path], tuple[Rows, dict[str, str]]]] = {
 
 def _column(fields: dict, given: str, known: Sequence[str], what: str) -> str:
     """The field that holds the image's name or its captions. Raises ValueError where it is not plain which."""
-    found = [given] if given in fields else [] if given else [name for name in known if name in fields]
+    found = [name for name in fields if (name == given if given else name.lower() in known)]
     if len(found) != 1:
-        seen = f"several ({', '.join(found)}) may be" if found else f"none of {', '.join(map(str, fields))} is known as"
-        raise ValueError(f"{seen} the {what}: choose one with --{what}_column")
+        seen = f"several may be it: {', '.join(found)}" if found else f"there are {', '.join(fields)}"
+        raise ValueError(f"choose the {what} with --{what}_column (a table's first line names the columns); {seen}")
     return found[0]
 
 
 def _fields(fields: dict, image: str, caption: str) -> tuple[str, list[str], str]:
     """Image id, captions and split (empty where none is given). Raises ValueError where one is not as it should be."""
-    if None in fields:
-        raise ValueError("more columns than the header; put captions into quotes")
     image_id, texts, split = fields.get(image), fields.get(caption), fields.get("split") or ""
     image_id = image_id.get("path") if isinstance(image_id, dict) else image_id  # Hugging Face's pictures
+    if isinstance(texts, str) and WRITTEN_LIST.fullmatch(texts.strip()):
+        with suppress(SyntaxError):
+            texts = ast.literal_eval(texts.strip())
     texts = texts if isinstance(texts, list) else [texts]
     if type(image_id) not in (int, str) or not str(image_id).strip() or not str(image_id).strip().isprintable():
         raise ValueError(f"{image} must be a number or printable text")
     if not texts or not all(isinstance(text, str) and clean_caption(text) for text in texts):
-        raise ValueError(f"{caption} must be text, or a list of texts")
+        raise ValueError(f"{caption} must be text, or a list of texts, and not empty; mend or delete it")
     if split and split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
     return str(image_id).strip(), list(map(clean_caption, texts)), SPLITS.get(split, "")

@@ -67,7 +67,7 @@ def _read(
                     check(image, before, TYPES[0])
                 except InputError as error:
                     if not skip_damaged:
-                        raise
+                        raise InputError(f"{error}; --skip_damaged leaves such lines out") from None
                     noted["damaged"].append(str(error))
                     continue
                 before = image.features.shape
@@ -87,15 +87,18 @@ def _read_row(line: bytes, origin: str) -> Image:
         width, height, regions = map(int, (*numbers[:2], numbers[-1]))
         if min(width, height, regions) < 1:
             raise ValueError(f"{width} x {height} pixels, {regions} boxes")
-        boxes, features = (base64.b64decode(field, validate=True) for field in (boxes, features))
+        fields = (field.removeprefix(b"b'").removesuffix(b"'") for field in (boxes, features))  # Python's printed bytes
+        boxes, features = (base64.b64decode(field, validate=True) for field in fields)
         box_type = next((one for one in TYPES if len(boxes) == regions * BOX * one.itemsize), None)
         if not box_type:
             raise ValueError(f"{len(boxes)} bytes of boxes, {BOX} floats for each of {regions} expected")
         of_boxes = np.frombuffer(boxes, box_type).reshape(regions, BOX)
-        return Image(image_id.decode(), _features(features, regions), of_boxes, origin=origin)
+        return Image(image_id.decode("utf-8-sig"), _features(features, regions), of_boxes, origin=origin)
     except ValueError as error:
         what_to_do = "" if line.endswith(b"\n") else "; the file ends in this line: copy or download it again"
-        raise InputError(f"{origin}: not a line of bottom-up attention ({reason(error)}){what_to_do}") from None
+        raise InputError(
+            f"{origin}: not a line of bottom-up attention, with tabs and no header ({reason(error)}){what_to_do}"
+        ) from None
 
 
 def _features(content: bytes, regions: int) -> np.ndarray:

@@ -72,6 +72,7 @@ FLICKR = ["1000268201_693b08cb0e", "1001773457_577c3a7d70", "1002674143_1b742ab4
         (["b", "a"], ["a.png", "b.png"], "name without ending"),
         (["7", "42"], ["000042", "000007"], "name without ending"),
         (["train2014/a.jpg"], ["a", "b"], "name without folder and ending"),
+        (["C:\\data\\a.jpg"], ["a", "b"], "name without folder and ending"),
         (["391895", "0", "42"], COCO, "number at the end"),
         ([f"{name}.jpg" for name in COCO], ["0", "42", "391895"], "number at the end"),
     ],
@@ -84,7 +85,7 @@ def test_names_are_matched_in_one_way_for_all_images_which_is_said(tmp_path, cap
     assert capsys.readouterr().out == said
     digits = {name: "".join(filter(str.isdigit, name.split("_")[-1])).lstrip("0") for name in [*names, *ids]}
     for name, one in found.items():
-        assert name.split("/")[-1].split(".")[0] == one.split(".")[0] or digits[name] == digits[one]
+        assert name.replace("\\", "/").split("/")[-1].split(".")[0] == one.split(".")[0] or digits[name] == digits[one]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,7 @@ def test_places_without_features_are_named_with_the_flag(tmp_path):
     (no_ids / "all_ids.txt").unlink()
     for place, words in [
         (tmp_path / "none", "no such folder"),
+        (no_ids / "all_ims.npy", "expected a folder, or a file .h5; make a folder of TSV files with `tsv`"),
         (tmp_path / "empty", "neither NAME_ims.npy with NAME_ids.txt in it, nor ID.npy or ID.npz"),
         (no_ids, "needs all_ids.txt"),
         (no_ids / "all", "needs all_ids.txt"),
@@ -187,6 +189,11 @@ def test_hdf5_without_its_package_or_ids_is_named(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "h5py", None)
         assert f"--features {path}: HDF5 needs h5py: pip install h5py" in refusal(Features, [path])
     h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "groups.h5", "w") as file:
+        file["a/feat"], file["a/bbox"] = np.ones((3, 7)), np.ones((2, 4))
+    assert refusal(Features([tmp_path / "groups.h5"]).read, "a").startswith(
+        f"{tmp_path / 'groups.h5'}: image a (2 boxes"
+    )
     for ids, words in (([], "none of features is called ids or image_ids"), ([1, 2, 3], "3 ids, but arrays of 2 rows")):
         path = tmp_path / f"{len(ids)}.h5"
         with h5py.File(path, "w") as file:

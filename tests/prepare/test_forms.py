@@ -70,6 +70,17 @@ def json_list():
     return features_of_names()
 
 
+def json_object():
+    Path("captions.json").write_text(json.dumps(dict(zip(NAMES, CAPTIONS.values(), strict=True))))
+    return features_of_names()
+
+
+def written_lists():
+    rows = ((str(captions), name) for name, captions in zip(NAMES, CAPTIONS.values(), strict=True))
+    write_table("annotations.csv", ("raw", "filename"), rows, ",")
+    return features_of_names()
+
+
 def json_lines():
     write_lines(Path("metadata.jsonl"), (json.dumps({"file_name": f"train/{n}", "text": c}) for n, _, c in PAIRS))
     return features_of_names()
@@ -152,6 +163,18 @@ def hdf5():
     return {int(number): features for number, (features, _) in images.items()}
 
 
+def hdf5_groups():
+    """Of two images arrays by name, of two the features alone."""
+    h5py = pytest.importorskip("h5py")
+    captions_csv()
+    images = make_images(NUMBERS, (3, 7, 4))
+    with h5py.File("features.h5", "w") as file:
+        for place, (number, (features, boxes)) in enumerate(images.items()):
+            named = {"/features": features, "/bbox": boxes} if place % 2 else {"": features}
+            file.update({f"train/photo_{number}{name}": array for name, array in named.items()})
+    return {int(number): features for number, (features, _) in images.items()}
+
+
 def damaged_tsv():
     features = bottom_up_tsv()
     with open("features.tsv", "ab") as file:
@@ -172,14 +195,26 @@ FORMS = [
     token_file,
     image_caption,
     other_names,
+    written_lists,
     flickr30k_results,
     coco_captions,
     json_list,
+    json_object,
     json_lines,
     hugging_face,
     id_mapping,
 ]
-FORMS += [named_arrays, feat_and_count, subfolders, one_vector, hdf5, bottom_up_tsv, lxmert_tsv, damaged_tsv]
+FORMS += [
+    named_arrays,
+    feat_and_count,
+    subfolders,
+    one_vector,
+    hdf5,
+    hdf5_groups,
+    bottom_up_tsv,
+    lxmert_tsv,
+    damaged_tsv,
+]
 
 
 def test_every_row_of_the_table_has_its_files():

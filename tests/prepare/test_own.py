@@ -17,6 +17,7 @@ import train
 from lib.data.dataset import open_split
 from lib.prepare.own import draw_splits, read_captions
 from tests.prepare.samples import (
+    IMG_DIM,
     check_split,
     make_images,
     prepare,
@@ -150,6 +151,19 @@ def test_features_stored_as_numbers_by_regions_are_turned_and_counted_where_boxe
     assert "stored as (numbers, regions), and turned: 7 images (image 1, image 2, " in out
 
 
+def test_images_that_end_in_zeros_are_counted_and_named_as_perhaps_padded(tmp_path, run):
+    captions, rows = write_captions(tmp_path / "c.jsonl", make_rows()), np.ones((8, 4, IMG_DIM), np.float32)
+    rows[[2, 5], 3] = 0
+    (tmp_path / "files").mkdir()
+    for number, features in enumerate(rows):
+        np.savez(tmp_path / "files" / f"image {number}.npz", features)  # without a name it is arr_0
+    out = run(captions, tmp_path / "files")[1]
+    assert "end in a region of zeros; if it is padding, store num_boxes: 2 images (image 2, image 5)\n" in out
+    np.savez(tmp_path / "files" / "image 2.npz", rows[3]), np.savez(tmp_path / "files" / "image 5.npz", rows[3])
+    (tmp_path / "data" / "new").rename(tmp_path / "data" / "old")
+    assert "padding" not in run(captions, tmp_path / "files")[1]
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_byte_order_marks_line_ends_and_blank_lines_do_not_matter(tmp_path, mark, end):
@@ -183,14 +197,19 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
         (
             ".csv",
             b"id,caption\n1,a\n",
-            "line 2: none of id, caption is known as the image: choose one with --image_column",
+            "with --image_column (a table's first line names the columns); there are id, caption",
         ),
         (
             ".csv",
             b"image,filename,text\n1,a,b\n",
-            "several (image, filename) may be the image: choose one with --image_c",
+            "line 2: choose the image with --image_column (a table's first line names the columns); several may be it",
         ),
-        (".json", b'[{"image": 1, "raw": "a", "text": "b"}]', "several (text, raw) may be the caption: choose"),
+        (
+            ".json",
+            b'[{"image": 1, "raw": "a", "text": "b"}]',
+            "with --caption_column (a table's first line names the columns); several may be it: raw, text",
+        ),
+        (".csv", b"image,text,text\n1,a,b\n", "line 1: several columns are called text; rename or delete all but one"),
         (".txt", b"a.jpg#0\tA dog\nb.jpg A cat\n", "line 2: expected {"),
         (".txt", b"image_name| comment_number| comment\na.jpg| 0   A dog\n", "line 2: comment must be text"),
         (
@@ -208,6 +227,10 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
         (".jsonl", JSONL + b'{"image_id": "\\u001b[2J", "caption": "a"}\n', "line 2: image_id must be"),
         (".json", b'[{"image_id": 1, "caption": "a"}, 3]', "entry 1 (counted from 0): expected {"),
         (".json", b"a", "not JSON"),
+        (".json", b"3", "neither a list of captions nor COCO's captions"),
+        (".json", b'{"annotations": 3}', "not COCO's captions"),
+        (".json", JSONL + JSONL, "not JSON; copy or download it again, or call it .jsonl if each line is an object"),
+        (".jsonl", b'[\n{"image_id": 1, "caption": "a"}]', "line 1: Expecting value: line 1 column 2 (char 1); a list"),
         (".md", b"a dog\n", "expected a file that ends in .csv, .tsv, .txt, .token, .jsonl, .json, .parquet"),
     ],
 )
@@ -218,6 +241,23 @@ def test_a_bad_line_is_named(tmp_path, suffix, content, words):
     assert message.startswith(f"{path}: ")
     assert words in message
     assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c.csv", '\n\nImage ,Caption\na.jpg,A dog\na.jpg,"[A] cat"\n'),
+        ("c.TXT", "\na.jpg#0\tA dog\na.jpg#1\t[A] cat\n"),
+        ("c.csv", ",image,caption\n0,a.jpg,A dog\n1,a.jpg,[A] cat\n"),  # with pandas' index
+        ("c.csv", 'filename,raw\na.jpg,"[""A dog"", ""[A] cat""]"\n'),
+        ("c.csv", "filename,raw\na.jpg,\"['A dog', '[A] cat']\"\n"),
+        ("c.json", '{"a.jpg": ["A dog", "[A] cat"]}'),
+        ("c.json", '{"annotations": [{"image_id": "a.jpg", "caption": ["A dog", "[A] cat"]}]}'),
+    ],
+)
+def test_captions_are_found_in_what_spreadsheets_and_scripts_write(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_captions(tmp_path / name) == ({"a.jpg": ["A dog", "[A] cat"]}, {}, {})
 
 
 def test_a_mapping_leads_from_ids_to_file_names_and_something_else_is_refused(tmp_path, run):

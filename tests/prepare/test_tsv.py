@@ -43,6 +43,15 @@ def test_any_line_end_will_do_and_the_last_may_be_missing(tmp_path, run, end):
     check_split(tmp_path / "data" / "store", "all", images)
 
 
+def test_a_byte_order_mark_and_pythons_printed_bytes_do_not_matter(tmp_path, run):
+    images = make_images("ab")
+    columns = [tsv_line(image_id, *image, end=b"").split(b"\t") for image_id, image in images.items()]
+    lines = [b"\t".join([*start, b"b'%b'" % boxes, b"b'%b'" % features]) for *start, boxes, features in columns]
+    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    run(tmp_path / "a.tsv")
+    check_split(tmp_path / "data" / "store", "all", images)
+
+
 def test_more_regions_than_numbers_are_asked_about(tmp_path, run):
     out = run(write_tsv(tmp_path / "a.tsv", make_images("ab", (6,))))[1]
     assert "features: 6 regions of 5 numbers, float32 in 2 images: more regions than numbers, are they stored" in out
@@ -95,6 +104,7 @@ def test_a_damaged_line_is_named_with_its_file_and_nothing_stays(tmp_path, run, 
     code, _, error = run(first, second)
     assert code == 2
     assert error.startswith(f"error: {second}: line 3: ")
+    assert error.endswith("; --skip_damaged leaves such lines out\n")
     assert words in error
     assert "\x1b" not in error
     assert list((tmp_path / "data").iterdir()) == []
