@@ -144,7 +144,7 @@ def _number(name: str) -> str:
 WAYS: dict[str, Callable[[str], str]] = {
     "whole name": str,
     "name without ending": without_ending,
-    "name without folder and ending": lambda name: without_ending(name.split("/")[-1]),
+    "name without folder and ending": lambda name: without_ending(re.split(r"[/\\]", name)[-1]),
     "number at the end": _number,
 }
 
