@@ -25,6 +25,11 @@ GATES = {
 }
 IMAGE_ENCODERS = {"regions": "lib.model.encoders:RegionEncoder"}
 TEXT_ENCODERS = {"transformer": "lib.model.encoders:TextEncoder"}
+VISION = {  # by what stands before the colon of a vision model's name
+    "torchvision": "lib.model.vision:torchvision_model",
+    "hf": "lib.model.vision:HuggingFacePatches",
+    "scenes": "lib.prepare.scenes.features:SceneVision",
+}
 LOSSES = {"hinge": "lib.losses:hinge", "ramped": "lib.losses:ramped"}
 
 PARTS = {
@@ -33,6 +38,7 @@ PARTS = {
     "image_encoder": IMAGE_ENCODERS,
     "text_encoder": TEXT_ENCODERS,
     "loss": LOSSES,
+    "vision": VISION,
 }
 # Parameters of parts that flags, the data or the program give.
 NO_OPTIONS = ("embed_size", "scores", "margin", "gate", "img_dim", "mask_padding", "config", "pad_id", "backbone")

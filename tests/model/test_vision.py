@@ -1,0 +1,200 @@
+"""Vision models: features against the library's own model, boxes, stages, weights files, records."""
+
+import json
+import socket
+import time
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from lib.model import vision
+from lib.model.vision import build_vision, load_recorded, load_vision
+
+SQUEEZENET = "torchvision:squeezenet1_1"
+
+
+def pictures(count: int = 2, size: int = 64) -> torch.Tensor:
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def pixels(model: vision.VisionModel, pictures: torch.Tensor) -> torch.Tensor:
+    """What torchvision's own transformation makes of them."""
+    return torchvision.transforms.functional.normalize(
+        pictures.float() / 255, model.preprocessing.mean, model.preprocessing.std
+    )
+
+
+def assert_stages_hold_every_parameter_once(model: vision.VisionModel) -> None:
+    held = [id(parameter) for stage in model.stages() for parameter in stage.parameters()]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.fixture(scope="module")
+def squeezenet() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.squeezenet1_1(weights=None).eval()
+
+
+@pytest.fixture(scope="module")
+def squeezenet_file(squeezenet, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "squeezenet.pth"
+    torch.save(squeezenet.state_dict(), path)
+    return str(path)
+
+
+# What gives the map, and what is taken of it: of Transformers the tokens without the class token
+CLASSIFIERS = {
+    "squeezenet1_1": lambda model: model.features,
+    "resnet18": lambda model: model.layer4,
+    "mobilenet_v3_small": lambda model: model.features,
+    "regnet_y_400mf": lambda model: model.trunk_output,
+    "swin_t": lambda model: model.permute,
+    "vit_b_32": lambda model: model.encoder,
+}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_classifiers_regions_are_the_cells_of_its_last_map_and_the_whole_picture(kind, monkeypatch):
+    torch.manual_seed(0)
+    size = {"image_size": 96} if kind.startswith("vit") else {}
+    classifier = torchvision.models.get_model(kind, weights=None, **size).eval()
+    monkeypatch.setattr(vision, "read_weights", lambda path: classifier.state_dict())
+    model = load_vision(f"torchvision:{kind}", 4, "file", image_size=96)
+    taken = []
+    CLASSIFIERS[kind](classifier).register_forward_hook(lambda module, given, output: taken.append(output))
+    with torch.inference_mode():
+        classifier(pixels(model, pictures(2, 96)))
+        found = model.describe(pictures(2, 96), [(480, 640), (333, 500)])
+    maps = taken[0] if taken[0].dim() == 4 else taken[0][:, 1:].mT.unflatten(2, (3, 3))
+    expected = torch.cat([maps.mean((2, 3))[:, None], adaptive_avg_pool2d(maps, 2).flatten(2).mT], 1)
+    assert model.width == maps.shape[1]
+    assert model.regions == 5
+    torch.testing.assert_close(torch.stack([one.features for one in found]), expected, rtol=1e-4, atol=1e-5)
+    assert found[1].boxes[0].tolist() == [0, 0, 500, 333]
+
+
+def test_boxes_are_the_cells_windows_in_pixels_of_the_original_picture():
+    model = build_vision(SQUEEZENET, {}, 4, 64)  # a map of 3 x 3, whose windows overlap in the middle
+    (found,) = model.describe(pictures(1), [(300, 600)])
+    rows, columns = [(0, 200), (100, 300)], [(0, 400), (200, 600)]
+    expected = [[left, top, right, bottom] for top, bottom in rows for left, right in columns]
+    torch.testing.assert_close(found.boxes, torch.tensor(expected).float())
+
+
+def test_a_map_is_pooled_to_the_largest_grid_of_its_aspect_ratio():
+    assert vision.pooled_shape(13, 13, 36) == (6, 6)
+    assert vision.pooled_shape(27, 27, 49) == (7, 7)
+    assert vision.pooled_shape(7, 7, 49) == vision.pooled_shape(7, 7, 0) == vision.pooled_shape(7, 7, 64) == (7, 7)
+    assert vision.pooled_shape(8, 16, 36) == (4, 8)
+    assert vision.pooled_shape(2, 90, 36) == (1, 36)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "densenet121", "swin_t", "vit_b_32", "maxvit_t"])
+def test_stages_hold_every_parameter_once_the_top_one_first(name):
+    with torch.device("meta"):
+        model = build_vision(f"torchvision:{name}", {}, 36)
+    assert_stages_hold_every_parameter_once(model)
+    assert len(model.stages()) == 5
+    of_stem = {"vit_b_32": "class_token", "maxvit_t": "stem.0.0.weight", "resnet18": "conv1.weight"}
+    lowest = of_stem.get(name, next(iter(model.network.state_dict())))
+    assert any(one is model.network.get_parameter(lowest) for one in model.stages()[-1].parameters())
+
+
+def test_resnet_is_thawed_layer_by_layer():
+    model = build_vision("torchvision:resnet18", {}, 36, 64)
+    layers = [getattr(model.network, f"layer{i}") for i in (4, 3, 2, 1)]
+    assert [list(stage) for stage in model.stages()[:4]] == [[layer] for layer in layers]
+
+
+def test_training_reaches_every_parameter_and_a_picture_is_independent_of_its_batch():
+    model = build_vision("torchvision:resnet18", {}, 4, 64)
+    together, alone = model(pictures(2)), model(pictures(2)[1:])
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
+    assert model.regions == 4
+    together.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# Weights
+
+
+@pytest.mark.parametrize("form", ["float16", "state_dict", "model", "ddp", "safetensors"])
+def test_every_form_of_a_weights_file_gives_the_same_features(form, squeezenet, squeezenet_file, tmp_path):
+    state = squeezenet.state_dict()
+    path = str(tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth"))
+    if form == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif form == "float16":
+        torch.save({name: value.half() for name, value in state.items()}, path)
+    elif form == "ddp":
+        torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+    else:
+        torch.save({form: state}, path)
+    expected, found = (load_vision(SQUEEZENET, 4, file, 64) for file in (squeezenet_file, path))
+    tolerance = 1e-2 if form == "float16" else 0
+    torch.testing.assert_close(found(pictures()), expected(pictures()), rtol=tolerance, atol=tolerance)
+    assert next(found.parameters()).dtype == torch.float32
+
+
+def test_weights_of_another_model_are_refused_with_the_first_names(tmp_path, squeezenet_file):
+    with pytest.raises(
+        ValueError, match=r"squeezenet.pth: not the weights of torchvision:resnet18; missing: conv1.weig"
+    ):
+        load_vision("torchvision:resnet18", 36, squeezenet_file)
+    state = torch.load(squeezenet_file)
+    torch.save(state | {"features.12.more": torch.zeros(1)}, tmp_path / "more.pth")
+    with pytest.raises(ValueError, match=r"unknown: features\.12\.more$"):
+        load_vision(SQUEEZENET, 36, str(tmp_path / "more.pth"))
+    torch.save(state | {"features.0.weight": torch.zeros(64, 3, 5, 5)}, tmp_path / "shape.pth")
+    with pytest.raises(ValueError, match=r"of another shape: features\.0\.weight$"):
+        load_vision(SQUEEZENET, 36, str(tmp_path / "shape.pth"))
+
+
+def test_what_is_no_file_of_weights_is_refused_in_one_line(tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello, this is no tensor")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    torch.save({"a": 1}, tmp_path / "numbers.pth")
+    torch.save(nn.Linear(2, 2), tmp_path / "pickle.pth")
+    for name in ("missing.pth", "text.pth", "text.safetensors", "tensor.pth", "numbers.pth", "pickle.pth"):
+        with pytest.raises(ValueError, match=name) as caught:
+            load_vision(SQUEEZENET, 36, str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_is_answered_with_the_three_nearest():
+    with pytest.raises(ValueError, match="torchvision:resnet50, torchvision:resnet") as caught:
+        load_vision("resnet5O")
+    assert str(caught.value).count("torchvision:") == 3
+
+
+def test_without_a_network_there_is_one_line_within_seconds(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(vision, "FIRST_ANSWER", 0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: time.sleep(5))  # a name server that is silent
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"no answer within 0\.5 seconds.*; give a file of weights"):
+        load_vision(SQUEEZENET)
+    assert time.monotonic() - start < 4
+
+
+# Records
+
+
+def test_a_record_finds_the_same_model_and_refuses_other_weights(squeezenet, squeezenet_file, tmp_path):
+    model = load_vision(SQUEEZENET, 4, squeezenet_file, 64)
+    record = json.loads(json.dumps(model.record()))
+    assert record["weights_file"] == squeezenet_file
+    again = load_recorded(record)
+    assert again.record() == record
+    assert torch.equal(again(pictures()), model(pictures()))
+    other = str(tmp_path / "other.pth")
+    torch.save({name: value * 2 for name, value in squeezenet.state_dict().items()}, other)
+    found = load_vision(SQUEEZENET, 4, other, 64).record()["weights"]
+    with pytest.raises(ValueError, match=f"{record['weights']}.*{found}"):
+        load_recorded(record, other)
