@@ -1,6 +1,7 @@
 """From captions and region features by image id to a data set; what `karpathy` and `own` share."""
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -49,8 +50,7 @@ class Features:
         for image_id, reader in (one for path in paths for one in _open(path)):
             self._readers.setdefault(image_id, reader)
         self.ids = list(self._readers)
-        self.transposed: set[str] = set()  # those that were read, and stood as (img_dim, r)
-        self.padded: set[str] = set()  # those that were read, and end in zeros
+        self.notes: dict[str, set[str]] = defaultdict(set)  # what is worth a line, and of which ids
 
     def match(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         """Image id -> id of its features, for those that have some; prints how they were matched, and an example.
@@ -78,9 +78,9 @@ class Features:
         """The image of one of `ids`. Raises InputError where it is not sound."""
         image = self._readers[found]()
         if image.was_transposed:
-            self.transposed.add(found)
+            self.notes["stored as (numbers, regions), and turned"].add(found)
         if not np.any(image.features[-1:]):
-            self.padded.add(found)
+            self.notes["end in a region of zeros; if it is padding, store num_boxes"].add(found)
         return image
 
     def summarise(self, found: Sequence[str]) -> tuple[int, np.dtype]:
@@ -130,11 +130,8 @@ def write_dataset(
             io.write_lines(temporary / file, images)
     print(f"{folder}\n\n{io.table(HEADER, rows)}\n")
     print(io.describe(counts, [str(dtype)], features.read(used[0]).features.shape[1]))
-    if features.transposed:
-        print(f"stored as (numbers, regions), and turned: {some(sorted(features.transposed), 'image')}")
-    if features.padded:
-        end = "end in a region of zeros; if it is padding, store num_boxes"
-        print(f"{end}: {some(sorted(features.padded), 'image')}")
+    for what, ids in features.notes.items():
+        print(f"{what}: {some(sorted(ids), 'image')}")
     for file, (what, images) in left_out.items():
         print(f"{what}: {some(images, 'image')}; all are in {folder / file}")
 
@@ -161,31 +158,32 @@ def clean_caption(text: str) -> str:
 
 def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
     """Image ids and what reads each: in all splits of a folder that have ids, one split, a folder of files, or HDF5."""
-    if path.suffix in (".h5", ".hdf5") and path.is_file():
-        yield from _open_hdf5(path)
-        return
     if Path(f"{path}{FEATURES}").is_file():
-        folder, splits = path.parent, [path.name]
-    elif path.is_dir():
-        folder, splits = path, sorted(file.name.removesuffix(FEATURES) for file in path.glob(f"?*{FEATURES}"))
-        splits = [split for split in splits if (path / f"{split}_ids.txt").is_file()] or splits
-    elif path.is_file():
-        raise InputError(f"--features {path}: expected a folder, or a file .h5; make a folder of TSV files with `tsv`")
+        yield from _open_split(path.parent, path.name)
+    elif path.suffix in (".h5", ".hdf5") and path.is_file():
+        yield from _open_hdf5(path)
+    elif not path.is_dir():
+        absent = f"no such folder, nor a file {path.name}{FEATURES} in {path.parent}"
+        wrong = "expected a folder, or a file .h5; make a folder of TSV files with `tsv`"
+        raise InputError(f"--features {path}: {wrong if path.is_file() else absent}")
+    elif splits := sorted(file.name.removesuffix(FEATURES) for file in path.glob(f"?*{FEATURES}")):
+        for split in [one for one in splits if (path / f"{one}_ids.txt").is_file()] or splits:
+            yield from _open_split(path, split)
+    elif files := sorted(file for file in path.rglob("*") if file.suffix in (".npy", ".npz")):
+        for file in files:
+            image_id = file.relative_to(path).with_suffix("").as_posix()
+            yield image_id, partial(_read, partial(np.load, file, allow_pickle=False), image_id, str(file))
     else:
-        raise InputError(f"--features {path}: no such folder, nor a file {path.name}{FEATURES} in {path.parent}")
-    for name in splits:
-        split = io.open_features(folder, name)
-        ids, boxes = read_ids(split), io.read_boxes(split)
-        if ids is None:
-            raise InputError(f"--features {split.features.path}: needs {name}_ids.txt beside it, an image id a line")
-        yield from ((one, partial(io.read_image, split, boxes, place, one)) for place, one in enumerate(ids))
-    if not splits:
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".npy", ".npz"))
-        if not files:
-            wanted = f"NAME{FEATURES} with NAME_ids.txt in it, nor ID.npy or ID.npz"
-            raise InputError(f"--features {path}: neither {wanted}; of HDF5 give the file itself")
-        ids = (file.relative_to(path).with_suffix("").as_posix() for file in files)
-        yield from ((one, partial(_read_file, file)) for one, file in zip(ids, files, strict=True))
+        wanted = f"NAME{FEATURES} with NAME_ids.txt in it, nor ID.npy or ID.npz"
+        raise InputError(f"--features {path}: neither {wanted}; of HDF5 give the file itself")
+
+
+def _open_split(folder: Path, name: str) -> Iterator[tuple[str, Callable[[], Image]]]:
+    split = io.open_features(folder, name)
+    ids, boxes = read_ids(split), io.read_boxes(split)
+    if ids is None:
+        raise InputError(f"--features {split.features.path}: needs {name}_ids.txt beside it, an image id a line")
+    yield from ((one, partial(io.read_image, split, boxes, place, one)) for place, one in enumerate(ids))
 
 
 def _open_hdf5(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
@@ -194,58 +192,49 @@ def _open_hdf5(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
         import h5py  # here: an optional dependency
     with refusing(f"--features {path}: not a file of features and ids of images"):
         file = h5py.File(path)
-        known = {name: file[name] for name in (*FEATURE_NAMES, *BOX_NAMES, *COUNT_NAMES) if name in file}
-        if not known:
-            yield from ((one, partial(_read_group, group, one, f"{path}: image {one}")) for one, group in _groups(file))
-            return
-        ids = [one.decode() if isinstance(one, bytes) else str(one) for one in _named(ID_NAMES, file, needed=True)[:]]
-        if lengths := {len(array) for array in known.values()}.difference([len(ids)]):
-            raise ValueError(f"{len(ids)} ids, but arrays of {min(lengths)} rows")
+        images = _rows_of(file) if any(name in file for name in FEATURE_NAMES) else _groups(file)
+        for image_id, content in images:
+            yield image_id, partial(_read, content, image_id, f"{path}: image {image_id}")
+
+
+def _rows_of(file: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Image ids, and what gives the row of each array. Raises ValueError where arrays have other numbers of rows."""
+    known = {name: file[name] for name in (*FEATURE_NAMES, *BOX_NAMES, *COUNT_NAMES) if name in file}
+    ids = [one.decode() if isinstance(one, bytes) else str(one) for one in _named(ID_NAMES, file, needed=True)[:]]
+    if lengths := {len(array) for array in known.values()}.difference([len(ids)]):
+        raise ValueError(f"{len(ids)} ids, but arrays of {min(lengths)} rows")
     for place, image_id in enumerate(ids):
-        yield image_id, partial(_read_hdf5, known, place, image_id, f"{path}: image {image_id}")
+        yield image_id, partial(lambda row: {name: array[row] for name, array in known.items()}, place)
 
 
-def _groups(file: Mapping[str, Any], folder: str = "") -> Iterator[tuple[str, Any]]:
-    """Image ids, with the groups they are in, and the array or group of arrays of each."""
+def _groups(file: Mapping[str, Any], folder: str = "") -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Image ids, with the groups they are in, and what gives the array or group of arrays of each."""
     for name, one in file.items():
-        if hasattr(one, "keys") and not any(known in one for known in FEATURE_NAMES):
-            yield from _groups(one, f"{folder}{name}/")
+        if hasattr(one, "ndim") or any(known in one for known in FEATURE_NAMES):
+            yield f"{folder}{name}", partial(file.__getitem__, name)
         else:
-            yield f"{folder}{name}", one
+            yield from _groups(one, f"{folder}{name}/")
 
 
-def _read_group(group: Any, image_id: str, origin: str) -> Image:
-    with refusing(origin):
-        return _from_arrays(group if hasattr(group, "keys") else {FEATURE_NAMES[0]: group}, image_id, origin)
+def _read(content: Callable[[], Any], image_id: str, origin: str) -> Image:
+    """An image of features (r, img_dim), (1, r, img_dim) or (img_dim,), or of arrays by name.
 
-
-def _read_hdf5(known: Mapping[str, Any], place: int, image_id: str, origin: str) -> Image:
-    with refusing(origin):
-        arrays = {name: array[place] for name, array in known.items()}
-        for count in (np.asarray(arrays[name]).item() for name in COUNT_NAMES if name in arrays):
-            arrays = {name: array[:count] if np.ndim(array) > 1 else array for name, array in arrays.items()}
-        return _from_arrays(arrays, image_id, origin)
-
-
-def _read_file(path: Path) -> Image:
-    """ID.npy, or ID.npz with the arrays that `_from_arrays` knows. Raises InputError."""
-    with refusing(f"{path}: not an image's features; copy or extract it again, or save its arrays with np.savez"):
-        content = np.load(path, allow_pickle=False)
-        arrays = {FEATURE_NAMES[0]: content} if isinstance(content, np.ndarray) else content
-        return _from_arrays(arrays, path.stem, str(path))
-
-
-def _from_arrays(arrays: Mapping[str, np.ndarray], image_id: str, origin: str) -> Image:
-    """An image of arrays by name: features (r, img_dim), (1, r, img_dim), (img_dim,) or, where boxes say so,
-    (img_dim, r); perhaps boxes (r, 4), or their number. Raises ValueError where they do not fit each other."""
-    features, boxes = _rows(_named(FEATURE_NAMES, arrays, needed=True)), _rows(_named(BOX_NAMES, arrays))
-    count = _named(COUNT_NAMES, arrays) if boxes is None else len(boxes)
-    regions = len(features) if count is None else np.asarray(count).item()
-    was_transposed = len(features) != regions and features.shape[1:] == (regions,)
-    features = features.T if was_transposed else features
-    if len(features) != regions:
-        raise ValueError(f"{regions} boxes, but features of shape {features.shape}")
-    return Image(image_id, features, boxes, origin=origin, was_transposed=was_transposed)
+    These may be boxes (r, 4), or r, the number of boxes: features as (img_dim, r) are turned by them, and rows beyond r
+    are padding. Raises InputError where they do not fit each other.
+    """
+    with refusing(f"{origin}: not an image's features; copy or extract it again, or save its arrays with np.savez"):
+        arrays = content()
+        arrays = {FEATURE_NAMES[0]: arrays} if hasattr(arrays, "ndim") else arrays
+        features, boxes = _rows(_named(FEATURE_NAMES, arrays, needed=True)), _rows(_named(BOX_NAMES, arrays))
+        count = _named(COUNT_NAMES, arrays)
+        regions = len(features if boxes is None else boxes) if count is None else np.asarray(count).item()
+        was_transposed = len(features) != regions and features.shape[1:] == (regions,)
+        features = features.T if was_transposed else features
+        if count is not None:
+            features, boxes = features[:regions], None if boxes is None else boxes[:regions]
+        if len(features) != regions:
+            raise ValueError(f"{regions} boxes, but features of shape {features.shape}")
+        return Image(image_id, features, boxes, origin=origin, was_transposed=was_transposed)
 
 
 def _named(names: Sequence[str], arrays: Mapping[str, Any], needed: bool = False) -> Any:

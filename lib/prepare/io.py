@@ -80,6 +80,7 @@ def write_lines(path: Path, lines: Iterable[object]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
+@np.errstate(over="ignore")  # what overflows float16 or float32 is refused as infinite
 def check(image: Image, before: tuple[int, int], dtype: np.dtype) -> None:
     """Raises InputError where an image cannot be written. before: shape of the image before, (0, 0) for the first."""
     features, boxes, problem = image.features, image.boxes, ""

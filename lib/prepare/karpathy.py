@@ -40,17 +40,15 @@ def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str
     splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS.values()}
     for index, image in enumerate(data["images"]):
         try:
-            image_id = str(image.get("cocoid", "")) or str(image.get("imgid", ""))
-            if not image_id:
-                raise ValueError("neither cocoid nor imgid")
+            known = {key: str(image[key]) for key in KEYS if str(image.get(key, ""))}
+            image_id = known.get("cocoid") or known["imgid"]
             if any(image_id in images for images in names.values()):
                 raise ValueError(f"its id {image_id} is that of an image before")
             split = splits[SPLITS[image["split"]]]
             if captions := _captions(image):
                 split[image_id] = captions
-            for key in KEYS:
-                if name := str(image.get(key, "")):
-                    names[key][image_id] = name
+            for key, name in known.items():
+                names[key][image_id] = name
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             what = f"image {index} (counted from 0) is not sound ({error!r}); other forms of captions go to `own`"
             raise InputError(f"{path}: {what}") from None

@@ -46,9 +46,8 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     captions, given, file_names = read_captions(args.captions, args.image_column, args.caption_column)
     split_of = given or draw_splits(captions, args.dev, args.test, args.seed)
-    splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS.values() if split in split_of.values()}
-    for image_id, of_image in captions.items():
-        splits[split_of[image_id]][image_id] = of_image
+    there = [split for split in dict.fromkeys(SPLITS.values()) if split in split_of.values()]
+    splits = {split: {one: captions[one] for one in captions if split_of[one] == split} for split in there}
     ids = {}
     if args.id_mapping:
         with refusing(f"--id_mapping {args.id_mapping}: not a JSON object of image ids and file names"):

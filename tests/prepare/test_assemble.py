@@ -192,7 +192,7 @@ def test_hdf5_without_its_package_or_ids_is_named(tmp_path, monkeypatch):
     with h5py.File(tmp_path / "groups.h5", "w") as file:
         file["a/feat"], file["a/bbox"] = np.ones((3, 7)), np.ones((2, 4))
     assert refusal(Features([tmp_path / "groups.h5"]).read, "a").startswith(
-        f"{tmp_path / 'groups.h5'}: image a (2 boxes"
+        f"{tmp_path / 'groups.h5'}: image a: not an"
     )
     for ids, words in (([], "none of features is called ids or image_ids"), ([1, 2, 3], "3 ids, but arrays of 2 rows")):
         path = tmp_path / f"{len(ids)}.h5"
@@ -206,6 +206,12 @@ def test_hdf5_without_its_package_or_ids_is_named(tmp_path, monkeypatch):
 def test_a_number_of_boxes_that_fits_neither_size_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.ones((4, 7), np.float32), num_boxes=5)
     assert "5 boxes, but features of shape (4, 7)" in refusal(Features([tmp_path]).read, "a")
+
+
+def test_rows_beyond_the_number_of_boxes_are_padding(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones((4, 7), np.float32), boxes=np.ones((4, 4)), num_boxes=3)
+    image = Features([tmp_path]).read("a")
+    assert (image.features.shape, image.boxes.shape) == ((3, 7), (3, 4))
 
 
 @pytest.mark.parametrize("shapes", [[(9, 3), (9, 4)], [(3, 9), (9, 4)]])

@@ -177,7 +177,7 @@ def test_a_file_that_is_not_karpathys_is_named(tmp_path, run, content):
     ("field", "value", "words"),
     [
         ("split", "eval", "eval"),
-        ("imgid", "", "neither cocoid nor imgid"),
+        ("imgid", "", "KeyError('imgid')"),
         ("imgid", 2, "its id 2 is that of an image before"),
         ("sentences", None, "not iterable"),
         ("sentences", [{"raw": "half a character: \ud800"}], "surrogates"),
