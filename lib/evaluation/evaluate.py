@@ -22,6 +22,8 @@ from lib.files import check_writable, replacing
 from lib.model.registry import PAPERS_GATE
 from lib.runtime import ROOT, Compute, choose_compute
 
+FOLDS_ALONE = "folds alone"  # label of scores that rank nothing among all images
+
 
 def evaluate(settings: EvaluationSettings) -> dict:
     """Evaluate checkpoints or saved scores on a split, print the tables, write the files. Returns what --json holds.
@@ -63,7 +65,7 @@ def evaluate(settings: EvaluationSettings) -> dict:
             for row, of_parts in ranks.items():
                 draws = metrics.bootstrap_parts(of_parts, job.parts, split.image_of_caption)
                 rows[row] = metrics.metrics_of_parts(of_parts, draws)
-                if job.folds_alone:
+                if FOLDS_ALONE in dict(job.caveats):
                     del rows[row]["full"]
             beyond = fits.results(queries, [source.pooled for source in sources]) if fits else None
         *singles, last = rows
@@ -146,7 +148,7 @@ class Source:
         if not self.content:
             with job.clock("load"):
                 scores = np.full((len(job.split.features), len(job.split.captions)), -np.inf, np.float32)
-                for part, saved in zip(self.saved_parts(job.parts), self.saved, strict=True):
+                for part, saved in zip(self.saved_parts, self.saved, strict=True):
                     scores[part] = saved
                 return scores
         embeddings, scorer = self.embed(job), self.matcher.scorer()
@@ -157,32 +159,25 @@ class Source:
             self.pooled = score.pool(embeddings)
         return scores
 
-    def saved_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
-        """Those whose scores were saved: the whole split, or its folds."""
-        return parts[1:] if len(self.saved) > 1 else parts[:1]
-
     def fit_saved(self, split: Split, parts: Sequence[Part], settings: SplitSettings) -> None:
         """Turn saved scores that have captions first. Raises InputError where they do not fit split or flags."""
-        parts, (folds, *size) = self.saved_parts(parts), self.saved.shape
-        found = f"{self.path}: {_by(self.saved.shape if folds > 1 else size)} scores"
+        folds, *size = self.saved.shape
+        self.saved_parts = parts[1:] if folds > 1 else parts[:1]
+        found = f"{self.path}: {' x '.join(map(str, self.saved.shape if folds > 1 else size))} scores"
         if folds > 1:
             needing = [f"--{name}" for name in ("eccv", "ranks", "save_sims") if getattr(settings, name, "")]
             needing += ["compare"] * (not isinstance(settings, EvaluationSettings))
             if needing or not settings.fold5:
                 what = f"{', '.join(needing)} cannot be had" if needing else "give --fold5, or use testall.py"
                 raise InputError(f"{found}, of {folds} folds without the pairs between these: {what}")
-            self.caveats = [("folds alone", "between folds there are no scores, so nothing is ranked among all images")]
-        fitting = [[one.stop - one.start for one in part] for part in parts]
+            self.caveats = [(FOLDS_ALONE, "between folds there are no scores, so nothing is ranked among all images")]
+        fitting = [[one.stop - one.start for one in part] for part in self.saved_parts]
         if fitting == [size[::-1]] * folds and fitting != [size] * folds:
             self.saved, self.name = self.saved.swapaxes(1, 2), f"{self.name}, read captions first"
         elif fitting != [size] * folds:
             sizes = f"{len(split.features)} images and {len(split.captions)} captions"
-            sizes += f", {len(parts)} folds" * (folds > 1)
+            sizes += f", {len(fitting)} folds" * (folds > 1)
             raise InputError(f"{found}, but {split.folder} {split.name} has {sizes}")
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _read_scores(path: str) -> np.ndarray:
@@ -196,7 +191,7 @@ def _read_scores(path: str) -> np.ndarray:
         what = "a pickled dict, which could run code when it is loaded; if you trust it, write its scores alone"
         raise InputError(f'{path}: {what}: python -c "{code}"') from None
     if saved.ndim not in (2, 3) or saved.dtype.kind != "f":
-        found = f"{saved.dtype} of {_by(saved.shape)}"
+        found = f"{saved.dtype} of {' x '.join(map(str, saved.shape))}"
         raise InputError(f"{path}: expected floating-point numbers, images x captions, found {found}")
     return saved.reshape(-1, *saved.shape[-2:])
 
@@ -212,11 +207,6 @@ class Job(NamedTuple):
 
     about: dict  # the split, for --json and --ranks
     caveats: list[tuple[str, str]]  # label, text: those of all sources, each once
-
-    @property
-    def folds_alone(self) -> bool:
-        """Whether a source has no scores between folds, and nothing can be ranked in the whole split."""
-        return any(not source.content and len(source.saved) > 1 for source in self.sources)
 
 
 @contextmanager
@@ -300,7 +290,8 @@ def tables(rows: dict[str, dict], results: dict, job: Job) -> str:
             lines += [report.Row(f"{name}, fold {k}", fold) for k, fold in enumerate(values["folds"], start=1)]
         for part, of_part in report.named_parts(values, images, folds).items():
             lines += report.with_interval(name + part, of_part)
-    for size in [images // max(1, folds)] * (folds > 0) + [images] * (not job.folds_alone):
+    sizes = [images // folds, images] if folds else [images]
+    for size in sizes[:1] if FOLDS_ALONE in dict(job.caveats) else sizes:
         chance = metrics.chance_metrics(image_of_caption[image_of_caption < size])
         lines.append(report.Row(f"chance, {size} images" if folds else "chance", chance))
     if rerank := results["rerank"]:

@@ -28,16 +28,9 @@ BOX_NAMES, COUNT_NAMES = ("boxes", "bbox"), ("num_boxes", "num_bbox")
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     """The flags that say where the features are and where the data set goes."""
-    flags.add_argument(
-        "--features",
-        type=Path,
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="PATH",
-        help="features by image id: what `tsv` wrote or another data set (FOLDER, or FOLDER/SPLIT), "
-        "or a folder of ID.npy or ID.npz, which may have folders in it; several are searched in turn",
-    )
+    places = "what `tsv` wrote or another data set (FOLDER, or FOLDER/SPLIT), a folder of ID.npy or ID.npz, or HDF5"
+    where = f"features by image id: {places}; several are searched in turn"
+    flags.add_argument("--features", type=Path, nargs="+", action="extend", required=True, metavar="PATH", help=where)
     io.add_data_flags(flags)
 
 

@@ -91,9 +91,7 @@ def check(image: Image, before: tuple[int, int], dtype: np.dtype) -> None:
     elif features.shape[1] != (before[1] or features.shape[1]):
         problem = f"features of {features.shape[1]} numbers, but the images before have {before[1]}"
         if len(features) in before and len(features) > features.shape[1]:
-            problem += (
-                f"; their shape {features.shape} looks like (numbers, regions): turn them, or store boxes with them"
-            )
+            problem += f"; their shape {features.shape} looks like (numbers, regions): turn them, or store boxes too"
     elif dtype == np.float16 and features.dtype != np.float16:
         problem = f"{features.dtype} features, but other images have float16; make them one type"
     elif not np.isfinite(np.asarray(features, dtype)).all():

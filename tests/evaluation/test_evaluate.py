@@ -325,6 +325,10 @@ def test_of_scores_of_folds_alone_the_table_has_the_folds_and_says_why_nothing_e
         assert "folds alone: between folds there are no scores, so nothing is ranked among all images" in out
         assert re.search("^chance, 4 images", out, re.MULTILINE)
         assert not re.search("^chance, 20 images", out, re.MULTILINE)
+    assert eval_program.main([*argv, "--checkpoint", str(trained_run)]) == 0  # an ensemble of these and of all scores
+    results, out = json.loads((tmp_path / "folds.json").read_text()), capsys.readouterr().out
+    assert (results["rsum"], results["row"]) == (expected["rsum"], "ensemble of 2, folds alone")
+    assert "all 20 images" not in out
     for wrong, words in (
         ([*argv, "--ranks", str(tmp_path / "r")], "--ranks cannot be had"),
         (["compare", *argv[:7], argv[-1], argv[-1]], "compare cannot be had"),
