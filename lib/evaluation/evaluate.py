@@ -163,7 +163,7 @@ class Source:
         """Turn saved scores that have captions first. Raises InputError where they do not fit split or flags."""
         folds, *size = self.saved.shape
         self.saved_parts = parts[1:] if folds > 1 else parts[:1]
-        found = f"{self.path}: {' x '.join(map(str, self.saved.shape if folds > 1 else size))} scores"
+        found = f"{self.path}: {' x '.join(map(str, size if folds == 1 else self.saved.shape))} scores"
         if folds > 1:
             needing = [f"--{name}" for name in ("eccv", "ranks", "save_sims") if getattr(settings, name, "")]
             needing += ["compare"] * (not isinstance(settings, EvaluationSettings))
@@ -193,7 +193,7 @@ def _read_scores(path: str) -> np.ndarray:
     if saved.ndim not in (2, 3) or saved.dtype.kind != "f":
         found = f"{saved.dtype} of {' x '.join(map(str, saved.shape))}"
         raise InputError(f"{path}: expected floating-point numbers, images x captions, found {found}")
-    return saved.reshape(-1, *saved.shape[-2:])
+    return saved if saved.ndim == 3 else saved[None]
 
 
 class Job(NamedTuple):

@@ -417,6 +417,8 @@ def complaint_of(argv, capsys):
     ("content", "complaint"),
     [
         (np.zeros((10, 49), np.float32), r"10 x 49 scores, but \S+ test has 10 images and 50 captions"),
+        (np.zeros((0, 0), np.float32), "0 x 0 scores, but"),
+        (np.zeros((0, 10, 50), np.float32), "0 x 10 x 50 scores, but"),
         (np.zeros((10, 50), np.int64), "expected floating-point numbers, images x captions, found int64 of 10 x 50"),
         (np.zeros((5, 2, 10), np.float32), "5 x 2 x 10 scores, of 5 folds without .* give --fold5, or use testall.py"),
         (
