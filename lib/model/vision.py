@@ -7,9 +7,11 @@ map, r regions, F features.
 
 import difflib
 import hashlib
+import inspect
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
@@ -22,10 +24,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.ops import MultiScaleRoIAlign
+from transformers import AutoImageProcessor
 
 from lib.model import registry
+from lib.model.backbone import IMAGE_PROCESSORS, build_backbone, fetch, load_backbone, read_config
 from lib.model.layers import upload
 
 FIRST_ANSWER = 8  # seconds that a server has
@@ -39,6 +45,17 @@ class Preprocessing(NamedTuple):
     resample: str  # "bilinear" or "bicubic", antialiased
     mean: tuple[float, ...]  # of the channels R, G, B in 0..1
     std: tuple[float, ...]
+
+
+def to_plain(preprocessing: Preprocessing) -> dict[str, Any]:
+    """As JSON has it."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in preprocessing._asdict().items()}
+
+
+def to_preprocessing(plain: dict[str, Any]) -> Preprocessing:
+    """From `to_plain`."""
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+    return Preprocessing(**fields)
 
 
 class Regions(NamedTuple):
@@ -78,6 +95,9 @@ FAMILIES = {  # by the beginning of their names
     "vit": Family("encoder", "encoder.layers", 0),
     "wide_resnet": Family("layer4", "", 2),
 }
+DETECTORS = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet")  # SSD's maps have no common width
+# Their weights are from a BatchNorm that adds nothing to the variance, as torchvision's builders know
+WITHOUT_EPSILON = [f"{kind}_resnet50_fpn" for kind in ("fasterrcnn", "keypointrcnn", "maskrcnn", "retinanet")]
 
 
 class VisionModel(nn.Module):
@@ -92,15 +112,17 @@ class VisionModel(nn.Module):
     preprocessing: Preprocessing
     categories: Sequence[str] = ()  # names of labels, of detectors
     body, stem = "", 0  # see Family
+    network: Any
     mean: Tensor
     std: Tensor
     pool: Tensor | None
 
     def __init__(self, name: str, network: nn.Module, preprocessing: Preprocessing, weights_file: str = ""):
         super().__init__()
-        self.name, self.network, self.weights_file = name, network.eval(), weights_file
+        self.name, self.network, self.weights_file = name, network, weights_file
         self.config: dict = {}  # for `build_vision`
         self.set_preprocessing(preprocessing)
+        self.eval()
 
     def set_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Take pictures that were made as `preprocessing` says."""
@@ -127,7 +149,7 @@ class VisionModel(nn.Module):
             boxes = torch.cat([torch.tensor([[0.0, 0.0, 1.0, 1.0]]), boxes])
         self.regions, self.boxes = len(boxes), boxes  # boxes: of a picture of height and width 1; on the CPU
         # The gradient of adaptive_avg_pool2d has no deterministic kernel on CUDA, a matrix product has
-        self.register_buffer("pool", pool if len(boxes) != h * w else None, persistent=False)
+        self.register_buffer("pool", None if grid == (h, w) and not whole else pool, persistent=False)
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         """The map (B, F, h, w) of normalised pixels (B, 3, H, W)."""
@@ -164,15 +186,11 @@ class VisionModel(nn.Module):
 
     def record(self) -> dict[str, Any]:
         """What made the regions, as plain types: `load_recorded` finds the same model again."""
-        preprocessing = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in self.preprocessing._asdict().items()
-        }
         return {
             "encoder": self.name,
             "weights": fingerprint(self.network),
             "weights_file": self.weights_file,
-            "preprocessing": preprocessing,
+            "preprocessing": to_plain(self.preprocessing),
             "regions": self.asked,
             "whole": self.whole,
             "width": self.width,
@@ -200,10 +218,7 @@ def build_vision(
 
 def load_recorded(record: dict[str, Any], weights: str = "") -> VisionModel:
     """The vision model that a `record` is of. weights: where they are now. Raises ValueError where they are others."""
-    fields: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in record["preprocessing"].items()
-    }
-    preprocessing, weights = Preprocessing(**fields), weights or record["weights_file"]
+    preprocessing, weights = to_preprocessing(record["preprocessing"]), weights or record["weights_file"]
     size = preprocessing.size[0]
     model = load_vision(record["encoder"], record["regions"], weights, size, record["whole"])
     if (found := fingerprint(model.network)) != record["weights"]:
@@ -265,17 +280,194 @@ class TorchvisionGrid(VisionModel):
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         features = self.network(pixels)["map"]
-        return features if features.dim() == 4 else tokens_to_map(features[:, 1:], pixels.shape)  # no class token
+        if features.dim() == 4:
+            return features
+        patches = features[:, 1:].mT  # (B, F, h * w), without the class token
+        return patches.unflatten(2, (math.isqrt(patches.shape[2]), -1))
+
+
+class TorchvisionDetector(VisionModel):
+    """A detector of torchvision: its best boxes after its own NMS, whatever their scores.
+
+    Features are pooled by RoIAlign from its own maps: of R-CNNs what the box head makes of a box, of RetinaNet and FCOS
+    the mean over the box.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        regions: int,
+        image_size: int = 0,
+        whole: bool = True,
+        weights: str | None = "",
+        config: dict | None = None,
+    ):
+        kind = name.partition(":")[2]
+        network = get_model(kind, weights=None, weights_backbone=None)
+        if weights is not None:
+            state = read_weights(weights) if weights else torchvision_weights(kind)
+            fit_weights(network, state, name, weights or kind)
+        if kind in WITHOUT_EPSILON:
+            for norm in network.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.eps = 0.0
+        own = network.transform
+        shorter = image_size or own.min_size[-1]
+        limits = (shorter, round(own.max_size * shorter / own.min_size[-1]))
+        super().__init__(
+            name,
+            network,
+            Preprocessing((0, 0), limits, "bilinear", tuple(own.image_mean), tuple(own.image_std)),
+            weights or "",
+        )
+        network.transform = _Padding(*limits, own.image_mean, own.image_std, own.size_divisible)
+        self.asked, self.whole, self.regions = regions, False, 0
+        self.categories = get_model_weights(kind).DEFAULT.meta["categories"]
+        chooser = network
+        if hasattr(network, "roi_heads"):
+            chooser = network.roi_heads
+            for kind in ("mask", "keypoint"):
+                for part in ("roi_pool", "head", "predictor"):
+                    setattr(chooser, f"{kind}_{part}", None)
+            self.roi_pool = chooser.box_roi_pool
+        else:
+            self.roi_pool = MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=2)
+        chooser.score_thresh = 0.0
+        chooser.detections_per_img = regions or chooser.detections_per_img
+        with torch.no_grad():  # RoIAlign takes the maps' scales from the first pictures that it sees
+            maps = network.backbone(torch.zeros(1, 3, 256, 256))
+            self.width = self.box_features(maps, [torch.tensor([[0.0, 0.0, 64.0, 64.0]])], [(256, 256)]).shape[1]
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        raise ValueError(f"{self.name} finds boxes and cannot be trained along; take a classifier or an hf: model")
+
+    def box_features(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        """Features (all boxes, F)."""
+        pooled = self.roi_pool(maps, boxes, sizes)
+        return self.network.roi_heads.box_head(pooled) if hasattr(self.network, "roi_heads") else pooled.mean((2, 3))
+
+    def describe(self, pictures: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Regions]:
+        # Padding changes what convolutions see: pictures go together where their own padding makes them alike
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, picture in enumerate(pictures):
+            alike[tuple(-(-side // self.network.transform.size_divisible) for side in picture.shape[1:])].append(i)
+        found = {}
+        for group in alike.values():
+            inputs = [self.normalize(upload(pictures[i], self.mean.device)) for i in group]
+            regions = self._describe_alike(inputs, [sizes[i] for i in group])
+            found.update(zip(group, regions, strict=True))
+        return [found[i] for i in range(len(pictures))]
+
+    def _describe_alike(self, inputs: list[Tensor], sizes: list[tuple[int, int]]) -> list[Regions]:
+        maps: dict[str, Tensor] = {}
+        with self.network.backbone.register_forward_hook(lambda module, given, output: maps.update(output)):
+            found = self.network(inputs)
+        shapes = [(one.shape[1], one.shape[2]) for one in inputs]
+        for (height, width), one in zip(shapes, found, strict=True):
+            if not len(one["boxes"]):
+                one["boxes"] = self.mean.new_tensor([[0, 0, width, height]])
+                one["labels"], one["scores"] = one["labels"].new_zeros(1), self.mean.new_zeros(1)
+        boxes = [one["boxes"] for one in found]
+        features = self.box_features(maps, boxes, shapes).split([len(one) for one in boxes])
+        scales = [torch.tensor([W / w, H / h] * 2) for (h, w), (H, W) in zip(shapes, sizes, strict=True)]
+        return [
+            Regions(rows, one["boxes"] * upload(scale, rows.device), torch.stack([one["labels"], one["scores"]], 1))
+            for rows, one, scale in zip(features, found, scales, strict=True)
+        ]
+
+    def stages(self) -> list[nn.Module]:
+        """The whole network: it is not trained."""
+        return [self.network]
+
+
+class _Padding(GeneralizedRCNNTransform):
+    """A detector's transformation for pictures that have their size and are normalised."""
+
+    def normalize(self, image: Tensor) -> Tensor:
+        return image
+
+    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
+        return image, target
+
+
+class HuggingFacePatches(VisionModel):
+    """A Transformer of the transformers library, of two towers the vision tower: the last states of its patches."""
+
+    def __init__(
+        self,
+        name: str,
+        regions: int,
+        image_size: int = 0,
+        whole: bool = True,
+        weights: str | None = "",
+        config: dict | None = None,
+    ):
+        source = name.partition(":")[2]
+        state = read_weights(weights) if weights else None
+        try:
+            config = config or _read_vision_config(source)
+            preprocessing, tower = to_preprocessing(config["preprocessing"]), dict(config)
+            tower.pop("preprocessing")
+            if tower["model_type"] == "siglip2_vision_model":
+                raise ValueError("a NaFlex model's pictures differ in size; take one of a fixed size")
+            network = build_backbone(tower) if weights is None else load_backbone(source, tower, state)
+        except Exception as error:  # of transformers, huggingface_hub, safetensors, ...
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise ValueError(f"{name} cannot be loaded: {reason}") from None
+        if image_size:
+            preprocessing = preprocessing._replace(size=(image_size, image_size))
+        super().__init__(name, network, preprocessing, weights or "")
+        self.config, self.patch = config, tower.get("patch_size")
+        lists = {path: one for path, one in network.named_modules() if isinstance(one, nn.ModuleList)}
+        self.body = max(lists, key=lambda path: sum(one.numel() for one in lists[path].parameters()))
+        self.options = {}
+        takes = inspect.signature(network.forward).parameters
+        if preprocessing.size != _pair(tower.get("image_size", 0)) and "interpolate_pos_encoding" in takes:
+            self.options = {"interpolate_pos_encoding": True}
+        self.set_regions(regions, whole=False)
+
+    def feature_map(self, pixels: Tensor) -> Tensor:
+        states = self.network(pixel_values=pixels, **self.options).last_hidden_state
+        if states.dim() == 4:
+            return states
+        h, w = (side // size for side, size in zip(pixels.shape[2:], _pair(self.patch), strict=True))
+        if states.shape[1] < h * w:
+            raise ValueError("its states are not those of patches")
+        return states[:, -h * w :].mT.unflatten(2, (h, w))  # without the class and register tokens before them
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _read_vision_config(source: str) -> dict:
+    """The configuration of a vision model, its image processor's under "preprocessing"."""
+    config = read_config(source, "vision_config", IMAGE_PROCESSORS)
+    folder = fetch(source, beside=IMAGE_PROCESSORS)
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True).to_dict()
+    sides = processor.get("crop_size" if processor.get("do_center_crop") else "size") or {}
+    height, width = (
+        sides.get(side) or sides.get("shortest_edge") or config.get("image_size", 0) for side in ("height", "width")
+    )
+    mean, std = processor["image_mean"], processor["image_std"]
+    if not processor.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    resample = "bilinear" if processor.get("resample") in (2, "bilinear") else "bicubic"
+    return config | {
+        "preprocessing": to_plain(Preprocessing((height, width), (0, 0), resample, tuple(mean), tuple(std)))
+    }
 
 
 def torchvision_model(name: str, **options: Any) -> VisionModel:
     """torchvision's classifier or detector of a name."""
-    return TorchvisionGrid(name, **options)
+    detector = name.partition(":")[2].startswith(DETECTORS)
+    return TorchvisionDetector(name, **options) if detector else TorchvisionGrid(name, **options)
 
 
 def torchvision_names() -> list[str]:
-    """torchvision's classifiers."""
-    return [name for name in list_models(module=torchvision.models) if name.startswith(tuple(FAMILIES))]
+    """torchvision's classifiers and detectors."""
+    names = list_models(module=torchvision.models) + list_models(module=torchvision.models.detection)
+    return [name for name in names if name.startswith((*FAMILIES, *DETECTORS))]
 
 
 def torchvision_weights(kind: str) -> dict[str, Tensor]:
@@ -324,7 +516,7 @@ def _clean(state: dict[str, Any]) -> dict[str, Tensor]:
     return {re.sub(r"(denselayer\d+\.(norm|conv))\.(\d)", r"\1\3", new): state[old] for old, new in names.items()}
 
 
-def fit_weights(network: nn.Module, state: dict[str, Tensor], name: str, path: str, others: Iterable[str]) -> None:
+def fit_weights(network: nn.Module, state: dict[str, Tensor], name: str, path: str, others: Iterable[str] = ()) -> None:
     """Give weights to a network. others: names that may be among them, too. Raises ValueError where they do not fit."""
     wanted = {key: value.shape for key, value in network.state_dict().items() if not key.endswith(COUNTER)}
     known = {*wanted, *others}
@@ -373,12 +565,6 @@ def pooled_cells(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
 def _window(i: int, size: int, n: int) -> tuple[float, float]:
     """Where the i-th of n windows over `size` cells begins and ends, in fractions."""
     return i * size // n / size, -(-(i + 1) * size // n) / size
-
-
-def tokens_to_map(tokens: Tensor, pixels: Sequence[int]) -> Tensor:
-    """Patch tokens (B, h * w, F) as a map (B, F, h, w). pixels: the pictures' shape (B, 3, H, W)."""
-    patch = math.sqrt(pixels[2] * pixels[3] / tokens.shape[1])
-    return tokens.mT.unflatten(2, (round(pixels[2] / patch), -1))
 
 
 def _parts(module: nn.Module, body: nn.Module) -> Iterator[nn.Module]:

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+import transformers
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -94,14 +95,13 @@ def test_a_map_is_pooled_to_the_largest_grid_of_its_aspect_ratio():
     assert vision.pooled_shape(2, 90, 36) == (1, 36)
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "densenet121", "swin_t", "vit_b_32", "maxvit_t"])
+@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "densenet121", "swin_t", "vit_b_32"])
 def test_stages_hold_every_parameter_once_the_top_one_first(name):
     with torch.device("meta"):
         model = build_vision(f"torchvision:{name}", {}, 36)
     assert_stages_hold_every_parameter_once(model)
     assert len(model.stages()) == 5
-    of_stem = {"vit_b_32": "class_token", "maxvit_t": "stem.0.0.weight", "resnet18": "conv1.weight"}
-    lowest = of_stem.get(name, next(iter(model.network.state_dict())))
+    lowest = "class_token" if name == "vit_b_32" else next(iter(model.network.state_dict()))
     assert any(one is model.network.get_parameter(lowest) for one in model.stages()[-1].parameters())
 
 
@@ -118,6 +118,170 @@ def test_training_reaches_every_parameter_and_a_picture_is_independent_of_its_ba
     assert model.regions == 4
     together.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# Detectors
+
+
+DETECTORS = {  # what the library's own detector is made with, to do as ours does
+    "fasterrcnn_mobilenet_v3_large_320_fpn": {"box_score_thresh": 0.0, "box_detections_per_img": 5},
+    "maskrcnn_resnet50_fpn": {"box_score_thresh": 0.0, "box_detections_per_img": 5},
+    "retinanet_resnet50_fpn": {"score_thresh": 0.0, "detections_per_img": 5},
+}
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_a_detectors_regions_are_its_best_boxes_with_features_of_its_own_maps(kind, monkeypatch):
+    torch.manual_seed(0)
+    sides = {"min_size": 96, "max_size": {"fasterrcnn_mobilenet_v3_large_320_fpn": 192}.get(kind, 160)}
+    detector = torchvision.models.get_model(kind, weights=None, weights_backbone=None, **DETECTORS[kind], **sides)
+    for norm in detector.modules():
+        if isinstance(norm, nn.BatchNorm2d) and "resnet50" in kind:
+            norm.eps = 0.0  # as it is with torchvision's own weights
+    monkeypatch.setattr(vision, "read_weights", lambda path: detector.eval().state_dict())
+    model = load_vision(f"torchvision:{kind}", 5, "file", image_size=96)
+    assert model.preprocessing.limits == (96, sides["max_size"])
+    inputs = [pictures(1, side)[0, :, :96] for side in (120, 130, 128)]  # the first and the last are padded alike
+    for one in (detector, model.network):
+        if hasattr(one, "rpn"):
+            one.rpn._post_nms_top_n = {"testing": 50}  # of 1000 proposals: for speed
+    taken = []
+    detector.backbone.register_forward_hook(lambda module, given, output: taken.append(output))
+    with torch.inference_mode():
+        found = model.describe(inputs, [(96, 120), (960, 1300), (48, 64)])
+        own = [detector([picture / 255])[0] for picture in inputs]
+        for regions, expected, picture, maps, scale in zip(found, own, inputs, taken, (1, 10, 0.5), strict=True):
+            if kind.startswith("retinanet"):
+                pool = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
+                features = pool(maps, [expected["boxes"]], [picture.shape[1:]]).mean((2, 3))
+            else:
+                heads = detector.roi_heads
+                features = heads.box_head(heads.box_roi_pool(maps, [expected["boxes"]], [picture.shape[1:]]))
+            torch.testing.assert_close(regions.boxes, expected["boxes"] * scale, rtol=1e-3, atol=1e-2)
+            torch.testing.assert_close(regions.features, features, rtol=1e-3, atol=1e-3)
+            objects = torch.stack([expected["labels"], expected["scores"]], 1)
+            torch.testing.assert_close(regions.objects, objects, rtol=1e-3, atol=1e-5)
+            assert regions.features.shape == (5, model.width)
+    assert model.categories[1] == "person"
+    assert_stages_hold_every_parameter_once(model)
+    with pytest.raises(ValueError, match="cannot be trained along"):
+        model(pictures())
+
+
+def test_a_picture_in_which_nothing_is_found_is_one_region():
+    model = build_vision("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", {}, 5, 64)
+    model.network.roi_heads.score_thresh = 1.0
+    with torch.inference_mode():
+        (found,) = model.describe([pictures(1)[0]], [(640, 320)])
+    assert found.boxes.tolist() == [[0, 0, 320, 640]]
+    assert found.objects.tolist() == [[0, 0]]
+    assert found.features.shape == (1, 1024)
+
+
+# Hugging Face
+
+SIDES = {"image_size": 32, "patch_size": 8}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2, **SIDES}
+TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "vocab_size": 8}
+DINO = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, **SIDES}
+SQUARE, SHORTEST = {"height": 32, "width": 32}, {"shortest_edge": 40}
+TRANSFORMERS = {  # configuration, image processor, what gives the last states of the patches, tokens before them
+    "clip": (
+        lambda: transformers.CLIPConfig(text_config=TEXT, vision_config=VISION),
+        lambda: transformers.CLIPImageProcessor(size=SHORTEST, crop_size=SQUARE),
+        lambda model: model.vision_model.encoder,
+        1,
+    ),
+    "siglip": (
+        lambda: transformers.SiglipConfig(text_config=TEXT, vision_config=VISION),
+        lambda: transformers.SiglipImageProcessor(size=SQUARE),
+        lambda model: model.vision_model.post_layernorm,
+        0,
+    ),
+    "dinov2": (
+        lambda: transformers.Dinov2Config(**DINO),
+        lambda: transformers.BitImageProcessor(size=SHORTEST, crop_size=SQUARE),
+        lambda model: model.layernorm,
+        1,
+    ),
+    "dinov2_with_registers": (
+        lambda: transformers.Dinov2WithRegistersConfig(**DINO),
+        lambda: transformers.BitImageProcessor(size=SHORTEST, crop_size=SQUARE),
+        lambda model: model.layernorm,
+        5,
+    ),
+    "vit": (
+        lambda: transformers.ViTConfig(**VISION),
+        lambda: transformers.ViTImageProcessor(size=SQUARE),
+        lambda model: model.layernorm,
+        1,
+    ),
+}
+
+
+def write_transformer(kind: str, folder) -> str:
+    """A model of random weights as it lies on the hub."""
+    config, processor, *_ = TRANSFORMERS[kind]
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(config()).save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_a_transformers_regions_are_the_last_states_of_its_patches(kind, tmp_path):
+    model = load_vision(write_transformer(kind, tmp_path), 4)
+    own = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    taken = []
+    _, _, last, before = TRANSFORMERS[kind]
+    last(own).register_forward_hook(lambda module, given, output: taken.append(output))
+    inputs = processor(list(pictures(2, 32)), do_resize=False, do_center_crop=False, return_tensors="pt")
+    tower = getattr(own, "vision_model", own)
+    tower(inputs["pixel_values"])
+    states = taken[0] if isinstance(taken[0], torch.Tensor) else taken[0].last_hidden_state
+    assert states.shape[1] == 16 + before
+    maps = states[:, before:].mT.unflatten(2, (4, 4))
+    features = model(pictures(2, 32))
+    torch.testing.assert_close(features, adaptive_avg_pool2d(maps, 2).flatten(2).mT, rtol=1e-4, atol=1e-5)
+    assert model.preprocessing.size == (32, 32)
+    assert model.preprocessing.resample == ("bilinear" if kind == "vit" else "bicubic")
+    assert model.describe(pictures(1, 32), [(64, 128)])[0].boxes[1].tolist() == [64, 0, 128, 32]
+    features.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert_stages_hold_every_parameter_once(model)
+    assert [len(stage) for stage in model.stages()][-1:] == [2 if kind == "clip" else 1]  # embeddings, and CLIP's norm
+    larger = load_vision(model.name, 0, image_size=64)
+    assert larger.regions == 64
+
+
+def test_a_transformer_is_found_by_its_record_and_built_without_its_files(tmp_path):
+    model = load_vision(write_transformer("siglip", tmp_path / "model"), 4)
+    assert load_recorded(json.loads(json.dumps(model.record()))).record() == model.record()
+    weights = str((tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights.safetensors"))
+    from_file = load_vision(model.name, 4, weights)
+    assert torch.equal(from_file(pictures(1, 32)), model(pictures(1, 32)))
+    built = build_vision("hf:elsewhere", json.loads(json.dumps(model.config)), 4)
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(built(pictures(1, 32)), model(pictures(1, 32)))
+
+
+def test_a_transformer_that_cannot_be_used_is_refused_in_one_line(tmp_path):
+    naflex = {name: value for name, value in VISION.items() if name != "image_size"}
+    transformers.Siglip2Config(text_config=TEXT, vision_config=naflex).save_pretrained(tmp_path / "naflex")
+    transformers.Siglip2ImageProcessor().save_pretrained(tmp_path / "naflex")
+    transformers.ViTConfig(**VISION).save_pretrained(tmp_path / "bare")
+    (tmp_path / "empty").mkdir()
+    for name, reason in (
+        ("naflex", "NaFlex"),
+        ("bare", "image processor"),
+        ("empty", "config"),
+        ("no", "no such fold"),
+    ):
+        with pytest.raises(ValueError, match=f"^hf:{tmp_path}/{name} cannot be loaded: .*{reason}") as caught:
+            load_vision(f"hf:{tmp_path / name}")
+        assert "\n" not in str(caught.value)
 
 
 # Weights
