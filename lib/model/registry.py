@@ -25,7 +25,9 @@ GATES = {
 }
 IMAGE_ENCODERS = {"regions": "lib.model.encoders:RegionEncoder"}
 TEXT_ENCODERS = {"transformer": "lib.model.encoders:TextEncoder"}
-VISION = {  # by what stands before the colon of a vision model's name
+# By what stands before the colon of a vision model's name; called with (name, regions, image_size, whole, weights,
+# config), where weights are "" (its own), a file, or None (random).
+VISION = {
     "torchvision": "lib.model.vision:torchvision_model",
     "hf": "lib.model.vision:HuggingFacePatches",
     "scenes": "lib.prepare.scenes.features:SceneVision",

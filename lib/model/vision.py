@@ -11,7 +11,6 @@ import inspect
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
@@ -72,7 +71,6 @@ class Family(NamedTuple):
     cut: str = "features"  # the node, or the module whose last node, that gives the feature map (or tokens)
     body: str = "features"  # the module whose children are the blocks
     stem: int = 1  # so many of them belong to the stem
-    options: dict = {}  # noqa: RUF012  (of the builder, where its weights are not torchvision's own)
 
 
 FAMILIES = {  # by the beginning of their names
@@ -80,8 +78,8 @@ FAMILIES = {  # by the beginning of their names
     "convnext": Family(),
     "densenet": Family(cut="relu", stem=2),
     "efficientnet": Family(),
-    "googlenet": Family("inception5b", "", 3, {"transform_input": True, "aux_logits": True, "init_weights": False}),
-    "inception": Family("Mixed_7c", "", 5, {"transform_input": True, "aux_logits": True, "init_weights": False}),
+    "googlenet": Family("inception5b", "", 3),
+    "inception": Family("Mixed_7c", "", 5),
     "maxvit": Family("blocks", "blocks", 0),
     "mnasnet": Family("layers", "layers", 6),
     "mobilenet": Family(),
@@ -95,7 +93,7 @@ FAMILIES = {  # by the beginning of their names
     "vit": Family("encoder", "encoder.layers", 0),
     "wide_resnet": Family("layer4", "", 2),
 }
-DETECTORS = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet")  # SSD's maps have no common width
+DETECTORS = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet")  # the maps of SSD have no common width
 # Their weights are from a BatchNorm that adds nothing to the variance, as torchvision's builders know
 WITHOUT_EPSILON = [f"{kind}_resnet50_fpn" for kind in ("fasterrcnn", "keypointrcnn", "maskrcnn", "retinanet")]
 
@@ -139,8 +137,8 @@ class VisionModel(nn.Module):
             with torch.no_grad():
                 _, self.width, h, w = self.feature_map(torch.zeros(1, 3, height, width)).shape
         except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{self.name} does not take pictures of {height} x {width} pixels ({reason})") from None
+            sides = f"{height} x {width} pixels"
+            raise ValueError(f"{self.name} does not take pictures of {sides} ({_reason(error)})") from None
         grid = pooled_shape(h, w, asked)
         each = adaptive_avg_pool2d(torch.eye(h * w).view(h * w, h, w), grid)  # what a cell of the map gives to each
         pool, boxes = each.flatten(1).T, pooled_cells((h, w), grid)
@@ -206,20 +204,21 @@ def load_vision(
     instead of the library's own weights, which are fetched once. image_size: pixels of each side, 0 = the model's own.
     whole: classifiers add a region of the whole picture. Raises ValueError.
     """
-    return _make(name, regions=regions, image_size=image_size, whole=whole, weights=weights)
+    return _make(name, regions, image_size, whole, weights, None)
 
 
 def build_vision(
     name: str, config: dict | None = None, regions: int = 36, image_size: int = 0, whole: bool = False
 ) -> VisionModel:
     """A vision model of random weights, for a checkpoint's; nothing is fetched. config: `VisionModel.config`."""
-    return _make(name, regions=regions, image_size=image_size, whole=whole, weights=None, config=config)
+    return _make(name, regions, image_size, whole, None, config)
 
 
 def load_recorded(record: dict[str, Any], weights: str = "") -> VisionModel:
     """The vision model that a `record` is of. weights: where they are now. Raises ValueError where they are others."""
     preprocessing, weights = to_preprocessing(record["preprocessing"]), weights or record["weights_file"]
-    size = preprocessing.size[0]
+    height, width = preprocessing.size
+    size = (height or preprocessing.limits[0]) if height == width else 0
     model = load_vision(record["encoder"], record["regions"], weights, size, record["whole"])
     if (found := fingerprint(model.network)) != record["weights"]:
         where = weights or "those of the library"
@@ -231,37 +230,31 @@ def load_recorded(record: dict[str, Any], weights: str = "") -> VisionModel:
     return model
 
 
-def _make(name: str, **options: Any) -> VisionModel:
+def _make(name: str, *options: Any) -> VisionModel:
     family, _, rest = name.partition(":")
     if family not in registry.VISION or (family == "torchvision" and rest not in torchvision_names()):
         known = [f"torchvision:{one}" for one in torchvision_names()]
         known += [one for one in registry.VISION if one not in ("torchvision", "hf")]
         nearest = difflib.get_close_matches(name if rest else f"torchvision:{name}", known, 3, cutoff=0)
         raise ValueError(f"no vision model is named {name}; the nearest are {', '.join(nearest)} (or hf:NAME)")
-    return registry.find("vision", family)(name, **options)
+    return registry.find("vision", family)(name, *options)
 
 
 class TorchvisionGrid(VisionModel):
     """A classifier of torchvision without pooling and classifier: the cells of its last feature map."""
 
-    def __init__(
-        self,
-        name: str,
-        regions: int,
-        image_size: int = 0,
-        whole: bool = True,
-        weights: str | None = "",
-        config: dict | None = None,
-    ):
+    def __init__(self, name: str, regions: int, image_size: int, whole: bool, weights: str | None, config: dict | None):
         kind = name.partition(":")[2]
         family = FAMILIES[next(prefix for prefix in FAMILIES if kind.startswith(prefix))]
         preset = get_model_weights(kind).DEFAULT.transforms()
         size = image_size or preset.crop_size[0]
-        options = dict(family.options)
+        options: dict[str, Any] = {}
         if kind.startswith("vit"):
-            options["image_size"] = size
-        if kind.startswith("maxvit"):
-            options["input_size"] = (size, size)
+            options = {"image_size": size}
+        elif kind.startswith("maxvit"):
+            options = {"input_size": (size, size)}
+        elif kind.startswith(("googlenet", "inception")):
+            options = {"transform_input": True, "aux_logits": True, "init_weights": False}  # as with its own weights
         try:
             classifier = get_model(kind, weights=None, **options)
         except (ValueError, AssertionError) as error:
@@ -293,15 +286,7 @@ class TorchvisionDetector(VisionModel):
     the mean over the box.
     """
 
-    def __init__(
-        self,
-        name: str,
-        regions: int,
-        image_size: int = 0,
-        whole: bool = True,
-        weights: str | None = "",
-        config: dict | None = None,
-    ):
+    def __init__(self, name: str, regions: int, image_size: int, whole: bool, weights: str | None, config: dict | None):
         kind = name.partition(":")[2]
         network = get_model(kind, weights=None, weights_backbone=None)
         if weights is not None:
@@ -314,12 +299,8 @@ class TorchvisionDetector(VisionModel):
         own = network.transform
         shorter = image_size or own.min_size[-1]
         limits = (shorter, round(own.max_size * shorter / own.min_size[-1]))
-        super().__init__(
-            name,
-            network,
-            Preprocessing((0, 0), limits, "bilinear", tuple(own.image_mean), tuple(own.image_std)),
-            weights or "",
-        )
+        preprocessing = Preprocessing((0, 0), limits, "bilinear", tuple(own.image_mean), tuple(own.image_std))
+        super().__init__(name, network, preprocessing, weights or "")
         network.transform = _Padding(*limits, own.image_mean, own.image_std, own.size_divisible)
         self.asked, self.whole, self.regions = regions, False, 0
         self.categories = get_model_weights(kind).DEFAULT.meta["categories"]
@@ -347,33 +328,21 @@ class TorchvisionDetector(VisionModel):
         return self.network.roi_heads.box_head(pooled) if hasattr(self.network, "roi_heads") else pooled.mean((2, 3))
 
     def describe(self, pictures: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Regions]:
-        # Padding changes what convolutions see: pictures go together where their own padding makes them alike
-        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, picture in enumerate(pictures):
-            alike[tuple(-(-side // self.network.transform.size_divisible) for side in picture.shape[1:])].append(i)
-        found = {}
-        for group in alike.values():
-            inputs = [self.normalize(upload(pictures[i], self.mean.device)) for i in group]
-            regions = self._describe_alike(inputs, [sizes[i] for i in group])
-            found.update(zip(group, regions, strict=True))
-        return [found[i] for i in range(len(pictures))]
+        # One after the other: padding to a common size would change what the convolutions see
+        return [self._describe(*pair) for pair in zip(pictures, sizes, strict=True)]
 
-    def _describe_alike(self, inputs: list[Tensor], sizes: list[tuple[int, int]]) -> list[Regions]:
+    def _describe(self, picture: Tensor, size: tuple[int, int]) -> Regions:
         maps: dict[str, Tensor] = {}
         with self.network.backbone.register_forward_hook(lambda module, given, output: maps.update(output)):
-            found = self.network(inputs)
-        shapes = [(one.shape[1], one.shape[2]) for one in inputs]
-        for (height, width), one in zip(shapes, found, strict=True):
-            if not len(one["boxes"]):
-                one["boxes"] = self.mean.new_tensor([[0, 0, width, height]])
-                one["labels"], one["scores"] = one["labels"].new_zeros(1), self.mean.new_zeros(1)
-        boxes = [one["boxes"] for one in found]
-        features = self.box_features(maps, boxes, shapes).split([len(one) for one in boxes])
-        scales = [torch.tensor([W / w, H / h] * 2) for (h, w), (H, W) in zip(shapes, sizes, strict=True)]
-        return [
-            Regions(rows, one["boxes"] * upload(scale, rows.device), torch.stack([one["labels"], one["scores"]], 1))
-            for rows, one, scale in zip(features, found, scales, strict=True)
-        ]
+            (found,) = self.network([self.normalize(upload(picture, self.mean.device))])
+        boxes, labels, scores = found["boxes"], found["labels"], found["scores"]
+        height, width = picture.shape[1:]
+        if not len(boxes):
+            boxes = self.mean.new_tensor([[0, 0, width, height]])
+            labels = scores = self.mean.new_zeros(1)
+        features = self.box_features(maps, [boxes], [(height, width)])
+        scale = torch.tensor([size[1] / width, size[0] / height] * 2)
+        return Regions(features, boxes * upload(scale, boxes.device), torch.stack([labels, scores], 1))
 
     def stages(self) -> list[nn.Module]:
         """The whole network: it is not trained."""
@@ -393,15 +362,7 @@ class _Padding(GeneralizedRCNNTransform):
 class HuggingFacePatches(VisionModel):
     """A Transformer of the transformers library, of two towers the vision tower: the last states of its patches."""
 
-    def __init__(
-        self,
-        name: str,
-        regions: int,
-        image_size: int = 0,
-        whole: bool = True,
-        weights: str | None = "",
-        config: dict | None = None,
-    ):
+    def __init__(self, name: str, regions: int, image_size: int, whole: bool, weights: str | None, config: dict | None):
         source = name.partition(":")[2]
         state = read_weights(weights) if weights else None
         try:
@@ -412,8 +373,8 @@ class HuggingFacePatches(VisionModel):
                 raise ValueError("a NaFlex model's pictures differ in size; take one of a fixed size")
             network = build_backbone(tower) if weights is None else load_backbone(source, tower, state)
         except Exception as error:  # of transformers, huggingface_hub, safetensors, ...
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise ValueError(f"{name} cannot be loaded: {reason}") from None
+            what = f"{name} with {weights}" if weights else name
+            raise ValueError(f"{what} cannot be loaded: {_reason(error)}") from None
         if image_size:
             preprocessing = preprocessing._replace(size=(image_size, image_size))
         super().__init__(name, network, preprocessing, weights or "")
@@ -458,10 +419,9 @@ def _read_vision_config(source: str) -> dict:
     }
 
 
-def torchvision_model(name: str, **options: Any) -> VisionModel:
+def torchvision_model(name: str, *options: Any) -> VisionModel:
     """torchvision's classifier or detector of a name."""
-    detector = name.partition(":")[2].startswith(DETECTORS)
-    return TorchvisionDetector(name, **options) if detector else TorchvisionGrid(name, **options)
+    return (TorchvisionDetector if name.partition(":")[2].startswith(DETECTORS) else TorchvisionGrid)(name, *options)
 
 
 def torchvision_names() -> list[str]:
@@ -471,7 +431,7 @@ def torchvision_names() -> list[str]:
 
 
 def torchvision_weights(kind: str) -> dict[str, Tensor]:
-    """torchvision's best weights of a model, from its cache or fetched. Raises ValueError where no server answers."""
+    """torchvision's weights of a model, from its cache or fetched. Raises ValueError where no server answers."""
     weights = get_model_weights(kind).DEFAULT
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
     try:
@@ -499,8 +459,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file of weights") from None
     except Exception as error:  # of zipfile, pickle, safetensors, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: cannot be read as weights ({reason})") from None
+        raise ValueError(f"{path}: cannot be read as weights ({_reason(error)})") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -532,6 +491,11 @@ def fit_weights(network: nn.Module, state: dict[str, Tensor], name: str, path: s
 
 
 COUNTER = "num_batches_tracked"  # of BatchNorm; older files lack it
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a library's message."""
+    return next(iter(str(error).strip().splitlines()), "").split(". ")[0] or type(error).__name__
 
 
 def _first(names: list[str]) -> str:

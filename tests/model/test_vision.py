@@ -141,7 +141,7 @@ def test_a_detectors_regions_are_its_best_boxes_with_features_of_its_own_maps(ki
     monkeypatch.setattr(vision, "read_weights", lambda path: detector.eval().state_dict())
     model = load_vision(f"torchvision:{kind}", 5, "file", image_size=96)
     assert model.preprocessing.limits == (96, sides["max_size"])
-    inputs = [pictures(1, side)[0, :, :96] for side in (120, 130, 128)]  # the first and the last are padded alike
+    inputs = [pictures(1, side)[0, :, :96] for side in (120, 130, 128)]
     for one in (detector, model.network):
         if hasattr(one, "rpn"):
             one.rpn._post_nms_top_n = {"testing": 50}  # of 1000 proposals: for speed
@@ -276,7 +276,7 @@ def test_a_transformer_that_cannot_be_used_is_refused_in_one_line(tmp_path):
     for name, reason in (
         ("naflex", "NaFlex"),
         ("bare", "image processor"),
-        ("empty", "config"),
+        ("empty", "Unrecognized model"),
         ("no", "no such fold"),
     ):
         with pytest.raises(ValueError, match=f"^hf:{tmp_path}/{name} cannot be loaded: .*{reason}") as caught:
