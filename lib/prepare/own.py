@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     split_of = given or draw_splits(captions, args.dev, args.test, args.seed)
     there = [split for split in dict.fromkeys(SPLITS.values()) if split in split_of.values()]
     splits = {split: {one: captions[one] for one in captions if split_of[one] == split} for split in there}
+    if not {"train", "dev"}.issubset(there):
+        print(f"splits: {', '.join(there)}; training needs train and dev, drawn where no column is called split")
     ids = {}
     if args.id_mapping:
         with refusing(f"--id_mapping {args.id_mapping}: not a JSON object of image ids and file names"):

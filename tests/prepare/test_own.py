@@ -97,6 +97,16 @@ def test_the_images_of_a_split_are_in_the_order_in_which_they_appear(tmp_path, r
     assert {path.name.split("_")[0] for path in folder.iterdir()} == {"train"}
 
 
+@pytest.mark.parametrize(("splits", "told"), [(("train",), True), (("train", "test"), True), (("train", "dev"), False)])
+def test_a_file_whose_splits_cannot_be_trained_on_is_told_so(tmp_path, run, splits, told):
+    rows = make_rows(splits={f"image {n}": splits[n % len(splits)] for n in range(8)})
+    out = run(
+        write_captions(tmp_path / "c.jsonl", rows), write_store(tmp_path / "store", make_images(captions_of(rows)))
+    )[1]
+    line = f"splits: {', '.join(splits)}; training needs train and dev, drawn where no column is called split\n"
+    assert (line in out) == told
+
+
 def test_the_draw_depends_on_ids_and_seed_and_not_on_the_order_of_lines():
     ids = [f"image {n}" for n in range(200)]
     drawn = draw_splits(ids, 0.1, 0.2, 0)
