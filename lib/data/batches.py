@@ -159,12 +159,12 @@ class ImageBatches(Dataset):
 def _read(features: FeatureFile, rows: np.ndarray, half: bool) -> Tensor:
     """Features (n, img_dim) of rows (n,), in float16 if `half`, else in the file's precision."""
     dtype = torch.float16 if half or features.dtype == np.float16 else torch.float32
-    read = _allocate((len(rows), features.img_dim), dtype)
+    read = allocate((len(rows), features.img_dim), dtype)
     features.read_rows(rows, out=read.numpy())
     return read
 
 
-def _allocate(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An empty tensor; in a worker it lies in shared memory, which saves a copy on its way to the main process."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)

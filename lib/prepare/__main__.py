@@ -11,6 +11,7 @@ COMMANDS = {
     "download": "fetch Flickr30K's and COCO's region features from Kaggle",
     "tsv": "bottom-up attention TSV files -> a store of region features",
     "karpathy": "Karpathy's captions and splits + features by image id -> a data set",
+    "images": "a folder of pictures + captions -> a data set, its regions made by a vision model",
     "own": "your own captions + features by image id -> a data set",
     "scenes": "draw the project's own data set: pictures of shapes, their captions and region features",
     "verify": "read a data set once and say everything that is wrong with it",

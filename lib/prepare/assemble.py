@@ -2,7 +2,7 @@
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,35 +37,17 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 class Features:
     """The features of all paths together; of an id that several have, the first counts."""
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Sequence[Path]):
         """Raises InputError where a path holds no features, or damaged ones."""
         self._readers: dict[str, Callable[[], Image]] = {}
         for image_id, reader in (one for path in paths for one in _open(path)):
             self._readers.setdefault(image_id, reader)
-        self.ids = list(self._readers)
+        self.ids, self.folders = list(self._readers), [path if path.is_dir() else path.parent for path in paths]
         self.notes: dict[str, set[str]] = defaultdict(set)  # what is worth a line, and of which ids
 
     def match(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """Image id -> id of its features, for those that have some; prints how they were matched, and an example.
-
-        names: kind of name (`filename`) -> image id -> name. One kind and one of WAYS count for all images: those that
-        find most. Raises InputError where they find none, or are not the first and find only a small part.
-        """
-        images = list(dict.fromkeys(image_id for wanted in names.values() for image_id in wanted))
-        tried = [
-            (f"{kind}, {way}", _pair(part, wanted, self.ids))
-            for (way, part), (kind, wanted) in product(WAYS.items(), names.items())
-        ]
-        how, found = max(tried, key=lambda one: len(one[1]))  # of equal ones the first
-        if not found or (how != tried[0][0] and len(found) < LEAST_SHARE * min(len(images), len(self.ids))):
-            captioned, featured = some(images, "image"), some(self.ids, "image")
-            common = f"{len(found) or 'none'} in common" + f" (by {how})" * bool(found)
-            raise InputError(f"--features: the captions are of {captioned}, the features of {featured}: {common}")
-        image_id, example = next(iter(found.items()))
-        print(f"matched by {how}: {len(found):,} of {len(images):,} images, {image_id} is {example}")
-        for other in [one for one, pairs in tried if len(pairs) == len(found) and pairs != found][:1]:
-            print(f"{other} would match as many images, with other features: look which is right")
-        return found
+        """Image id -> id of its features, see `match`."""
+        return match(names, self.ids, "--features", "features")
 
     def read(self, found: str) -> Image:
         """The image of one of `ids`. Raises InputError where it is not sound."""
@@ -83,6 +65,31 @@ class Features:
         return round(np.mean([features.size for features in sample]) * dtype.itemsize * len(found)), dtype
 
 
+def match(names: Mapping[str, Mapping[str, str]], ids: Sequence[str], flag: str, what: str) -> dict[str, str]:
+    """Image id -> the one of `ids` that is its own, where there is one; prints how they were matched, and an example.
+
+    names: kind of name (`filename`) -> image id -> name. One kind and one of WAYS count for all images: those that
+    find most. flag: what gave the ids, which are those of `what`, for messages. Raises InputError where they find none,
+    or are not the first and find only a small part.
+    """
+    images = list(dict.fromkeys(image_id for wanted in names.values() for image_id in wanted))
+    tried = [
+        (f"{kind}, {way}", _pair(part, wanted, ids))
+        for (way, part), (kind, wanted) in product(WAYS.items(), names.items())
+    ]
+    how, found = max(tried, key=lambda one: len(one[1]))  # of equal ones the first
+    if not found or (how != tried[0][0] and len(found) < LEAST_SHARE * min(len(images), len(ids))):
+        common = f"{len(found) or 'none'} in common" + f" (by {how})" * bool(found)
+        raise InputError(
+            f"{flag}: the captions are of {some(images, 'image')}, the {what} of {some(ids, 'image')}: {common}"
+        )
+    image_id, example = next(iter(found.items()))
+    print(f"matched by {how}: {len(found):,} of {len(images):,} images, {image_id} is {example}")
+    for other in [one for one, pairs in tried if len(pairs) == len(found) and pairs != found][:1]:
+        print(f"{other} would match as many images, with other {what}: look which is right")
+    return found
+
+
 def write_dataset(
     folder: Path,
     splits: Mapping[str, Mapping[str, Sequence[str]]],
@@ -91,10 +98,10 @@ def write_dataset(
 ) -> None:
     """Write a data set, and print what it holds.
 
-    splits: name -> image id -> captions. names: what the features of an image may be called, see `Features.match`.
-    Images without features are left out, named, and listed in {split}_missing.txt; images in no split, which have no
-    captions, in without_captions.txt. Raises InputError where too few images have features, the name is taken, the disk
-    has not the room, or features are not sound.
+    splits: name -> image id -> captions. names: what the features of an image may be called, see `match`. Images
+    without features are left out, named, and listed in {split}_missing.txt; images in no split, which have no captions,
+    in without_captions.txt. Raises InputError where too few images have features, the name is taken, the disk has not
+    the room, or features are not sound.
     """
     captioned = {image_id for captions in splits.values() for image_id in captions}
     without = sorted({image_id for wanted in names.values() for image_id in wanted}.difference(captioned))
@@ -102,31 +109,50 @@ def write_dataset(
     used = [one for image_id, one in found.items() if image_id in captioned]
     if not used:
         raise InputError(f"--features: no image that has features has captions, {next(iter(found))} for one")
-    size, dtype = features.summarise(used)
-    rows, left_out, counts = [], {}, []
     with new_folder(folder, "--data_name") as temporary:
-        check_space(folder, size, "the data set")
-        for split, captions in splits.items():
-            there = [image_id for image_id in captions if image_id in found]
-            missing = [image_id for image_id in captions if image_id not in found]
-            images = (
-                features.read(found[one])._replace(id=one, captions=captions[one]) for one in with_bar(there, split)
-            )
-            regions = io.write_split(temporary, split, images, dtype) if there else []
-            left_out[f"{split}_missing.txt"] = f"no features for {split}", missing
-            counts.extend(regions)
-            each = [len(captions[image_id]) for image_id in there]
-            rows.append((split, f"{len(each):,}", f"{sum(each):,}", span(each), span(regions), f"{len(missing):,}"))
-        left_out["without_captions.txt"] = "no captions", without + sorted(set(features.ids).difference(found.values()))
-        left_out = {file: (what, images) for file, (what, images) in left_out.items() if images}
-        for file, (_, images) in left_out.items():
-            io.write_lines(temporary / file, images)
-    print(f"{folder}\n\n{io.table(HEADER, rows)}\n")
-    print(io.describe(counts, [str(dtype)], features.read(used[0]).features.shape[1]))
-    for what, ids in features.notes.items():
-        print(f"{what}: {some(sorted(ids), 'image')}")
-    for file, (what, images) in left_out.items():
-        print(f"{what}: {some(images, 'image')}; all are in {folder / file}")
+        check_space(folder, features.summarise(used)[0], "the data set")
+        without += sorted(set(features.ids).difference(found.values()))
+        io.keep_encoder(features.folders, temporary)
+        report = fill(temporary, folder, splits, found, features, {"without_captions.txt": ("no captions", without)})
+    print(report)
+
+
+def fill(
+    temporary: Path,
+    folder: Path,
+    splits: Mapping[str, Mapping[str, Sequence[str]]],
+    found: Mapping[str, str],
+    features: Features,
+    left_out: Mapping[str, tuple[str, Sequence[str]]],
+) -> str:
+    """Write the files of a data set to a folder that will be called `folder`; returns what it holds, in lines.
+
+    found: image id -> id of its features; other images are left out. left_out: file -> what those in it lack, and their
+    ids, of images that are in no split.
+    """
+    _, dtype = features.summarise(
+        [found[image_id] for captions in splits.values() for image_id in captions if image_id in found]
+    )
+    rows, lacking, counts, img_dim = [], {}, [], 0
+    for split, captions in splits.items():
+        there = [image_id for image_id in captions if image_id in found]
+        missing = [image_id for image_id in captions if image_id not in found]
+        images = (features.read(found[one])._replace(id=one, captions=captions[one]) for one in with_bar(there, split))
+        regions = io.write_split(temporary, split, images, dtype) if there else []
+        lacking[f"{split}_missing.txt"] = f"no features for {split}", missing
+        counts.extend(regions)
+        each = [len(captions[image_id]) for image_id in there]
+        rows.append((split, f"{len(each):,}", f"{sum(each):,}", span(each), span(regions), f"{len(missing):,}"))
+    lacking = {file: (what, images) for file, (what, images) in (lacking | dict(left_out)).items() if images}
+    for file, (_, images) in lacking.items():
+        io.write_lines(temporary / file, images)
+    img_dim = features.read(next(iter(found.values()))).features.shape[1]
+    lines = [f"{folder}\n\n{io.table(HEADER, rows)}\n", io.describe(counts, [str(dtype)], img_dim)]
+    lines += [f"{what}: {some(sorted(ids), 'image')}" for what, ids in features.notes.items()]
+    lines += [
+        f"{what}: {some(some_ids, 'image')}; all are in {folder / file}" for file, (what, some_ids) in lacking.items()
+    ]
+    return "\n".join(lines)
 
 
 def _pair(part: Callable[[str], str], wanted: Mapping[str, str], ids: Sequence[str]) -> dict[str, str]:
@@ -173,10 +199,11 @@ def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
 
 def _open_split(folder: Path, name: str) -> Iterator[tuple[str, Callable[[], Image]]]:
     split = io.open_features(folder, name)
-    ids, boxes = read_ids(split), io.read_boxes(split)
+    ids, boxes, objects = read_ids(split), io.read_boxes(split), io.read_boxes(split, "objects", io.OBJECT)
     if ids is None:
         raise InputError(f"--features {split.features.path}: needs {name}_ids.txt beside it, an image id a line")
-    yield from ((one, partial(io.read_image, split, boxes, place, one)) for place, one in enumerate(ids))
+    read = partial(io.read_image, split, boxes, objects=objects)
+    yield from ((one, partial(read, place, one)) for place, one in enumerate(ids))
 
 
 def _open_hdf5(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:

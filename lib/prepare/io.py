@@ -11,13 +11,13 @@ from numpy.lib import format as npy
 from numpy.typing import DTypeLike
 
 from lib.cli import InputError, refusing
-from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, find_folder, open_split
+from lib.data.dataset import CAPTIONS_PER_IMAGE, ENCODER, Split, find_folder, open_split
 from lib.data.features import FeatureFile
 
 KNOWN_SPLITS = ("train", "dev", "test", "testall")  # what training and evaluation open; these need captions
 FEATURES = "_ims.npy"
 HEADER_BYTES = 128  # of a .npy file, as NumPy pads it for up to three dimensions
-BOX = 4  # numbers of a box: x1 y1 x2 y2
+BOX, OBJECT = 4, 2  # numbers of a box: x1 y1 x2 y2, and of what a detector sees in it: label, score
 NAMED = 5  # ids or rows that a message names
 
 
@@ -29,6 +29,7 @@ class Image(NamedTuple):
     boxes: np.ndarray | None = None  # (r, 4), x1 y1 x2 y2 in pixels
     captions: Sequence[str] = ()
     was_transposed: bool = False  # the file has them as (img_dim, r)
+    objects: np.ndarray | None = None  # (r, 2), label and score
     origin: str = ""  # the file and line that it was read from, for error messages
 
 
@@ -42,9 +43,9 @@ def add_data_flags(flags: argparse.ArgumentParser, default: str | None = None) -
 def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeLike = np.float32) -> np.ndarray:
     """Write a split image by image, features in float32 or float16. Returns each image's number of regions (images,).
 
-    Boxes and captions are written where the images have them. Where images differ in their number of regions, these
-    stand one after the other, with {split}_offsets.npy. Raises InputError, with the image's origin, where its features
-    cannot be used, and where there are no images.
+    Boxes, objects and captions are written where the images have them. Where images differ in their number of regions,
+    these stand one after the other, with {split}_offsets.npy. Raises InputError, with the image's origin, where its
+    features cannot be used, and where there are no images.
     """
     written, counts, shape = [], [], (0, 0)  # features go to the file, the rest stays in memory
     with open(folder / f"{split}{FEATURES}", "wb") as file:
@@ -63,9 +64,10 @@ def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeL
         file.seek(0)
         npy.write_array_header_1_0(file, header)
         assert file.tell() == HEADER_BYTES
-    boxes = [image.boxes for image in written if image.boxes is not None]
-    if len(boxes) == len(written):
-        np.save(folder / f"{split}_boxes.npy", np.concatenate(boxes, dtype=np.float32).reshape(*rows, BOX))
+    for name, width in (("boxes", BOX), ("objects", OBJECT)):
+        of_images = [getattr(image, name) for image in written if getattr(image, name) is not None]
+        if len(of_images) == len(written):
+            np.save(folder / f"{split}_{name}.npy", np.concatenate(of_images, dtype=np.float32).reshape(*rows, width))
     if varies:
         np.save(folder / f"{split}_offsets.npy", np.cumsum([0, *counts], dtype=np.int64))
     write_lines(folder / f"{split}_ids.txt", (image.id for image in written))
@@ -74,6 +76,14 @@ def write_split(folder: Path, split: str, images: Iterable[Image], dtype: DTypeL
         if any(len(image.captions) != CAPTIONS_PER_IMAGE for image in written):
             write_lines(folder / f"{split}_caps_counts.txt", (len(image.captions) for image in written))
     return np.array(counts)
+
+
+def keep_encoder(sources: Iterable[Path], folder: Path) -> None:
+    """Copy encoder.json to a data set's folder, where the folders that its features are from agree on it."""
+    files = [source / ENCODER for source in sources]
+    contents = {file.read_bytes() if file.is_file() else b"" for file in files}
+    if len(contents) == 1 and any(contents):
+        (folder / ENCODER).write_bytes(contents.pop())
 
 
 def write_lines(path: Path, lines: Iterable[object]) -> None:
@@ -120,34 +130,41 @@ def open_features(folder: Path, name: str) -> Split:
     return Split(name, folder, FeatureFile(folder / f"{name}{FEATURES}"), [], np.zeros(0, np.int64))
 
 
-def read_boxes(split: Split) -> np.ndarray | None:
-    """Boxes (regions of all images, 4) from {split}_boxes.npy; None where there is no such file.
+def read_boxes(split: Split, name: str = "boxes", width: int = BOX) -> np.ndarray | None:
+    """Boxes (regions of all images, 4), or objects (..., 2), from {split}_{name}.npy; None where there is no such file.
 
     Where each image stands five times in the file of features, its boxes may, too. Raises InputError where they are not
-    one box for each region, or hold NaN.
+    one for each region, or hold NaN.
     """
-    path, features = split.folder / f"{split.name}_boxes.npy", split.features
+    path, features = split.folder / f"{split.name}_{name}.npy", split.features
     if not path.is_file():
         return None
-    size = int(features.starts[-1]) * BOX
-    with refusing(f"{path}: no boxes of these features; delete it, or make it again"):
+    size = int(features.starts[-1]) * width
+    with refusing(f"{path}: no {name} of these features; delete it, or make it again"):
         boxes = np.load(path, allow_pickle=False)
-        if boxes.shape[-1] != BOX or boxes.size not in (size, size * features.repeats):
-            raise ValueError(f"{BOX} numbers for each of {size // BOX} regions expected, shape {boxes.shape} found")
+        if boxes.shape[-1] != width or boxes.size not in (size, size * features.repeats):
+            raise ValueError(f"{width} numbers for each of {size // width} regions expected, shape {boxes.shape} found")
         if not np.isfinite(boxes).all():
             raise ValueError("NaN or infinite")
     if boxes.size > size:
         boxes = boxes.reshape(len(features), features.repeats, -1, BOX)[:, 0]
-    return boxes.reshape(-1, BOX)
+    return boxes.reshape(-1, width)
 
 
-def read_image(split: Split, boxes: np.ndarray | None, place: int, image_id: str, dtype: type | None = None) -> Image:
-    """The image at a place of a split; boxes: those of all its images. None: features in the file's precision."""
+def read_image(
+    split: Split,
+    boxes: np.ndarray | None,
+    place: int,
+    image_id: str,
+    dtype: type | None = None,
+    objects: np.ndarray | None = None,
+) -> Image:
+    """The image at a place of a split; boxes, objects: of all its images. dtype None: features in the file's."""
     features, (first, last) = split.features, split.features.starts[place : place + 2]
     stored = np.empty((last - first, features.img_dim), dtype or features.dtype)
     rows = features.read_rows(np.arange(first, last), out=stored)
-    of_image = boxes[first:last] if boxes is not None else None
-    return Image(image_id, rows, of_image, origin=f"{features.path}: image {image_id}")
+    of_image = [None if array is None else array[first:last] for array in (boxes, objects)]
+    return Image(image_id, rows, of_image[0], objects=of_image[1], origin=f"{features.path}: image {image_id}")
 
 
 def read_json(path: Path) -> Any:

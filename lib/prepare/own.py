@@ -34,16 +34,27 @@ Rows = Iterable[tuple[str, Any]]  # where a caption stands in its file, and its 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("captions", type=Path, metavar="CAPTIONS", help=f"a file of captions: {', '.join(READERS)}")
+    assemble.add_flags(flags)
+    add_caption_flags(flags)
+
+
+def add_caption_flags(flags: argparse.ArgumentParser) -> None:
+    """The flags that say what is in the file of captions, and how images are drawn to splits."""
     flags.add_argument("--image_column", default="", metavar="NAME", help="column or key of the image's id or name")
     flags.add_argument("--caption_column", default="", metavar="NAME", help="column or key of the caption or captions")
     flags.add_argument("--id_mapping", type=Path, metavar="FILE.json", help="file names by image id, as GPO has them")
-    assemble.add_flags(flags)
     flags.add_argument("--dev", type=float, default=0.1, help="part of the images that is dev, where none is given")
     flags.add_argument("--test", type=float, default=0.1, help="part of the images that is test, where none is given")
     flags.add_argument("--seed", type=int, default=0, help="another seed draws other splits")
 
 
 def run(args: argparse.Namespace) -> None:
+    splits, names = read_splits(args)
+    write_dataset(args.data_path / args.data_name, splits, names, Features(args.features))
+
+
+def read_splits(args: argparse.Namespace) -> tuple[dict[str, dict[str, list[str]]], dict[str, dict[str, str]]]:
+    """Captions, by split and image id, and the names that images have, by kind of name and image id."""
     captions, given, file_names = read_captions(args.captions, args.image_column, args.caption_column)
     split_of = given or draw_splits(captions, args.dev, args.test, args.seed)
     there = [split for split in dict.fromkeys(SPLITS.values()) if split in split_of.values()]
@@ -56,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
             file_names = {str(image_id): str(name) for image_id, name in read_json(args.id_mapping).items()}
         ids = {name: image_id for image_id, file in file_names.items() for name in (file, Path(file).stem)}
     named = {"image_id": {image_id: image_id for image_id in captions}, "file_name": file_names, "id of file_name": ids}
-    names = {kind: {one: table[one] for one in captions if one in table} for kind, table in named.items()}
-    write_dataset(args.data_path / args.data_name, splits, names, Features(args.features))
+    return splits, {kind: {one: table[one] for one in captions if one in table} for kind, table in named.items()}
 
 
 def read_captions(

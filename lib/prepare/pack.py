@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
     with new_folder(target, "--to") as temporary:
         numbers = sum(int(split.features.starts[-1]) * split.features.img_dim for split in splits)
         check_space(target, 2 * numbers, "the packed data set")
+        io.keep_encoder([folder], temporary)
         for split in splits:
             io.write_split(temporary, split.name, _halve(split), np.float16)
             sizes = [os.path.getsize(at / split.features.path.name) / 1e9 for at in (folder, temporary)]
@@ -34,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _halve(split: Split) -> Iterator[io.Image]:
     """The images in float16. Raises InputError on NaN and on what float16 cannot hold, with the row in the file."""
-    images, boxes = len(split.features), io.read_boxes(split)
+    images, boxes, objects = len(split.features), io.read_boxes(split), io.read_boxes(split, "objects", io.OBJECT)
     ids = read_ids(split) or list(map(str, range(images)))
     ends = np.searchsorted(split.image_of_caption, np.arange(images + 1))
     for place, image_id in enumerate(with_bar(ids, split.name)):
-        image = io.read_image(split, boxes, place, image_id, np.float16)
+        image = io.read_image(split, boxes, place, image_id, np.float16, objects)
         yield image._replace(captions=split.captions[ends[place] : ends[place + 1]])
