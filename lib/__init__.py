@@ -1,8 +1,8 @@
 """X-Dim: image-text matching with cross-dimensional semantic dependency.
 
 from lib import load
-model = load("runs/demo")                       # a run folder, a checkpoint of this project or a published one
-scores = model.score(regions, ["a red ball"])   # (images, captions)
+model = load("runs/demo")                                # a run folder, a checkpoint of this project or a published one
+scores = model.score(["a.jpg", "b.jpg"], ["a red ball"])  # (images, captions); or arrays of regions for pictures
 """
 
 from pathlib import Path
@@ -15,15 +15,21 @@ __version__ = "0.3.0"
 
 
 def load(
-    checkpoint: str | Path, bert: str = "", device: str = "auto", precision: str = "", engine: str = ""
+    checkpoint: str | Path,
+    bert: str = "",
+    device: str = "auto",
+    precision: str = "",
+    engine: str = "",
+    image_weights: str = "",
 ) -> "Matcher":
-    """Load a trained model; `score(regions, captions)` of the result scores, in one thread at a time.
+    """Load a trained model; `score(images, captions)` of the result scores, in one thread at a time.
 
     checkpoint: a run folder (its best epoch), a checkpoint of this project or a published one. bert: name or folder of
     the language model, for a published checkpoint that is not BERT-base; others carry it. device: auto, cpu, cuda or
     cuda:N. precision: fp32, tf32 (CUDA) or bf16; empty: the device's default. engine: tiled, or plain for the formula
-    of lib/model/xdim.py; empty: what the model was trained with. Raises InputError.
+    of lib/model/xdim.py; empty: what the model was trained with. image_weights: file of the vision model's weights, for
+    scoring pictures by a model whose regions were made with other weights than its library's. Raises InputError.
     """
     from lib.evaluation import score  # importing torch takes seconds: only when asked for
 
-    return score.load(checkpoint, bert, device, precision, engine)
+    return score.load(checkpoint, bert, device, precision, engine, image_weights)

@@ -60,6 +60,7 @@ class DataSettings(Settings):
 
     data_path: str = flag("data", "folder of the data sets")
     data_name: str = flag("f30k_precomp", "data set: DATA_PATH/DATA_NAME/, or DATA_PATH/precomp/ if only that exists")
+    image_path: str = flag("", "folder of the pictures, for models from pixels (default: where the data set says)")
     workers: int = flag(10, "processes that read features; at most one for each core", least=0)
     seed: int = flag(0, "seed of weights, order, augmentation and dropout", least=0)
 
@@ -70,8 +71,10 @@ class ModelSettings(Settings):
 
     similarity: str = part("similarity", "xdim", "how images and captions are compared")
     gate: str = part("gate", PAPERS_GATE, "what computes X-Dim's dependency matrix")
-    image_encoder: str = part("image_encoder", "regions", "what embeds images")
-    text_encoder: str = part("text_encoder", "transformer", "what embeds captions")
+    image_encoder: str = part("image_encoder", "regions", "what embeds images; torchvision:NAME, hf:NAME from pixels")
+    image_weights: str = flag("", "file of the vision model's first weights (default: its library's, fetched once)")
+    image_size: int = flag(0, "pixels of a picture's sides (default: 256, for hf: the model's own)", least=0)
+    text_encoder: str = part("text_encoder", "transformer", "what embeds captions, or the same as --bert")
     bert: str = flag("bert-base-uncased", "text model: a name (fetched once) or a folder")
     bert_from_scratch: bool = flag(False, "the text model starts from random weights")
     img_dim: int = flag(0, "size of a region feature (default: that of the data)", least=0)
@@ -95,6 +98,11 @@ class RecipeSettings(Settings):
     max_violation: bool = flag(False, "hardest negatives from the first step on: no warm-up")
     no_same_image_negatives: bool = flag(False, "an image's other captions in a batch are no negatives of it")
     grad_clip: float = flag(2.0, "largest global gradient norm; 0 = no clipping", least=0)
+    encoder_lr: float = flag(0.0, "vision model's share of the rate (default: 0.01, for hf: 0.1)", least=0)
+    freeze_epochs: int = flag(2, "first epochs in which the vision model does not train", least=0)
+    thaw_epochs: int = flag(
+        5, "epochs after which one more of its stages trains, from the top; 0 = all at once", least=0
+    )
 
 
 @dataclass
@@ -125,9 +133,12 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
     """memory"""
 
     device_features: bool = flag(False, "keep train's features on the device (Flickr30K: 4.3 GB, COCO: 16.7 GB)")
-    micro_batch: int = flag(0, "captions that the text model takes at a time, same loss, less memory; 0 = all", least=0)
+    micro_batch: int = flag(0, "captions or pictures that a model takes at a time: less memory; 0 = all", least=0)
+    gradient_checkpointing: bool = flag(False, "text and vision model recompute activations: less memory, same loss")
 
     def __post_init__(self):
+        if self.text_encoder.partition(":")[0] not in PARTS["text_encoder"]:  # --text_encoder bert-base-uncased
+            self.text_encoder, self.bert = "transformer", self.text_encoder
         super().__post_init__()
         _refuse(self.resume and self.init_from, "--init_from: starts a new run; --resume goes on with one: give one")
         self.model_name = self.model_name or str(Path("runs") / self.data_name)
@@ -140,6 +151,7 @@ class ScoringSettings(ComputeSettings):
 
     data_path: str = flag("", "folder of the data sets")
     data_name: str = flag("", "data set below DATA_PATH")
+    image_path: str = flag("", "folder of the pictures, for models from pixels")
     bert: str = flag("", "text model's name or folder, for published checkpoints; others carry their own")
     batch_size: int = flag(128, "images or captions encoded at a time", least=1)
     workers: int = flag(10, "processes that read features; at most one for each core", least=0)

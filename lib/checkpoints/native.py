@@ -32,7 +32,8 @@ from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
 from lib.model.backbone import build_backbone, fetch, load_backbone, read_config
-from lib.model.registry import describe
+from lib.model.registry import describe, is_from_pixels
+from lib.model.vision import VisionModel, load_vision
 from lib.model.xdim import XDim
 
 FORMAT, OLD_FORMAT = "x-dim checkpoint 3", "x-dim checkpoint 2"
@@ -40,6 +41,7 @@ BEST, LAST = "model_best.safetensors", "last.pt"
 OLD_BEST = "model_best.pt"  # of run folders from before there was BEST; it holds the state of training too
 ENTRIES = ("architecture", "tokenizer", "settings", "progress", "data", "versions")
 STATE = ("model", *ENTRIES, "optimizer", "random_state")
+IMAGE_SIZE = 256  # pixels of a picture's sides, as published
 BERT_BASE = "bert-base-uncased"
 OLD_HARDNESS = {"epochs": "hinge", "recall": "ramped"}  # --hardness, as it was, to --loss
 SCALAR: Any = np.float64().__reduce__()[0]  # what makes a NumPy number of its bytes; NumPy 1 has another name for it
@@ -196,11 +198,32 @@ def new_model(settings: dict[str, Any]) -> tuple[XDim, Tokenizer, str]:
     with refusing(f"--bert {name}: no weights to start from; --bert_from_scratch starts at random"):
         backbone = build_backbone(config) if from_scratch else load_backbone(name)
     try:
-        model = XDim.build(_with_text(describe(settings), config, tokenizer.own_pad_id), backbone)
+        architecture = _with_text(describe(settings), config, tokenizer.own_pad_id)
+        model = XDim.build(architecture, backbone, _load_vision(architecture["image_encoder"], settings))
     except ValueError as error:  # it names the flag
         raise InputError(str(error)) from None
     note = "starts at random (--bert_from_scratch)" if from_scratch else f"starts from the weights of {name}"
     return model, tokenizer, f"the language model ({config['model_type']}) {note}"
+
+
+def _load_vision(image: dict, settings: dict[str, Any]) -> VisionModel | None:
+    """The pretrained vision model of an image encoder that has one; its options get what it is built from."""
+    if not is_from_pixels(image):
+        return None
+    options = image["options"]
+    options["image_size"] = options["image_size"] or (0 if options["model"].startswith("hf:") else IMAGE_SIZE)
+    with refusing(f"--image_encoder {options['model']}"):
+        vision = load_vision(
+            options["model"],
+            options.get("regions", 0),
+            settings.get("image_weights", ""),
+            options["image_size"],
+            whole=False,
+        )
+        if not vision.regions:
+            raise ValueError("finds boxes; a model that is trained along needs cells: prepare images takes it")
+    options["config"] = vision.config
+    return vision
 
 
 def build_model(content: dict[str, Any], bert: str = "") -> tuple[XDim, Tokenizer]:

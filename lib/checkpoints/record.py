@@ -15,7 +15,8 @@ from pathlib import Path
 from lib import distributed
 from lib.checkpoints.native import BEST
 from lib.cli import refusing
-from lib.data.dataset import Split
+from lib.data.dataset import Split, read_encoder
+from lib.data.features import FeatureFile
 from lib.files import replacing
 from lib.runtime import versions
 
@@ -26,7 +27,9 @@ FORMAT = "x-dim run 1"
 def describe_data(split: Split) -> dict:
     """Which data a split holds; the fingerprint does not depend on where it lies."""
     sizes = {"images": len(split.features), "captions": len(split.captions)}
-    return {"folder": str(split.folder), **sizes, "fingerprint": split.fingerprint()}
+    encoder = read_encoder(split.folder) if isinstance(split.features, FeatureFile) else None
+    made_by = {"encoder": encoder} if encoder else {}
+    return {"folder": str(split.folder), **sizes, "fingerprint": split.fingerprint(), **made_by}
 
 
 def begin_record(settings: dict, data: dict, device: str, started_from: Path | None, step: int) -> dict:

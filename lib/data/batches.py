@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import InitVar, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,12 @@ from lib import distributed
 from lib.cli import refusing
 from lib.data.dataset import Split
 from lib.data.features import DeviceFeatures, FeatureFile
+from lib.data.images import CHANGES, Look
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
+from lib.model.encoders import Pixels
 
 KEEP_REGION = 0.8
+THIN_OUT, LOSE_CELL = 0.8, 0.2  # share of the pictures that lose cells, largest probability for one
 CHOOSE_WORD = 0.2
 MASK_CHOSEN, REPLACE_CHOSEN = 0.5, 0.1  # what happens to a chosen word; the rest is left out
 READ_AHEAD = 8  # batches whose features the system is told to fetch beforehand; measured in docs/data.md
@@ -37,6 +40,18 @@ def choose_regions(starts: np.ndarray, counts: np.ndarray, rng: np.random.Genera
     emptied = ~keep.any(axis=1)
     keep[emptied, survivor[emptied]] = True
     return (starts[:, None] + np.arange(keep.shape[1]))[keep], keep.sum(axis=1)
+
+
+def choose_cells(images: int, cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Leave out cells of pictures: with probability 0.8 an image loses each with a probability drawn from 0 to 0.2.
+
+    At least one stays. Returns the cells that are kept (n,), counted through all images, and how many each keeps
+    (images,).
+    """
+    share = LOSE_CELL * rng.random(images) * (rng.random(images) < THIN_OUT)
+    keep = rng.random((images, cells)) >= share[:, None]
+    keep[np.arange(images), rng.integers(cells, size=images)] |= ~keep.any(axis=1)
+    return np.flatnonzero(keep), keep.sum(axis=1)
 
 
 def disturb_words(
@@ -66,7 +81,7 @@ def disturb_words(
 class Batch(NamedTuple):
     """B image-caption pairs of which a process holds its own part; image i of the batch belongs to caption i."""
 
-    images: Tensor  # (n, img_dim) region features of the own images, image after image
+    images: Tensor | Pixels  # (n, img_dim) region features of the own images, image after image
     counts: Tensor  # (B,) regions of each image of the whole batch, on the CPU
     ids: Tensor  # (own captions, N) token ids, padded beyond `lengths`
     lengths: Tensor  # (B,) tokens of each caption of the whole batch, on the CPU
@@ -86,7 +101,7 @@ class IndexedBatch(NamedTuple):
 class Images(NamedTuple):
     """Consecutive images of a split."""
 
-    images: Tensor  # (n, img_dim) region features, image after image
+    images: Tensor  # (n, img_dim) region features, image after image, or uint8 (images, 3, H, W)
     counts: Tensor  # (images,) regions of each
 
 
@@ -107,6 +122,7 @@ class EpochBatches(Dataset):
     part: slice = field(default_factory=lambda: slice(None))  # this process's pairs of each batch
     half: bool = False  # features in float16
     indexed: bool = False  # no features: give IndexedBatch
+    look: Look | None = None  # of the vision model, where images are pictures
 
     def __post_init__(self, split: Split, batch_size: int):
         self.features, self.image_of_caption, self.read_ahead = split.features, split.image_of_caption, READ_AHEAD
@@ -122,11 +138,19 @@ class EpochBatches(Dataset):
     def __getitem__(self, k: int) -> Batch | IndexedBatch:
         rng, pairs = self._rng(1 + k), self.pairs[k]
         images = self.image_of_caption[pairs]
-        rows, counts = choose_regions(self.features.starts[images], self.features.counts[images], rng)
+        if self.look:
+            rows, counts = choose_cells(len(pairs), self.look.cells, rng)
+            changes = rng.random((len(pairs), CHANGES))[self.part]
+        else:
+            rows, counts = choose_regions(self.features.starts[images], self.features.counts[images], rng)
         rows = np.concatenate(np.split(rows, np.cumsum(counts)[:-1])[self.part])
         words = disturb_words(self.captions.select(pairs), self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
         ids, lengths = self.tokenizer.pad(words)
         rest = map(torch.from_numpy, (counts, ids[self.part], lengths, images))
+        if self.look:
+            pictures = self.features.read(images[self.part], self.look, changes)
+            rows -= (self.part.start or 0) * self.look.cells  # counted from the own pictures
+            return Batch(Pixels(pictures, torch.from_numpy(rows)), *rest)
         if self.indexed:
             return IndexedBatch(torch.from_numpy(rows), *rest)
         if k + self.read_ahead < len(self):
@@ -144,13 +168,17 @@ def share_beside_own_image(image_of_caption: np.ndarray, batch_size: int) -> flo
 class ImageBatches(Dataset):
     """All images of a split in order, `batch_size` at a time, with all their regions."""
 
-    def __init__(self, features: FeatureFile, batch_size: int, half: bool = False):
-        self.features, self.batch_size, self.half = features, batch_size, half
+    def __init__(self, features: Any, batch_size: int, half: bool = False, look: Look | None = None):
+        """features: FeatureFile, or PictureFiles with the vision model's look."""
+        self.features, self.batch_size, self.half, self.look = features, batch_size, half, look
 
     def __len__(self) -> int:
         return -(-len(self.features) // self.batch_size)
 
     def __getitem__(self, k: int) -> Images:
+        if self.look:
+            pictures = np.arange(len(self.features))[k * self.batch_size : (k + 1) * self.batch_size]
+            return Images(self.features.read(pictures, self.look), torch.full((len(pictures),), self.look.cells))
         starts = self.features.starts[k * self.batch_size : (k + 1) * self.batch_size + 1]
         images = _read(self.features, np.arange(starts[0], starts[-1]), self.half)
         return Images(images, torch.from_numpy(np.diff(starts)))
@@ -221,6 +249,8 @@ def _move(batch: Batch | IndexedBatch, device: torch.device, resident: DeviceFea
     if isinstance(batch, IndexedBatch):
         assert resident is not None
         images = resident.rows.index_select(0, batch.rows.to(device, non_blocking=True))
+    elif isinstance(batch.images, Pixels):
+        images = Pixels(*(tensor.to(device, non_blocking=True) for tensor in batch.images))
     else:
         images = batch.images.to(device, non_blocking=True)
     return Batch(images, batch.counts, batch.ids.to(device, non_blocking=True), batch.lengths, batch.image_of)
@@ -228,9 +258,10 @@ def _move(batch: Batch | IndexedBatch, device: torch.device, resident: DeviceFea
 
 def _hand_over(batch: Batch, copied: torch.cuda.Event) -> Batch:
     """Have the computing stream wait for the copy, and the batch's memory stay until that stream is done with it."""
-    stream = torch.cuda.current_stream(batch.images.device)
+    stream = torch.cuda.current_stream(batch.ids.device)
     stream.wait_event(copied)
-    for tensor in (batch.images, batch.ids):
+    images = batch.images if isinstance(batch.images, Pixels) else (batch.images,)
+    for tensor in (*images, batch.ids):
         tensor.record_stream(stream)
     return batch
 

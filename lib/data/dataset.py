@@ -14,6 +14,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Split:
 
     name: str
     folder: Path
-    features: FeatureFile
+    features: Any  # FeatureFile, or PictureFiles (images.py) for models that start from pixels
     captions: list[str]
     image_of_caption: np.ndarray  # (captions,), ascending
 
@@ -45,11 +46,11 @@ class Split:
         """16 hex digits that identify the data, found without reading all the features.
 
         SHA-256 of the number of images, regions, img_dim and type, all captions, and 64 evenly spaced images (all if
-        there are fewer). The folder, the split's name and whether the file repeats images make no difference. Raises
-        InputError on NaN.
+        there are fewer), pictures by their files. The folder, the split's name and whether the file repeats images make
+        no difference. Raises InputError on NaN.
         """
         features = self.features
-        digest = hashlib.sha256(f"{len(features)} {features.regions} {features.img_dim} {features.dtype}\n".encode())
+        digest = hashlib.sha256(features.describe().encode())
         captions_of_image = np.bincount(self.image_of_caption)
         if features.varies:
             digest.update(features.counts.tobytes())
@@ -58,7 +59,7 @@ class Split:
         for caption in self.captions:
             digest.update(f"{caption}\n".encode())
         for image in np.linspace(0, len(features) - 1, min(len(features), FINGERPRINT_IMAGES)).astype(int):
-            digest.update(features.read(image[None]).tobytes())
+            digest.update(features.content(image))
         return digest.hexdigest()[:16]
 
 
@@ -69,29 +70,41 @@ def open_split(data_path: str, data_name: str, split: str, img_dim: int | None =
     truncated or damaged files, another feature size, captions that are no captions or do not fit the images.
     """
     folder = find_folder(data_path, data_name)
-    features_path, captions_path = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
-    for path in (features_path, captions_path):
-        if not path.is_file():
-            splits = sorted(one.name.removesuffix("_ims.npy") for one in folder.glob("?*_ims.npy"))
-            there = f"of its splits there are {', '.join(splits)}" if splits else HOW_TO_GET_DATA
-            raise InputError(f"{path} is missing: {data_name} needs it for the split {split}; {there}")
+    features_path, captions_path = split_files(folder, split, "ims.npy")
     features, captions = FeatureFile(features_path), read_captions(captions_path)
     if img_dim not in (None, features.img_dim):
         found = f"features of {features.img_dim} numbers"
         raise InputError(f"{features_path}: {found}, but the model takes --img_dim {img_dim}")
-    counts_path = folder / f"{split}_caps_counts.txt"
+    has_counts = (folder / f"{split}_caps_counts.txt").is_file()
+    if not has_counts and len(captions) == len(features) and _repeats_images(features):
+        features = FeatureFile(features_path, repeats=CAPTIONS_PER_IMAGE)
+    return join(split, folder, features, features_path, captions)
+
+
+def split_files(folder: Path, split: str, images: str) -> list[Path]:
+    """The files of a split's images and captions. Raises InputError where one is missing."""
+    paths = [folder / f"{split}_{ending}" for ending in (images, "caps.txt")]
+    for path in paths:
+        if not path.is_file():
+            splits = sorted(one.name.removesuffix(f"_{images}") for one in folder.glob(f"?*_{images}"))
+            there = f"of its splits there are {', '.join(splits)}" if splits else HOW_TO_GET_DATA
+            raise InputError(f"{path} is missing: {folder.name} needs it for the split {split}; {there}")
+    return paths
+
+
+def join(split: str, folder: Path, images: Any, path: Path, captions: list[str]) -> Split:
+    """A split of images, which `path` lists, and captions. Raises InputError where they do not fit."""
+    counts_path, captions_path = folder / f"{split}_caps_counts.txt", folder / f"{split}_caps.txt"
     if counts_path.is_file():
-        counts = _read_counts(counts_path, len(features))
+        counts = _read_counts(counts_path, len(images))
         expected = f"{counts.sum()} captions, as {counts_path.name} says"
     else:
-        if len(captions) == len(features) and _repeats_images(features):
-            features = FeatureFile(features_path, repeats=CAPTIONS_PER_IMAGE)
-        counts = np.full(len(features), CAPTIONS_PER_IMAGE)
+        counts = np.full(len(images), CAPTIONS_PER_IMAGE)
         expected = f"{CAPTIONS_PER_IMAGE} captions for each image, or each image's number in {counts_path.name}"
     if counts.sum() != len(captions):
-        found = f"{len(captions)} captions do not fit the {len(features)} rows of {features_path.name}"
+        found = f"{len(captions)} captions do not fit the {len(images)} rows of {path.name}"
         raise InputError(f"{captions_path}: {found}; expected {expected}")
-    return Split(split, folder, features, captions, np.repeat(np.arange(len(features)), counts))
+    return Split(split, folder, images, captions, np.repeat(np.arange(len(images)), counts))
 
 
 def find_folder(data_path: str, data_name: str) -> Path:
@@ -123,6 +136,16 @@ def read_encoder(folder: Path) -> dict | None:
         if not isinstance(record["encoder"], str):
             raise ValueError("encoder is no name")
     return record
+
+
+def is_same_encoder(one: dict, other: dict) -> bool:
+    """Whether two records of `read_encoder` are of vision models that make the same regions."""
+    return all(one.get(name) == other.get(name) for name in ("encoder", "weights", "preprocessing", "regions"))
+
+
+def describe_encoder(record: dict) -> str:
+    """A vision model in a few words."""
+    return "{encoder} (weights {weights}, {regions} regions, size {preprocessing[size]})".format(**record)
 
 
 def read_captions(path: Path) -> list[str]:

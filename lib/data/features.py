@@ -60,6 +60,14 @@ class FeatureFile:
     def __len__(self) -> int:
         return len(self.counts)
 
+    def describe(self) -> str:
+        """The line that a data set's fingerprint begins with."""
+        return f"{len(self)} {self.regions} {self.img_dim} {self.dtype}\n"
+
+    def content(self, image: int) -> bytes:
+        """The features of an image."""
+        return self.read(np.array([image])).tobytes()
+
     def __reduce__(self) -> tuple:  # a loader's worker opens the file for itself
         return FeatureFile, (self.path, self.repeats)
 

@@ -8,16 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
 from PIL.Image import Transpose
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
 
 from lib.cli import InputError, reason, refusing
-from lib.data.dataset import read_encoder
+from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, find_folder, join, read_captions, read_encoder, split_files
+from lib.files import read_lines
 
 PICTURE = re.compile(r"\.(jpe?g|jpe|jfif|png|gif|bmp|webp|tiff?|avif|hei[cf]|jp2|p[gp]m)$", re.IGNORECASE)
 SEPARATOR = re.compile("[-_./ ]")
@@ -31,6 +34,8 @@ SIDEWAYS = (5, 6, 7, 8)  # of these width and height change places
 WHITE = {"I": (65535.0,), "F": (1.0, 255.0, 65535.0)}
 WHITE |= dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), (65535.0,))
 NAMED = 3  # pictures that an error message names
+LEAST_SIDE, FLIPPED = 0.6, 0.5  # of a picture's sides in training, share of the pictures
+CHANGES = 5  # numbers that change a picture at random
 MAPPING = "id_mapping.json"  # of GPO: file name by image id
 
 Size = tuple[int, int]  # height, width
@@ -203,3 +208,78 @@ def _find_in(root: Path, folder: Path, ids: Sequence[str]) -> dict[str, Path]:
         there = {one: root / name for one, name in zip(parts, names, strict=True) if one and once[one] == 1}
         ways.append({one: there[key] for one in ids if (key := part(mapped.get(one, one))) in there})
     return max(ways, key=len)
+
+
+# Training from pixels
+
+
+class Look(NamedTuple):
+    """What a vision model takes of a picture, and how many cells it makes of it."""
+
+    preprocessing: Any  # lib.model.vision.Preprocessing, of one size for all pictures
+    cells: int
+
+
+class PictureFiles:
+    """The pictures of a split, decoded when they are asked for."""
+
+    varies = False  # all have the same number of regions
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, images: np.ndarray, look: Look, changes: np.ndarray | None = None) -> Tensor:
+        """Pictures (n, 3, H, W) uint8, as they are or changed at random. changes: (n, CHANGES) numbers from 0 to 1.
+
+        Raises InputError naming a file that is no picture.
+        """
+        size = look.preprocessing.size
+        pictures = torch.empty(len(images), 3, *size, dtype=torch.uint8)
+        for number, path in enumerate(self.paths[image] for image in images):
+            try:
+                if changes is None:
+                    pictures[number] = load_picture(path, look.preprocessing)[0]
+                else:
+                    pictures[number] = augment(open_picture(path, size), look.preprocessing, changes[number])
+            except NotAPicture as error:
+                raise InputError(f"{path}: {error}; take it and its captions out of the data set") from None
+        return pictures
+
+    def describe(self) -> str:
+        """The line that a data set's fingerprint begins with."""
+        return f"{len(self)} pictures\n"
+
+    def content(self, image: int) -> bytes:
+        """The file of a picture."""
+        return self.paths[image].read_bytes()
+
+
+def augment(picture: PIL.Image.Image, preprocessing: Any, changes: np.ndarray) -> Tensor:
+    """A random part of a picture, 0.6 to 1 of each side, resized to uint8 (3, H, W); one in two flipped.
+
+    changes: (CHANGES,) numbers from 0 to 1 that say which part, and whether it is flipped.
+    """
+    sides = np.array(picture.size)
+    kept = np.maximum(1, sides * (LEAST_SIDE + (1 - LEAST_SIDE) * changes[:2])).astype(int)
+    (width, height), (left, top) = kept.tolist(), ((sides - kept) * changes[2:4]).astype(int).tolist()
+    mode = InterpolationMode(preprocessing.resample)
+    resized = transforms.resized_crop(picture, top, left, height, width, list(preprocessing.size), mode, antialias=True)
+    pixels = transforms.pil_to_tensor(resized)
+    return transforms.horizontal_flip(pixels) if changes[4] < FLIPPED else pixels
+
+
+def open_pictures(data_path: str, data_name: str, split: str, image_path: str = "") -> Split:
+    """Open a split whose images are pictures, for models that start from pixels. image_path: their folder.
+
+    Raises InputError as `open_split` does, and as `find_pictures`.
+    """
+    folder = find_folder(data_path, data_name)
+    ids_path, captions_path = split_files(folder, split, "ids.txt")
+    ids, captions = [line.strip() for _, line in read_lines(ids_path)], read_captions(captions_path)
+    every_fifth = ids[::CAPTIONS_PER_IMAGE]
+    if len(ids) == len(captions) and ids == [one for one in every_fifth for _ in range(CAPTIONS_PER_IMAGE)]:
+        ids = every_fifth
+    return join(split, folder, PictureFiles(find_pictures(folder, ids, image_path)), ids_path, captions)

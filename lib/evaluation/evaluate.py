@@ -14,12 +14,13 @@ from torch import Tensor
 from lib import distributed
 from lib.cli import InputError, reason
 from lib.config import SAVED_SCORES, EvaluationSettings, SplitSettings
-from lib.data.dataset import Split, open_split
+from lib.data.dataset import Split, describe_encoder, is_same_encoder, open_split, read_encoder
+from lib.data.images import open_pictures
 from lib.data.tokenizer import TokenizedCaptions
 from lib.evaluation import coco, metrics, rankings, report, score
 from lib.evaluation.metrics import Part, Ranks
 from lib.files import check_writable, replacing
-from lib.model.registry import PAPERS_GATE
+from lib.model.registry import PAPERS_GATE, is_from_pixels
 from lib.runtime import ROOT, Compute, choose_compute
 
 FOLDS_ALONE = "folds alone"  # label of scores that rank nothing among all images
@@ -226,9 +227,7 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
                 what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
                 missing = "--data_path" if data_name else "--data_path and --data_name"
                 raise InputError(f"{what}; say with {missing} where the data is")
-            dims = {one["architecture"]["image_encoder"]["options"].get("img_dim") for one in contents} or {None}
-            for dim in dims:  # raises for all but one
-                split = open_split(data_path, data_name, settings.split, dim)
+            split = _open_split(contents, data_path, data_name, settings)
             parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
             size = {"images": len(split.features), "captions": len(split.captions)}
             about = {"data": str(split.folder), "split": split.name, **size}
@@ -240,6 +239,26 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
                 source.name = f"single {number}" if len(sources) > 1 else source.name
             caveats = list(dict.fromkeys(caveat for source in sources for caveat in source.caveats))
         yield Job(settings, clock, sources, split, parts, about, caveats)
+
+
+def _open_split(contents: Sequence[dict], data_path: str, data_name: str, settings: SplitSettings) -> Split:
+    """The split, of pictures where the models start from pixels. Raises InputError where it is not for all of them."""
+    images = [one["architecture"]["image_encoder"] for one in contents]
+    if any(map(is_from_pixels, images)):
+        if not all(map(is_from_pixels, images)):
+            raise InputError("--checkpoint: some of the models start from pixels, others from region features")
+        return open_pictures(data_path, data_name, settings.split, settings.image_path)
+    for dim in {one["options"].get("img_dim") for one in images} or {None}:  # raises for all but one
+        split = open_split(data_path, data_name, settings.split, dim)
+    of_data = read_encoder(split.folder)
+    for content in contents:
+        of_model = score.trained_encoder(content)
+        if of_model and of_data and not is_same_encoder(of_model, of_data):
+            trained, found = (describe_encoder(one) for one in (of_model, of_data))
+            raise InputError(
+                f"{content['path']}: trained on regions by {trained}; those of {split.folder} are by {found}"
+            )
+    return split
 
 
 def _found_again(data_path: str | None) -> str | None:

@@ -6,10 +6,12 @@ and leaves zeros where others compute; the sum is the same to the last bit on an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,13 +19,15 @@ from torch.utils.data import Subset
 
 from lib import collectives
 from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint
-from lib.cli import InputError, reason, with_bar
+from lib.cli import InputError, reason, refusing, with_bar
 from lib.data.batches import ImageBatches, Images, loader
 from lib.data.dataset import Split
 from lib.data.features import ranges
+from lib.data.images import Look, NotAPicture, load_picture
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation.metrics import RECALL_AT, Part, Ranks, rank_parts
 from lib.model.layers import Shard, real_rows, upload
+from lib.model.vision import VisionModel, load_recorded
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
 
@@ -59,43 +63,97 @@ class Embeddings(NamedTuple):
 class Matcher:
     """A trained model in evaluation mode. content: the checkpoint's, without weights."""
 
-    def __init__(self, model: XDim, tokenizer: Tokenizer, compute: Compute, content: dict | None = None):
-        self.model = model.to(compute.device).eval()
+    def __init__(
+        self,
+        model: XDim,
+        tokenizer: Tokenizer,
+        compute: Compute,
+        content: dict | None = None,
+        image_weights: str = "",
+    ):
+        """image_weights: file of the weights that made the regions, where they were not the library's own."""
+        self.model, self.image_weights = model.to(compute.device).eval(), image_weights
         self.tokenizer, self.compute, self.content = tokenizer, compute, content or {}
 
-    def score(self, regions: Iterable, captions: Sequence[str], batch_size: int = 128) -> Tensor:
+    def score(self, images: Iterable, captions: Sequence[str], batch_size: int = 128) -> Tensor:
         """Scores (images, captions) float32 on the CPU.
 
-        regions: features (images, R, img_dim) as array or tensor, or a list of (R, img_dim) with any R. captions: plain
-        sentences. Raises InputError if shapes do not fit or features are NaN or infinite.
+        images: paths of pictures or PIL pictures; or, for models of region features, these features (images, R,
+        img_dim) as array or tensor, or a list of (R, img_dim) with any R. captions: plain sentences. Raises InputError
+        if shapes do not fit, features are NaN or infinite, or the model is not one for pictures.
         """
-        img_dim = self.model.image_encoder.img_dim
-        try:
-            images = [torch.as_tensor(image) for image in regions]
-        except (TypeError, ValueError) as error:
-            raise InputError(f"regions: expected (images, regions, {img_dim}) numbers ({reason(error)})") from None
-        if not images or any(image.ndim != 2 or image.shape[1] != img_dim or not len(image) for image in images):
-            found = sorted({tuple(image.shape) for image in images})
-            raise InputError(f"regions: expected (images, regions, {img_dim}), found {len(images)} images of {found}")
-        if not all(image.isfinite().all() for image in images):
-            raise InputError("regions: NaN or infinite features")
         sentences = [] if isinstance(captions, str) or captions is None else [*captions]
         if not sentences or not all(isinstance(one, str) for one in sentences):
             raise InputError("captions: expected a list of one sentence or more")
+        listed: list[Any] = [] if images is None or isinstance(images, str | Path) else [*images]
+        if not listed:
+            raise InputError("images: expected a list of one path or PIL picture or more, or regions of as many images")
+        if all(isinstance(image, str | Path | PIL.Image.Image) for image in listed):
+            prepared = self._look_at(listed)
+        elif look_of(self.model):
+            raise InputError("images: this model starts from pixels: expected paths of pictures, or PIL pictures")
+        else:
+            prepared = self._check_regions(listed)
         size = min(batch_size, BLOCK)
-        parts = (images[first : first + size] for first in range(0, len(images), size))
-        batches = (Images(torch.cat(part), torch.tensor([len(image) for image in part])) for part in parts)
+        parts = (prepared[first : first + size] for first in range(0, len(prepared), size))
+        batches = (self._batch(part) for part in parts)
         words, lengths = self.embed_captions(self.tokenizer.tokenize(sentences), batch_size)
         blocks = self.embed_images(batches)
         with self.compute.in_force():
-            return score_all(self.scorer(), Embeddings(blocks, len(images), words, lengths, Shard(len(blocks))))
+            return score_all(self.scorer(), Embeddings(blocks, len(prepared), words, lengths, Shard(len(blocks))))
+
+    @cached_property
+    def vision(self) -> VisionModel:
+        """The vision model that made the regions of the training data. Raises InputError where it is not known."""
+        record = trained_encoder(self.content)
+        if not record:
+            what = "images: nothing says which program made the regions that this model was trained on"
+            raise InputError(
+                f"{what}; give such regions, as arrays (images, regions, {self.model.image_encoder.img_dim})"
+            )
+        with refusing(f"images: the model's regions were made by {record['encoder']}"):
+            return load_recorded(record, self.image_weights).to(self.compute.device).eval()
+
+    @torch.inference_mode()
+    def _look_at(self, images: Sequence[Any]) -> list[Tensor]:
+        """Of each picture what the model takes: pixels (3, H, W), or regions (R, img_dim) as `prepare images` makes."""
+        look, regions = look_of(self.model), []
+        for image in with_bar(images, "pictures"):
+            try:
+                pixels, size = load_picture(image, look.preprocessing if look else self.vision.preprocessing)
+            except NotAPicture as error:
+                raise InputError(f"images: {image}: {error}") from None
+            if not look:
+                with self.compute.in_force(), self.compute.autocast():
+                    pixels = self.vision.describe([pixels.to(self.compute.device)], [size])[0].features.half().cpu()
+            regions.append(pixels)
+        return regions
+
+    def _check_regions(self, listed: Sequence[Any]) -> list[Tensor]:
+        img_dim = self.model.image_encoder.img_dim
+        try:
+            images = [torch.as_tensor(image) for image in listed]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"images: expected (images, regions, {img_dim}) numbers ({reason(error)})") from None
+        if any(image.ndim != 2 or image.shape[1] != img_dim or not len(image) for image in images):
+            found = sorted({tuple(image.shape) for image in images})
+            raise InputError(f"images: expected (images, regions, {img_dim}), found {len(images)} images of {found}")
+        if not all(image.isfinite().all() for image in images):
+            raise InputError("images: NaN or infinite features")
+        return images
+
+    def _batch(self, part: Sequence[Tensor]) -> Images:
+        """A batch of what `_look_at` or the caller gave."""
+        if look := look_of(self.model):
+            return Images(torch.stack([*part]), torch.full((len(part),), look.cells))
+        return Images(torch.cat([*part]), torch.tensor([len(image) for image in part]))
 
     @torch.inference_mode()
     def embed_images(self, batches: Iterable[Images], first: int = 0) -> list[Block]:
         """A block of each batch of images, in order. first: number of the first image."""
         blocks = []
         for images, counts in with_bar(batches, "images"):
-            images = upload(images, self.compute.device).to(torch.get_default_dtype())
+            images = upload(images, self.compute.device)
             with self.compute.in_force(), self.compute.autocast():
                 regions, counts = self.model.encode_images(images, counts)
             blocks.append(Block(slice(first, first := first + len(counts)), regions, real_rows(counts, regions.device)))
@@ -125,14 +183,28 @@ class Matcher:
             return self.model.engine.scorer(coarse)
 
 
-def load(checkpoint: str | Path, bert: str, device: str, precision: str, engine: str) -> Matcher:
+def look_of(model: XDim) -> Look | None:
+    """What a model that starts from pixels takes of a picture; None for models of region features."""
+    vision = getattr(model.image_encoder, "vision", None)
+    return vision and Look(vision.preprocessing, vision.regions)
+
+
+def trained_encoder(content: dict) -> dict | None:
+    """What made the regions that a checkpoint was trained on, as its data set said (dataset.read_encoder)."""
+    return (content.get("data") or {}).get("train", {}).get("encoder")
+
+
+def load(
+    checkpoint: str | Path, bert: str, device: str, precision: str, engine: str, image_weights: str = ""
+) -> Matcher:
     """See `lib.load`."""
     compute, path = choose_compute(device, precision), find_checkpoint(str(checkpoint))
     content = read_checkpoint(path, mapped=True)
     model, tokenizer = build_model(content, bert)
     model.use_engine(engine := engine or content["settings"].get("engine") or "tiled")
     notes = content["notes"] + ["scored by the plain formula (--engine plain)"] * (engine == "plain")
-    return Matcher(model, tokenizer, compute, {**content, "path": path, "model": None, "notes": notes})
+    content = {**content, "path": path, "model": None, "notes": notes}
+    return Matcher(model, tokenizer, compute, content, image_weights)
 
 
 def embed_split(
@@ -140,7 +212,7 @@ def embed_split(
 ) -> Embeddings:
     """Embed every image and caption of a split once. All processes of a job must call this."""
     size = min(batch_size, BLOCK)
-    batches = ImageBatches(split.features, size, matcher.compute.half_features)
+    batches = ImageBatches(split.features, size, matcher.compute.half_features, look_of(matcher.model))
     shard = collectives.shard(len(batches))
     own = Subset(batches, range(len(batches))[shard.own])
     blocks = matcher.embed_images(loader(own, workers, matcher.compute.device), first=size * shard.own.start)

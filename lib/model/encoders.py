@@ -1,12 +1,13 @@
 """What turns images into regions and captions into words of D shared dimensions (paper, section 3.1).
 
 An image encoder is called as `encoder(images, counts, shard) -> regions (I, R, D), counts (I,)`, has `width` (D), and
-takes `embed_size` and its options. A text encoder is called as `encoder(ids, lengths) -> words (sum of W, D)`, has
-`width` and `backbone_parameters()`, the pretrained ones, which are trained at a tenth of the learning rate.
+takes `embed_size` and its options; if it has a `vision` model, its images are pixels. A text encoder is called as
+`encoder(ids, lengths) -> words (sum of W, D)`, has `width` and `backbone_parameters()`, the pretrained ones, which are
+trained at a tenth of the learning rate.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lib.model.backbone import build_backbone
-from lib.model.layers import BatchNorm, Shard, at_least_float32, l2_normalize, pad_rows, upload
+from lib.model.layers import BatchNorm, BatchNorm2d, Shard, at_least_float32, l2_normalize, pad_rows, upload
+from lib.model.vision import VisionModel, build_vision
 
 # Captions that the language model takes at a time, by kind of device. A CPU's time grows with every padding token:
 # BERT-base, 128 captions of 5 to 35 tokens, forward and backward on one thread take 36 s in one padded batch, 19 s in
@@ -32,17 +34,22 @@ class RegionEncoder(nn.Module):
     zero rows that become unit vectors (specification of the published recipe: docs/method.md).
     """
 
-    def __init__(self, embed_size: int, img_dim: int = 2048, normalize: bool = True, mask_padding: bool = False):
+    def __init__(
+        self,
+        embed_size: int,
+        img_dim: int = 2048,
+        normalize: bool = True,
+        mask_padding: bool = False,
+        mlp: bool = True,
+    ):
+        """mlp: False leaves the linear layer alone, as the published recipe from pixels does."""
         super().__init__()
         self.img_dim, self.width = img_dim, embed_size
         self.normalize, self.mask_padding = normalize, mask_padding
         self.linear = nn.Linear(img_dim, embed_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(img_dim, embed_size // 2),
-            BatchNorm(embed_size // 2),
-            nn.ReLU(),
-            nn.Linear(embed_size // 2, embed_size),
-        )
+        middle = embed_size // 2
+        layers = [nn.Linear(img_dim, middle), BatchNorm(middle), nn.ReLU(), nn.Linear(middle, embed_size)]
+        self.mlp = nn.Sequential(*layers) if mlp else None
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -52,6 +59,7 @@ class RegionEncoder(nn.Module):
         features: (n, img_dim) of the own images' regions, one image after the other. counts: (B,) regions of each image
         of the whole batch, on the CPU.
         """
+        features = features.to(self.linear.weight.dtype)
         own = counts if shard is None else counts[shard.own]
         if self.training and not self.mask_padding:
             longest = int(counts.max())  # of the whole batch: padding counts in BatchNorm
@@ -61,10 +69,75 @@ class RegionEncoder(nn.Module):
     def embed(self, features: Tensor, shard: Shard | None = None) -> Tensor:
         """Embeddings (..., D) of features (..., img_dim), over all of which BatchNorm takes its statistics."""
         rows = features.flatten(0, -2)
-        first, norm, relu, last = self.mlp
-        embedded = self.linear(rows) + last(relu(norm(first(rows), shard)))
+        embedded = self.linear(rows)
+        if self.mlp:
+            first, norm, relu, last = self.mlp
+            embedded = embedded + last(relu(norm(first(rows), shard)))
         embedded = l2_normalize(embedded) if self.normalize else at_least_float32(embedded)
         return embedded.view(*features.shape[:-1], -1)
+
+
+class Pixels(NamedTuple):
+    """Pictures, and which of their cells are used."""
+
+    pictures: Tensor  # (n, 3, H, W) uint8
+    cells: Tensor  # (sum of the own counts,) numbers of cells among the n * R of all pictures, picture after picture
+
+
+class PixelEncoder(RegionEncoder):
+    """A vision model (vision.py), trained along, and a linear layer: its cells are the regions.
+
+    model: its name, `torchvision:resnet50`. regions: at most so many cells, their maps pooled; 0: as they are. config:
+    of a transformers model. vision: a pretrained one instead of a random one. micro_batch: as of TextEncoder, in
+    pictures.
+    """
+
+    def __init__(
+        self,
+        embed_size: int,
+        model: str,
+        regions: int = 0,
+        image_size: int = 0,
+        normalize: bool = True,
+        mask_padding: bool = False,
+        mlp: bool = False,
+        config: dict | None = None,
+        vision: VisionModel | None = None,
+    ):
+        vision = vision or build_vision(model, config or {}, regions, image_size)
+        super().__init__(embed_size, vision.width, normalize, mask_padding, mlp)
+        self.vision, self.micro_batch, self.thawed = vision, 0, 0
+        self.norms: list[Any] = [module for module in vision.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in self.norms:
+            norm.__class__ = BatchNorm2d  # its parameters and their names stay
+        self.thaw(0)
+
+    def thaw(self, stages: int) -> None:
+        """Train so many of the vision model's stages, from the top; the others are frozen, BatchNorm's averages too."""
+        self.thawed = stages
+        for number, stage in enumerate(self.vision.stages()):
+            stage.requires_grad_(number < stages)
+
+    def train(self, mode: bool = True) -> "PixelEncoder":
+        super().train(mode)
+        frozen = self.vision.stages()[self.thawed :]
+        for module in [*frozen, *(self.norms if self.micro_batch else [])]:  # statistics of a part are not the batch's
+            module.eval()
+        return self
+
+    def forward(self, images: Pixels | Tensor, counts: Tensor, shard: Shard | None = None) -> tuple[Tensor, Tensor]:
+        """As RegionEncoder's; images: a tensor means all cells of its pictures."""
+        pictures, cells = (images, None) if isinstance(images, Tensor) else images
+        for norm in self.norms:
+            norm.shard = shard
+        size = self.micro_batch if self.training and self.thawed else 0
+        features = [self._features(part, bool(size)) for part in pictures.split(size or len(pictures))]
+        packed = torch.cat(features).flatten(0, 1)
+        return super().forward(packed if cells is None else packed.index_select(0, cells), counts, shard)
+
+    def _features(self, pictures: Tensor, recomputed: bool) -> Tensor:
+        """(n, R, F). recomputed: in the backward pass, instead of keeping activations."""
+        return recompute(self.vision, pictures) if recomputed else self.vision(pictures)
 
 
 class TextEncoder(nn.Module):
@@ -130,12 +203,7 @@ class TextEncoder(nn.Module):
 
     def _recomputed(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """`_hidden`, computed again with the same dropout in the backward pass instead of keeping its activations."""
-        device = ids.device.type
-        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        # Without the cache each group rounds the weights for itself, and their gradients add up in float32. Groups that
-        # share rounded weights add them up in bfloat16, to twice the error at 64 groups.
-        with torch.autocast(device, dtype, enabled, cache_enabled=False):
-            return checkpoint(self._hidden, ids, lengths, use_reentrant=False)
+        return recompute(self._hidden, ids, lengths)
 
     def _hidden(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Last hidden state (C, N, hidden) of captions (C, N) that have `lengths` tokens (C,)."""
@@ -155,6 +223,16 @@ class TextEncoder(nn.Module):
     def states(self, **inputs: Tensor | None) -> Tensor:
         """The states (C, N, hidden) that words are made from: the language model's last ones."""
         return self.backbone(**inputs).last_hidden_state
+
+
+def recompute(function: Callable[..., Tensor], inputs: Tensor, *others: Any) -> Tensor:
+    """function(inputs, *others), computed again in the backward pass instead of keeping its activations."""
+    device = inputs.device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    # Without the cache each group rounds the weights for itself, and their gradients add up in float32. Groups that
+    # share rounded weights add them up in bfloat16, to twice the error at 64 groups.
+    with torch.autocast(device, dtype, enabled, cache_enabled=False):
+        return checkpoint(function, inputs, *others, use_reentrant=False)
 
 
 def groups_of_like_length(lengths: Tensor, size: int) -> list[Tensor] | list[slice]:

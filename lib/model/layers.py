@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,26 +85,36 @@ class Shard:
 class BatchNorm(nn.BatchNorm1d):
     """nn.BatchNorm1d with statistics over the rows of all processes. (PyTorch's SyncBatchNorm works on GPUs only.)"""
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
     def forward(self, rows: Tensor, shard: Shard | None = None) -> Tensor:
         """rows: (n, D), n may differ between processes. Returns (n, D)."""
         if not self.training or shard is None or len(shard.sizes) == 1:
             return super().forward(rows)
-        exact = at_least_float32(rows)
-        sums = torch.cat([exact.sum(dim=0), exact.new_full((1,), len(exact))])
-        total, count = shard.sum_inputs(sums).tensor_split([-1])
-        mean = total / count
-        centred = exact - mean
-        variance = shard.sum_inputs(centred.square().sum(dim=0)) / count
-        self._update_running(mean.detach(), variance.detach() * count / (count - 1))
-        return (centred * (variance + self.eps).rsqrt() * self.weight + self.bias).to(rows.dtype)
+        return _normalize(self, rows, shard)
 
-    @torch.no_grad()
-    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with statistics over the maps of all processes. shard: to be set before each forward pass."""
+
+    shard: Shard | None = None
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps: (n, D, h, w), n may differ between processes."""
+        if not self.training or self.shard is None or len(self.shard.sizes) == 1:
+            return super().forward(maps)
+        last = maps.movedim(1, -1)
+        return _normalize(self, last.flatten(0, -2), self.shard).view(last.shape).movedim(-1, 1)
+
+
+def _normalize(norm: Any, rows: Tensor, shard: Shard) -> Tensor:
+    """BatchNorm in training mode: rows (n, D) of this process by the statistics of all processes' rows."""
+    exact = at_least_float32(rows)
+    sums = torch.cat([exact.sum(dim=0), exact.new_full((1,), len(exact))])
+    total, count = shard.sum_inputs(sums).tensor_split([-1])
+    mean = total / count
+    centred = exact - mean
+    variance = shard.sum_inputs(centred.square().sum(dim=0)) / count
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+    return (centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias).to(rows.dtype)

@@ -23,7 +23,7 @@ GATES = {
     "dense": "lib.model.baselines:DenseGate",
     "diagonal": "lib.model.baselines:DiagonalGate",
 }
-IMAGE_ENCODERS = {"regions": "lib.model.encoders:RegionEncoder"}
+IMAGE_ENCODERS = {"regions": "lib.model.encoders:RegionEncoder", "pixels": "lib.model.encoders:PixelEncoder"}
 TEXT_ENCODERS = {"transformer": "lib.model.encoders:TextEncoder"}
 # By what stands before the colon of a vision model's name; called with (name, regions, image_size, whole, weights,
 # config), where weights are "" (its own), a file, or None (random).
@@ -34,6 +34,11 @@ VISION = {
 }
 LOSSES = {"hinge": "lib.losses:hinge", "ramped": "lib.losses:ramped"}
 
+VISION = {  # by what stands before the colon of a vision model's name
+    "torchvision": "lib.model.vision:torchvision_model",
+    "hf": "lib.model.vision:HuggingFacePatches",
+    "scenes": "lib.prepare.scenes.features:SceneVision",
+}
 PARTS = {
     "similarity": SIMILARITIES,
     "gate": GATES,
@@ -44,6 +49,7 @@ PARTS = {
 }
 # Parameters of parts that flags, the data or the program give.
 NO_OPTIONS = ("embed_size", "scores", "margin", "gate", "img_dim", "mask_padding", "config", "pad_id", "backbone")
+NO_OPTIONS += ("image_size", "vision")
 PAPERS_GATE = "adaptive"
 PUBLISHED_GATES = ("adaptive", "open", "fixed")  # they differ in training only: the published code scores them alike
 
@@ -51,6 +57,8 @@ PUBLISHED_GATES = ("adaptive", "open", "fixed")  # they differ in training only:
 def parse_part(kind: str, text: str) -> dict[str, Any]:
     """ "NAME" or "NAME:option=value,option=value" as {"name", "options"}. Raises ValueError for an unknown name."""
     name, _, rest = text.partition(":")
+    if kind == "image_encoder" and name in VISION:  # torchvision:resnet50 is pixels:model=torchvision:resnet50
+        name, rest = "pixels", f"model={text}"
     if name not in PARTS[kind]:
         raise ValueError(f"--{kind} {name}: expected {', '.join(PARTS[kind])}")
     options = {}
@@ -60,6 +68,11 @@ def parse_part(kind: str, text: str) -> dict[str, Any]:
             raise ValueError(f"--{kind} {text}: expected {name}:option=value,option=value")
         options[key] = _literal(value)
     return {"name": name, "options": options}
+
+
+def is_from_pixels(part: Mapping[str, Any]) -> bool:
+    """Whether an image encoder takes pictures instead of region features."""
+    return part["name"] == "pixels"
 
 
 def find(kind: str, name: str) -> Any:
@@ -88,10 +101,14 @@ def check_options(kind: str, part: Mapping[str, Any]) -> None:
 
 
 def _parameters(make: Any) -> list[str]:
-    """Names of the parameters of a function, or of a class and the classes that it extends."""
-    makes = make.__mro__[:-1] if inspect.isclass(make) else (make,)
-    parameters = [parameter for one in makes for parameter in inspect.signature(one).parameters.values()]
-    return [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    """Names of the parameters of a function, or of a class and, as far as it passes **options on, those it extends."""
+    names = []
+    for one in make.__mro__[:-1] if inspect.isclass(make) else (make,):
+        parameters = inspect.signature(one).parameters.values()
+        names += [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        if not any(each.kind == each.VAR_KEYWORD for each in parameters):
+            break
+    return names
 
 
 def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +127,7 @@ def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
         "img_dim": flags.get("img_dim", 2048),
         "normalize": unit and not flags.get("no_imgnorm", False),
         "mask_padding": flags.get("mask_padding", False),
+        "image_size": flags.get("image_size", 0),
     }
     words = {"normalize": unit and not flags.get("no_txtnorm", False)}
     return {

@@ -12,16 +12,20 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.request import Request, urlopen
 
 import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.fx.passes.split_module import split_module
 from torch.nn.functional import adaptive_avg_pool2d
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -33,6 +37,7 @@ from lib.model import registry
 from lib.model.backbone import IMAGE_PROCESSORS, build_backbone, fetch, load_backbone, read_config
 from lib.model.layers import upload
 
+CHECKPOINTED_PARTS = 8  # of a network whose activations are computed again
 FIRST_ANSWER = 8  # seconds that a server has
 
 
@@ -268,11 +273,32 @@ class TorchvisionGrid(VisionModel):
         resample = preset.interpolation.value
         preprocessing = Preprocessing((size, size), (0, 0), resample, tuple(preset.mean), tuple(preset.std))
         super().__init__(name, network, preprocessing, weights or "")
-        self.body, self.stem = family.body, family.stem
+        self.body, self.stem, self.checkpointed = family.body, family.stem, []
         self.set_regions(regions, whole)
 
+    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
+        """In training, keep only activations between parts of the network and compute the others again (PyTorch's
+        checkpoint, which takes the options)."""
+        network = cast(torch.fx.GraphModule, self.network.train())
+        steps = [node for node in network.graph.nodes if node.op not in ("placeholder", "output")]
+        for each in [*steps, *network.modules()]:  # what is computed again must find its inputs as they were
+            if isinstance(each, torch.fx.Node):
+                each.kwargs = {**each.kwargs, "inplace": False} if "inplace" in each.kwargs else each.kwargs
+            elif hasattr(each, "inplace"):
+                each.inplace = False
+        part_of = {node: number * CHECKPOINTED_PARTS // len(steps) for number, node in enumerate(steps)}
+        split = split_module(network, network, part_of.__getitem__)
+        for part in split.children():
+            part.forward = partial(checkpoint, part.forward, context_fn=self._compute_again, **options)
+        self.checkpointed = [split]  # the same layers; in a list, where they do not count as other ones
+
+    def _compute_again(self) -> tuple[Any, Any]:
+        """Contexts of a forward pass and of its repetition, in which BatchNorm's averages must not move again."""
+        return nullcontext(), _momentum([each for each in self.modules() if isinstance(each, nn.BatchNorm2d)], 0.0)
+
     def feature_map(self, pixels: Tensor) -> Tensor:
-        features = self.network(pixels)["map"]
+        network = self.checkpointed[0] if self.checkpointed and self.network.training else self.network
+        features = network(pixels)["map"]
         if features.dim() == 4:
             return features
         patches = features[:, 1:].mT  # (B, F, h * w), without the class token
@@ -387,6 +413,10 @@ class HuggingFacePatches(VisionModel):
             self.options = {"interpolate_pos_encoding": True}
         self.set_regions(regions, whole=False)
 
+    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
+        """In training, keep only activations between layers and compute the others again."""
+        self.network.gradient_checkpointing_enable(options)
+
     def feature_map(self, pixels: Tensor) -> Tensor:
         states = self.network(pixel_values=pixels, **self.options).last_hidden_state
         if states.dim() == 4:
@@ -417,6 +447,16 @@ def _read_vision_config(source: str) -> dict:
     return config | {
         "preprocessing": to_plain(Preprocessing((height, width), (0, 0), resample, tuple(mean), tuple(std)))
     }
+
+
+@contextmanager
+def _momentum(norms: Sequence[nn.BatchNorm2d], momentum: float) -> Iterator[None]:
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = momentum
+    yield
+    for norm, value in zip(norms, before, strict=True):
+        norm.momentum = value
 
 
 def torchvision_model(name: str, *options: Any) -> VisionModel:

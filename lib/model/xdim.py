@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.model import registry
+from lib.model.encoders import Pixels
 from lib.model.engine import Embedded, make_engine
 from lib.model.layers import EPSILON, Shard, at_least_float32, l2_normalize, real_rows
 
@@ -153,21 +154,34 @@ class XDim(nn.Module):
         self.use_engine(engine)
 
     @classmethod
-    def build(cls, architecture: dict, backbone: nn.Module | None = None, engine: str = "tiled") -> "XDim":
+    def build(
+        cls,
+        architecture: dict,
+        backbone: nn.Module | None = None,
+        vision: nn.Module | None = None,
+        engine: str = "tiled",
+    ) -> "XDim":
         """A model of random weights from `registry.describe`'s architecture, complete with the text configuration.
 
-        backbone: a pretrained language model to take instead of a random one. Raises ValueError where a part is unknown
-        or does not take its options.
+        backbone, vision: a pretrained language and vision model to take instead of random ones. Raises ValueError where
+        a part is unknown or does not take its options.
         """
         dims = architecture["embed_size"]
         image, text, similarity = (architecture[kind] for kind in ("image_encoder", "text_encoder", "similarity"))
         if backbone is None:  # before all other weights: the order of random numbers is part of a seed's result
             backbone = registry.find("text_encoder", text["name"]).make_backbone(text["options"]["config"])
-        image_encoder = registry.build("image_encoder", image, dims)
+        pretrained = {"vision": vision} if vision else {}
+        image_encoder = registry.build("image_encoder", image, dims, **pretrained)
         text_encoder = registry.build("text_encoder", text, dims, backbone=backbone)
         model = cls(image_encoder, text_encoder, registry.build("similarity", similarity, dims), engine)
         model.architecture = architecture
         return model
+
+    def checkpoint_gradients(self) -> None:
+        """Have language and vision model compute activations again in the backward pass, instead of keeping them."""
+        for pretrained in (self.text_encoder.backbone, getattr(self.image_encoder, "vision", None)):
+            if pretrained is not None:
+                pretrained.gradient_checkpointing_enable({"use_reentrant": False})
 
     def use_engine(self, name: str) -> None:
         """Choose how scores are computed: "tiled", fast, or "plain", by the similarity's own formula."""
@@ -181,13 +195,13 @@ class XDim(nn.Module):
         return shard.gather_outputs(self.engine(*self.embed(images, counts, ids, lengths, shard)), shard.sizes)
 
     def embed(
-        self, images: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, shard: Shard | None = None
+        self, images: Tensor | Pixels, counts: Tensor, ids: Tensor, lengths: Tensor, shard: Shard | None = None
     ) -> Embedded:
         """Embed a batch of which each process has its own pairs, and gather the words of all captions.
 
-        images: what the image encoder takes of the own images (region features (n, img_dim), packed). counts: (B,)
-        regions of each image of the whole batch. ids: (own captions, N) token ids. lengths: (B,) tokens of each caption
-        of the whole batch. counts and lengths are on the CPU.
+        images: what the image encoder takes of the own images: region features (n, img_dim), packed, or Pixels. counts:
+        (B,) regions of each image of the whole batch. ids: (own captions, N) token ids. lengths: (B,) tokens of each
+        caption of the whole batch. counts and lengths are on the CPU.
         """
         shard = shard or Shard(len(lengths))
         regions, own_counts = self.image_encoder(images, counts, shard)
@@ -208,8 +222,10 @@ class XDim(nn.Module):
         backbone = list(self.text_encoder.backbone_parameters())
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         language = sum(p.numel() for p in backbone)
+        vision = sum(p.numel() for p in getattr(self.image_encoder, "vision", nn.Module()).parameters())
         return {
-            "image encoder": counts["image_encoder"],
+            **({"vision model": vision} if vision else {}),
+            "image encoder": counts["image_encoder"] - vision,
             "language model": language,
             "text projection": counts["text_encoder"] - language,
             "similarity": counts["similarity"],

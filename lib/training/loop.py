@@ -22,20 +22,21 @@ from lib.config import TrainSettings
 from lib.data.batches import Batch, EpochBatches, loader, on_device, share_beside_own_image
 from lib.data.dataset import Split, open_split
 from lib.data.features import DeviceFeatures
+from lib.data.images import open_pictures
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import report
 from lib.evaluation.evaluate import measure_split
 from lib.evaluation.metrics import chance_metrics
-from lib.evaluation.score import Matcher
+from lib.evaluation.score import Matcher, look_of
 from lib.losses import Loss, loss_of_epoch
 from lib.model.engine import Embedded, PlainEngine
 from lib.model.layers import Shard, upload
-from lib.model.registry import find, parse_part
+from lib.model.registry import find, is_from_pixels, parse_part
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
 from lib.training import resume
 from lib.training.log import RunLog, StepFigures
-from lib.training.optim import build_optimizer, set_learning_rate
+from lib.training.optim import ENCODER_FACTORS, build_optimizer, set_learning_rate, thawed_stages
 from lib.training.resume import Origin
 from lib.training.run_folder import Progress, RunFolder, command_to_resume
 from lib.training.signals import EndNow, Signals
@@ -84,14 +85,20 @@ def train(settings: TrainSettings, origin: Origin | None = None) -> None:
 
 def train_epoch(run: Run) -> None:
     """One pass over all pairs, or over those that are left of the current epoch."""
-    settings, progress = run.settings, run.progress
-    rate = set_learning_rate(run.optimizer, progress.epoch, settings.learning_rate, settings.lr_update)
-    loss_function = loss_of(settings, progress.epoch)
-    run.model.train()
+    settings, progress, vision = run.settings, run.progress, getattr(run.model.image_encoder, "vision", None)
+    rates = partial(set_learning_rate, run.optimizer, progress.epoch, settings.learning_rate, settings.lr_update)
+    rate, loss_function = rates(), loss_of(settings, progress.epoch)
     steps = len(run.train[1]) // settings.batch_size
+    if vision:
+        run.model.image_encoder.thaw(thawed_stages(progress.epoch, settings.freeze_epochs, settings.thaw_epochs))
+        run.batch_loss = average_gradients(getattr(run.batch_loss, "module", run.batch_loss))
+    warms_up = vision and 0 < settings.freeze_epochs == progress.epoch
+    run.model.train()
     run.figures.begin_epoch()
     for batch in batches_left(run):
-        figures = train_step(run, batch, loss_function)
+        warmth = (progress.batch + 1) / steps if warms_up else 1.0
+        rates(warmth)
+        figures = train_step(run, batch, loss_function, warmth)
         progress.step += 1
         progress.batch += 1
         overdue = run.figures.add(progress.step, figures)
@@ -114,7 +121,8 @@ def say_progress(run: Run, rate: float, steps_left: int) -> None:
     run.log.say(line)
     scalars = {"loss": loss, "gradient_norm": gradient_norm, "spread": spread, "pairs_per_second": pairs}
     run.log.scalars(progress.step, "train", scalars)
-    run.log.scalars(progress.step, "rate", dict(zip(("learning", "bert"), rates, strict=True)))
+    names = ("learning", "bert", "vision")[: len(rates)]
+    run.log.scalars(progress.step, "rate", dict(zip(names, rates, strict=True)))
     run.log.scalars(progress.step, "gate", run.model.similarity.figures())
 
 
@@ -135,22 +143,26 @@ def batches_left(run: Run) -> Iterator[Batch]:
     """This process's part of each batch that is left of the epoch, on the device but for counts and lengths."""
     settings, progress, size = run.settings, run.progress, run.settings.batch_size
     own, half, indexed = collectives.shard(size).own, run.compute.half_features, run.resident is not None
-    batches = EpochBatches(*run.train, run.tokenizer, size, settings.seed, progress.epoch, own, half, indexed)
+    look = look_of(run.model)
+    batches = EpochBatches(*run.train, run.tokenizer, size, settings.seed, progress.epoch, own, half, indexed, look)
     left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
     shown = with_bar(left, f"epoch {progress.epoch + 1}") if sys.stderr.isatty() else left  # else lines say as much
     return on_device(shown, run.compute.device, run.resident)
 
 
-def train_step(run: Run, batch: Batch, loss_function: Loss) -> Tensor:
+def train_step(run: Run, batch: Batch, loss_function: Loss, warmth: float = 1.0) -> Tensor:
     """Forward, loss, backward, clip, step. The device may still be computing when this returns.
 
-    Returns (3,) on the device: loss, global gradient norm before clipping, standard deviation of the scores or NaN.
+    warmth: what the loss is scaled by, 0 to 1 over the first epoch in which a vision model trains. Returns (3,) on the
+    device: loss, global gradient norm before clipping, standard deviation of the scores or NaN.
     """
     distributed.heartbeat()
     run.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations take their memory
     with run.compute.autocast():
         loss, spread = run.batch_loss(batch, loss_function)
-    (loss * distributed.world_size()).backward()  # the gradients of the processes add up, but DDP averages them
+    (
+        loss * (warmth * distributed.world_size())
+    ).backward()  # the gradients of the processes add up, but DDP averages them
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     run.optimizer.step()  # also where the loss is NaN: that is found before the next checkpoint is written
     return torch.stack([loss.detach(), norm, spread])
@@ -166,8 +178,7 @@ class BatchLoss(nn.Module):
     def forward(self, batch: Batch, loss_function: Loss) -> tuple[Tensor, Tensor]:
         """The loss and the standard deviation of the scores, see batch_loss; the same on all processes."""
         shard = collectives.shard(len(batch.lengths))
-        images = batch.images.to(torch.get_default_dtype())
-        embedded = self.model.embed(images, batch.counts, batch.ids, batch.lengths, shard)
+        embedded = self.model.embed(batch.images, batch.counts, batch.ids, batch.lengths, shard)
         image_of = None if self.same_image_negatives else upload(batch.image_of, embedded.regions.device)
         return batch_loss(self.model.engine, embedded, loss_function, self.margin, shard, image_of)
 
@@ -196,8 +207,8 @@ def batch_loss(
     return loss_function(scores, margin), spread
 
 
-def average_gradients(batch_loss: BatchLoss) -> nn.Module:
-    """A batch_loss whose backward pass averages the gradients over the job's processes.
+def average_gradients(batch_loss: nn.Module) -> nn.Module:
+    """A batch_loss whose backward pass averages the gradients of what trains now over the job's processes.
 
     DistributedDataParallel rebuilds its buckets after the first step, which changes the order of additions; a resumed
     run would differ in the last bits. With find_unused_parameters (there are none) it keeps the first buckets.
@@ -259,9 +270,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     loss_of(settings, progress.epoch)  # refuses wrong options before anything is read
     if origin is None:
         resume.refuse_used_folder(Path(settings.model_name))
-    train_split = open_split(settings.data_path, settings.data_name, "train", settings.img_dim or None)
-    settings.img_dim = train_split.features.img_dim
-    dev_split = open_split(settings.data_path, settings.data_name, "dev", settings.img_dim)
+    train_split, dev_split = open_train_and_dev(settings)
     pairs = len(train_split.captions)
     if not processes <= settings.batch_size <= pairs:
         limit = f"fewer pairs than the {processes} processes"
@@ -284,10 +293,14 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     model.image_encoder.mask_padding = settings.mask_padding
     if "mask_padding" in (options := model.architecture["image_encoder"]["options"]):
         options["mask_padding"] = settings.mask_padding
-    model.text_encoder.micro_batch = settings.micro_batch
+    for encoder in (model.image_encoder, model.text_encoder):
+        encoder.micro_batch = settings.micro_batch
+    if settings.gradient_checkpointing:
+        model.checkpoint_gradients()
     model.use_engine(settings.engine or "tiled")
     model.to(compute.device)
-    optimizer = build_optimizer(model, settings.learning_rate)
+    encoder_lr = settings.encoder_lr or ENCODER_FACTORS.get(settings.image_encoder.partition(":")[0], 0.0)
+    optimizer = build_optimizer(model, settings.learning_rate, encoder_lr)
     resume.seed_process(settings.seed, progress.step)
     if origin:
         resume.restore(origin, optimizer, compute.device)
@@ -312,6 +325,18 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
         StepFigures(settings.margin, log, progress, settings.model_name),
         Signals(progress),
     )
+
+
+def open_train_and_dev(settings: TrainSettings) -> tuple[Split, Split]:
+    """Both splits: of pictures where the model starts from pixels, else of features, whose size the settings get."""
+    folder = (settings.data_path, settings.data_name)
+    if is_from_pixels(parse_part("image_encoder", settings.image_encoder)):
+        if settings.device_features:
+            raise InputError("--device_features: a model from pixels has no features, leave it out")
+        return open_pictures(*folder, "train", settings.image_path), open_pictures(*folder, "dev", settings.image_path)
+    train_split = open_split(*folder, "train", settings.img_dim or None)
+    settings.img_dim = train_split.features.img_dim
+    return train_split, open_split(*folder, "dev", settings.img_dim)
 
 
 def introduce(run: Run, origin: Origin | None) -> None:

@@ -22,7 +22,7 @@ ARCHITECTURE = ModelSettings.__annotations__.keys() - {"bert", "bert_from_scratc
 RECIPE = RecipeSettings.__annotations__.keys() | {"seed", "mask_padding", "precision", "engine", "device_features"}
 RECIPE -= {"num_epochs"}
 ORDER = ("batch_size", "seed")  # the order of pairs depends on them
-OF_A_NODE = ("data_path", "bert", "workers")  # may differ between the machines of a job
+OF_A_NODE = ("data_path", "image_path", "bert", "workers")  # may differ between the machines of a job
 
 
 @dataclass

@@ -198,8 +198,10 @@ def test_a_part_of_an_evaluation_ends_when_the_device_has_done_its_work(monkeypa
         (np.full((2, 6, 16), np.nan, np.float32), ["a ball"], "NaN"),
         (np.zeros((2, 6, 16), np.float32), "a ball", "list"),
         (np.zeros((2, 6, 16), np.float32), [3], "list"),
-        (None, ["a ball"], "expected \\(images, regions, 16\\) numbers"),
-        (["a ball"], ["a ball"], "expected \\(images, regions, 16\\) numbers"),
+        (None, ["a ball"], "expected a list of one path"),
+        ("a.jpg", ["a ball"], "expected a list of one path"),
+        ([{}], ["a ball"], "expected \\(images, regions, 16\\) numbers"),
+        (["a.jpg"], ["a ball"], "nothing says which program made the regions .* arrays \\(images, regions, 16\\)"),
     ],
 )
 def test_python_interface_says_what_is_wrong(trained_run, regions, captions, complaint):

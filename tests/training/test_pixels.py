@@ -1,0 +1,266 @@
+"""Training from pixels: the vision model is frozen, warms up and thaws, and runs are the same however they are run."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torchvision.models import get_model
+
+import train
+from lib import load
+from lib.checkpoints.native import BEST, read_checkpoint
+from lib.config import EvaluationSettings
+from lib.data.batches import choose_cells
+from lib.data.images import augment
+from lib.evaluation.evaluate import evaluate
+from lib.model.encoders import PixelEncoder, Pixels
+from lib.model.vision import Preprocessing
+from lib.training import loop
+from lib.training.optim import thawed_stages
+from tests.conftest import TINY_BERT, bert_without_dropout
+from tests.ranks import run_ranks
+from tests.training.test_processes import assert_close, train_in_float64
+from tests.training.test_resume import assert_equal_runs, crashed
+
+SIZE = 64
+IMAGES = {"train": 12, "dev": 6}
+EPOCHS = ["--num_epochs", "3", "--freeze_epochs", "1", "--thaw_epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A data set of pictures alone, in folder images/ beside its captions, and weights of two torchvision models."""
+    folder, rng = tmp_path_factory.mktemp("data") / "mine", np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    for split, count in IMAGES.items():
+        ids = [f"{split}_{number}" for number in range(count)]
+        for name in ids:
+            height, width = rng.integers(40, 100, 2)
+            coarse = PIL.Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            coarse.resize((width, height)).save(folder / "images" / f"{name}.png")
+        captions = [f"a {name.replace('_', ' ')} seen {k} times" for name in ids for k in range(5)]
+        (folder / f"{split}_ids.txt").write_text("\n".join(ids) + "\n")
+        (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n")
+    for kind in ("squeezenet1_1", "shufflenet_v2_x0_5"):
+        torch.manual_seed(0)
+        torch.save(get_model(kind, weights=None).state_dict(), folder.parent / f"{kind}.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(pictures, tmp_path_factory):
+    return [
+        *("--data_path", str(pictures.parent), "--data_name", "mine"),
+        *("--bert", bert_without_dropout(tmp_path_factory.mktemp("model")), "--bert_from_scratch"),
+        *("--image_encoder", "torchvision:squeezenet1_1", "--image_size", str(SIZE)),
+        *("--image_weights", str(pictures.parent / "squeezenet1_1.pth"), "--encoder_lr", "0.1"),
+        *("--embed_size", "16", "--batch_size", "8", "--workers", "0", "--device", "cpu", "--log_step", "1"),
+        *EPOCHS,
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*flags, "--model_name", str(folder)]) == 0
+    return folder
+
+
+def changed_stages(flags, folder, monkeypatch):
+    """Which stages' weights each epoch has changed, and the vision model's share of its rate in each step."""
+    epochs, rates = [], []
+    train_epoch, train_step = loop.train_epoch, loop.train_step
+
+    def spy(run):
+        stages = run.model.image_encoder.vision.stages()
+        old = [[p.clone() for p in stage.state_dict().values()] for stage in stages]
+        train_epoch(run)
+        new = [list(stage.state_dict().values()) for stage in stages]
+        epochs.append(
+            [any(not torch.equal(*pair) for pair in zip(*both, strict=True)) for both in zip(old, new, strict=True)]
+        )
+
+    def spy_step(run, batch, loss_function, warmth):
+        rates.append((run.optimizer.param_groups[2]["lr"], warmth))
+        return train_step(run, batch, loss_function, warmth)
+
+    monkeypatch.setattr(loop, "train_epoch", spy)
+    monkeypatch.setattr(loop, "train_step", spy_step)
+    assert train.main([*flags, "--model_name", str(folder)]) == 0
+    return epochs, rates
+
+
+@pytest.mark.parametrize("kind", ["squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_the_vision_model_is_frozen_then_warms_up_and_thaws_from_the_top(pictures, flags, tmp_path, monkeypatch, kind):
+    model = ["--image_encoder", f"torchvision:{kind}", "--image_weights", str(pictures.parent / f"{kind}.pth")]
+    epochs, rates = changed_stages([*flags, *model], tmp_path / "run", monkeypatch)
+    frozen, top, two = epochs  # BatchNorm's averages count, too
+    assert not any(frozen)
+    assert top == [True] + [False] * (len(top) - 1)
+    assert two == [True, True] + [False] * (len(two) - 2)
+    full = 0.0005 * 0.1
+    steps = len(rates) // 3
+    warm = [(k + 1) / steps for k in range(steps)]
+    assert rates == [
+        *[(full, 1.0)] * steps,
+        *[(pytest.approx(full * one), one) for one in warm],
+        *[(full, 1.0)] * steps,
+    ]
+
+
+def test_the_published_schedule_thaws_a_stage_every_five_epochs():
+    stages = [thawed_stages(epoch, 2, 5) for epoch in range(13)]
+    assert stages == [0, 0, *[1] * 5, *[2] * 5, 3]
+    assert thawed_stages(1, 1, 0) > 10
+
+
+def test_a_run_that_crashed_in_the_first_thawed_epoch_ends_as_if_it_had_not(flags, whole, tmp_path, monkeypatch):
+    command = [*flags, "--model_name", str(tmp_path / "run"), "--save_steps", "2", "--resume", "auto"]
+    crashed(monkeypatch, 12, command)
+    assert train.main(command) == 0
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+WAYS = {
+    "squeezenet, no BatchNorm": ("squeezenet1_1", []),
+    "BatchNorm over all processes": ("shufflenet_v2_x0_5", []),
+    "pictures in micro batches": ("shufflenet_v2_x0_5", ["--micro_batch", "2"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_and_gradients_of_two_processes_are_those_of_one(pictures, flags, tmp_path, way):
+    kind, more = WAYS[way]
+    model = ["--image_encoder", f"torchvision:{kind}", "--image_weights", str(pictures.parent / f"{kind}.pth")]
+    thawed = ["--freeze_epochs", "0", "--thaw_epochs", "0", "--batch_size", "7"]
+    runs = []
+    for count in (1, 2):
+        folder = ["--model_name", str(tmp_path / str(count))]
+        runs.append(run_ranks(train_in_float64, count, [*flags, *model, *thawed, *more, *folder], 3))
+    ((one,), ranks) = runs
+    for rank in ranks:
+        for (figures, gradients), (others, theirs) in zip(rank.value[0], one.value[0], strict=True):
+            assert figures == pytest.approx(others, rel=1e-8, nan_ok=True)
+            assert_close(gradients, theirs)
+
+
+def encoder(kind="squeezenet1_1", **options):
+    torch.manual_seed(0)
+    return PixelEncoder(16, f"torchvision:{kind}", image_size=SIZE, **options)
+
+
+def gradients(model, images, counts):
+    model.zero_grad()
+    regions, _ = model(images, counts)
+    (regions * torch.arange(regions.numel()).view(regions.shape).sin()).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_less_memory_gives_the_same_gradients_and_the_same_averages(double, kind):
+    pictures = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
+    model, counts = encoder(kind), None
+    cells = model.vision.regions
+    rows, kept = choose_cells(5, cells, np.random.default_rng(0))
+    images, counts = Pixels(pictures, torch.from_numpy(rows)), torch.from_numpy(kept)
+    model.thaw(100)
+    expected, averages = gradients(model.train(), images, counts), {k: v.clone() for k, v in model.named_buffers()}
+    other = encoder(kind)
+    other.thaw(100)
+    other.vision.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_close(gradients(other.train(), images, counts), expected)
+    for name, buffer in other.named_buffers():
+        assert name.endswith("num_batches_tracked") or torch.equal(buffer, averages[name]), name
+    by_parts, whole = encoder(kind), encoder(kind)
+    by_parts.micro_batch = 2
+    for one in (by_parts, whole):
+        one.thaw(100)
+    for norm in whole.train().norms:  # in parts BatchNorm keeps its averages
+        norm.eval()
+    assert_close(gradients(by_parts.train(), images, counts), gradients(whole, images, counts))
+
+
+def test_pictures_lose_cells_as_published():
+    rng, images, cells = np.random.default_rng(0), 4000, 64
+    rows, kept = choose_cells(images, cells, rng)
+    assert kept.min() >= 1
+    assert kept.sum() == len(rows)
+    assert (np.diff(rows) > 0).all()
+    assert (np.bincount(rows // cells, minlength=images) == kept).all()
+    assert (kept == cells).mean() == pytest.approx(0.2 + 0.8 / (65 * 0.2), abs=0.03)  # mean of (1 - p)**64 below 0.2
+    assert 1 - kept.sum() / (images * cells) == pytest.approx(0.8 * 0.1, abs=0.005)
+    assert choose_cells(50, 1, rng)[1].tolist() == [1] * 50
+
+
+def test_a_picture_is_cropped_resized_and_flipped_as_the_numbers_say():
+    x, y = np.meshgrid(np.arange(200), np.arange(100))
+    picture = PIL.Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+    look = Preprocessing((10, 20), (0, 0), "bilinear", (0.0,) * 3, (1.0,) * 3)
+    left_top = augment(picture, look, np.array([0.0, 0.0, 0.0, 0.0, 0.9]))  # 120 x 60 pixels
+    assert (left_top[0, :, 0].max(), left_top[0, :, -1].min(), left_top[1, -1].min()) <= (4, 114, 54)
+    assert left_top[0, :, -1].max() <= 120
+    assert left_top[1].max() <= 60
+    right_bottom = augment(picture, look, np.array([0.0, 0.0, 1.0, 1.0, 0.1]))
+    assert right_bottom[0, :, 0].min() >= 190
+    assert right_bottom[0, :, -1].max() <= 90
+    assert right_bottom[1].min() >= 40
+    everything = augment(picture, look, np.array([0.99999, 0.99999, 0.0, 0.0, 0.9]))
+    assert everything[0].max() >= 190
+    assert everything[0].min() <= 6
+
+
+def test_pictures_scored_by_their_paths_have_the_scores_of_the_data_set(pictures, whole, tmp_path):
+    scores = tmp_path / "scores.npy"
+    flags = {"checkpoint": (str(whole),), "split": "dev", "save_sims": str(scores), "workers": 0, "device": "cpu"}
+    evaluate(EvaluationSettings(**flags))
+    captions = (pictures / "dev_caps.txt").read_text().splitlines()
+    paths = [pictures / "images" / f"dev_{number}.png" for number in range(IMAGES["dev"])]
+    model = load(whole, device="cpu")
+    found = model.score(paths, captions).numpy()
+    np.testing.assert_allclose(found, np.load(scores), atol=1e-5)
+    opened = [PIL.Image.open(path) for path in paths]
+    np.testing.assert_allclose(model.score(opened, captions).numpy(), found, atol=1e-6)
+
+
+def test_gpos_layout_is_found_by_its_mapping_of_ids(pictures, flags, whole, tmp_path):
+    root = tmp_path / "f30k"
+    (root / "precomp").mkdir(parents=True)
+    (root / "flickr30k-images").symlink_to(pictures / "images")
+    mapping = {}
+    for split, count in IMAGES.items():
+        (root / "precomp" / f"{split}_caps.txt").write_bytes((pictures / f"{split}_caps.txt").read_bytes())
+        ids = [len(mapping) + number for number in range(count)]
+        mapping |= {str(one): f"{split}_{number}.png" for number, one in enumerate(ids)}
+        lines = [one for one in ids for _ in range(5 if split == "dev" else 1)]
+        (root / "precomp" / f"{split}_ids.txt").write_text("".join(f"{one}\n" for one in lines))
+    (root / "id_mapping.json").write_text(json.dumps(mapping))
+    data = ["--data_path", str(root), "--data_name", "f30k_precomp", "--model_name", str(tmp_path / "run")]
+    assert train.main([*flags, *data]) == 0
+    one, other = (read_checkpoint(folder / BEST)["model"] for folder in (whole, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_cannot_train_from_pixels_is_refused_in_one_line(pictures, flags, tiny_flags, whole, tmp_path, capsys):
+    def refused(*more, said):
+        assert train.main([*flags, "--model_name", str(tmp_path / "none"), *more]) == 2
+        assert said in capsys.readouterr().err
+
+    refused("--device_features", said="--device_features: a model from pixels has no features")
+    refused("--image_path", str(tmp_path), said="pictures are missing")
+    refused("--image_encoder", "torchvision:squeezenet1_2", said="squeezenet1_1")
+    broken = tmp_path / "images"
+    broken.mkdir()
+    for path in (pictures / "images").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes()[:60])
+    refused("--image_path", str(broken), said="take it and its captions out of the data set")
+    regions = ["--model_name", str(tmp_path / "regions"), "--bert", str(TINY_BERT)]
+    assert train.main([*tiny_flags, *regions]) == 0
+    flags = {"checkpoint": (str(whole), str(tmp_path / "regions")), "split": "dev", "workers": 0, "device": "cpu"}
+    with pytest.raises(Exception, match="some of the models start from pixels"):
+        evaluate(EvaluationSettings(**flags))
+    with pytest.raises(Exception, match="starts from pixels"):
+        load(whole, device="cpu").score(np.zeros((1, 4, 512)), ["a"])
+    with pytest.raises(Exception, match="nothing says which program made the regions"):
+        load(tmp_path / "regions", device="cpu").score([str(pictures / "images" / "dev_0.png")], ["a"])
