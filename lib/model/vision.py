@@ -240,7 +240,7 @@ def _make(name: str, *options: Any) -> VisionModel:
     if family not in registry.VISION or (family == "torchvision" and rest not in torchvision_names()):
         known = [f"torchvision:{one}" for one in torchvision_names()]
         known += [one for one in registry.VISION if one not in ("torchvision", "hf")]
-        nearest = difflib.get_close_matches(name if rest else f"torchvision:{name}", known, 3, cutoff=0)
+        nearest = difflib.get_close_matches(name if ":" in name else f"torchvision:{name}", known, 3, cutoff=0)
         raise ValueError(f"no vision model is named {name}; the nearest are {', '.join(nearest)} (or hf:NAME)")
     return registry.find("vision", family)(name, *options)
 
@@ -263,7 +263,7 @@ class TorchvisionGrid(VisionModel):
         try:
             classifier = get_model(kind, weights=None, **options)
         except (ValueError, AssertionError) as error:
-            raise ValueError(f"{name} does not take pictures of {size} x {size} pixels ({error})") from None
+            raise ValueError(f"{name} does not take pictures of {size} x {size} pixels ({_reason(error)})") from None
         network = create_feature_extractor(classifier, {family.cut: "map"})
         if weights is not None:
             state = read_weights(weights) if weights else torchvision_weights(kind)

@@ -105,6 +105,13 @@ def test_stages_hold_every_parameter_once_the_top_one_first(name):
     assert any(one is model.network.get_parameter(lowest) for one in model.stages()[-1].parameters())
 
 
+@pytest.mark.parametrize(("kind", "size"), [("vit_b_32", 100), ("maxvit_t", 100), ("squeezenet1_1", 8)])
+def test_pictures_of_a_size_that_a_model_does_not_take_are_refused_in_one_line(kind, size):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"does not take pictures of {size} x {size}") as caught:
+        build_vision(f"torchvision:{kind}", {}, 36, size)
+    assert "\n" not in str(caught.value)
+
+
 def test_resnet_is_thawed_layer_by_layer():
     model = build_vision("torchvision:resnet18", {}, 36, 64)
     layers = [getattr(model.network, f"layer{i}") for i in (4, 3, 2, 1)]
