@@ -20,6 +20,7 @@ BENCHMARKS = ROOT / "benchmarks"
 PARTS = re.findall(r"^ *part (\w+)", (BENCHMARKS / "gpu.sh").read_text(), flags=re.MULTILINE)
 SMALL = ["--embed_size", "16", "--rounds", "1", "--device", "cpu", "--toy"]
 FLAGS = {
+    "images": [],
     "evaluate": ["--images", "4", "--ways", "float32, best 20 exact"],
     "loader": ["--batch_size", "8", "--batches", "4", "--img_dim", "4", "--workers", "0"],
     "micro_batch": ["--batch_size", "5", "--steps", "1"],

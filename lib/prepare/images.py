@@ -90,10 +90,9 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     )
     flags.add_argument("--regions", type=int, default=36, help="cells or boxes of a picture, at most; 0: all")
     flags.add_argument("--image_size", type=int, default=0, help="pixels of each side; 0: the vision model's own")
-    flags.add_argument("--batch_size", type=int, default=32, help="pictures that the vision model takes at a time")
-    flags.add_argument(
-        "--workers", type=int, default=10, help="processes that read pictures; at most one for each core"
-    )
+    sizes = f"pictures at a time; 0: {BATCH_SIZE}, on a GPU {BATCH_SIZE_OF_GPU} where all are of one size"
+    flags.add_argument("--batch_size", type=int, default=0, help=sizes)
+    flags.add_argument("--workers", type=int, default=10, help="processes that read pictures for a GPU")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     flags.add_argument("--precision", default="", choices=["fp32", "tf32", "bf16"], help="default: tf32 on CUDA")
     own.add_caption_flags(flags)
@@ -120,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
             on_gpu, started = compute.device.type == "cuda" and any(model.preprocessing.size), time.time()
             size = args.batch_size or (BATCH_SIZE_OF_GPU if on_gpu else BATCH_SIZE)
             pictures = PictureBatches(args.photos, wanted, size, model.preprocessing)
-            _write_part(parts, pictures, model, compute, args.workers)
+            write_part(parts, pictures, model, compute, args.workers)
         seconds = time.time() - started
         if not distributed.is_first():
             return
@@ -193,7 +192,7 @@ def _describe(model: VisionModel, pictures: int) -> None:
     print(f"of each of {pictures:,} pictures, seen at {size}", flush=True)
 
 
-def _write_part(folder: Path, pictures: PictureBatches, model: VisionModel, compute: Compute, workers: int) -> None:
+def write_part(folder: Path, pictures: PictureBatches, model: VisionModel, compute: Compute, workers: int) -> None:
     """Write this process's share of the pictures, every batch whose number is its rank, modulo the world size."""
     rank, unreadable = distributed.rank(), []
     share = Subset(pictures, range(rank, len(pictures), distributed.world_size()))
