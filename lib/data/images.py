@@ -179,7 +179,7 @@ def find_pictures(folder: Path, ids: Sequence[str], image_path: str = "") -> lis
     id_mapping.json in FOLDER, above it or beside the pictures says which it is. Raises InputError naming some that are
     missing.
     """
-    places = [Path((read_encoder(folder) or {}).get("folder") or folder / "images"), folder / "images"]
+    places = [folder / (read_encoder(folder) or {}).get("folder", "images"), folder / "images"]
     places += [folder.parent / "flickr30k-images", folder.parent / "images"]
     roots = [Path(image_path)] if image_path else [one for one in dict.fromkeys(places) if one.is_dir()]
     found = [_find_in(root, folder, ids) for root in roots]

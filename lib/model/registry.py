@@ -30,15 +30,10 @@ TEXT_ENCODERS = {"transformer": "lib.model.encoders:TextEncoder"}
 VISION = {
     "torchvision": "lib.model.vision:torchvision_model",
     "hf": "lib.model.vision:HuggingFacePatches",
-    "scenes": "lib.prepare.scenes.features:SceneVision",
+    "scenes": "lib.prepare.scenes:SceneVision",
 }
 LOSSES = {"hinge": "lib.losses:hinge", "ramped": "lib.losses:ramped"}
 
-VISION = {  # by what stands before the colon of a vision model's name
-    "torchvision": "lib.model.vision:torchvision_model",
-    "hf": "lib.model.vision:HuggingFacePatches",
-    "scenes": "lib.prepare.scenes.features:SceneVision",
-}
 PARTS = {
     "similarity": SIMILARITIES,
     "gate": GATES,

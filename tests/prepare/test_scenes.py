@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig
 
+from lib.data.dataset import read_encoder
+from lib.data.images import find_pictures, load_picture
+from lib.model.vision import load_recorded, load_vision
 from lib.prepare import scenes
 from lib.prepare.__main__ import main as prepare_main
 from lib.prepare.scenes.captions import WORDS, write_captions
@@ -205,13 +208,29 @@ def test_the_files_have_the_layout_of_scan_and_their_features_come_from_the_pict
         assert (boxes[..., :2] >= 0).all()
         assert (boxes[..., 2:] <= PICTURE_SIZE).all()
         assert len(captions_of(folder, split)) == 5 * count
-        assert (folder / f"{split}_ids.txt").read_text().split() == [str(number) for number in range(count)]
+        assert (folder / f"{split}_ids.txt").read_text().split() == [f"{split}_{i:05d}.png" for i in range(count)]
         pictures = [np.asarray(Image.open(folder / f"images/{split}_{i:05d}.png")) for i in range(count)]
         found, described = describe(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous())
         assert np.array_equal(found, boxes)
         standardised = ((described.numpy() - mean) / deviation).clip(-5, 5)
         np.testing.assert_allclose(standardised, features, rtol=1e-3, atol=1e-3)
     assert 0.8 < features.std() < 1.2
+
+
+def test_a_pictures_file_has_the_features_that_the_data_set_stores(written):
+    folder, _ = written
+    model = load_recorded(read_encoder(folder))
+    for split in ("train", "dev"):
+        ids = (folder / f"{split}_ids.txt").read_text().split()
+        loaded = [load_picture(path, model.preprocessing) for path in find_pictures(folder, ids)]
+        regions = model.describe(*zip(*loaded, strict=True))
+        for name, described in (("ims", "features"), ("boxes", "boxes")):
+            stored = np.load(folder / f"{split}_{name}.npy")
+            assert np.array_equal(stored, np.stack([getattr(one, described) for one in regions]))
+    larger = model.describe(loaded[0][0][None], [(2 * PICTURE_SIZE, PICTURE_SIZE)])[0]
+    assert np.array_equal(larger.boxes, regions[0].boxes * torch.tensor([1, 2, 1, 2]))
+    with pytest.raises(ValueError, match="scenes: has no weights"):
+        load_vision("scenes", weights="some.pth")
 
 
 def test_the_same_seed_gives_the_same_bytes_and_a_larger_set_begins_with_the_smaller(written, tmp_path):

@@ -9,6 +9,7 @@ An interrupted run leaves nothing under the folders' names and begins again.
 
 import argparse
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import chain
@@ -19,15 +20,18 @@ import numpy as np
 import PIL.Image
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
 
 from lib.cli import InputError, with_bar
+from lib.data.dataset import ENCODER
 from lib.files import new_folder
+from lib.model.vision import Preprocessing, Regions, VisionModel
 from lib.prepare.io import Image, add_data_flags, write_lines, write_split
 from lib.prepare.scenes.captions import write_captions
 from lib.prepare.scenes.drawing import PICTURE_SIZE, draw, make_scene
 from lib.prepare.scenes.features import IMG_DIM, REGIONS, describe
 
-VERSION = 1  # of what is made: to be raised with any change to it
+VERSION = 2  # of what is made: to be raised with any change to it
 STREAMS = {"train": 0, "dev": 1, "testall": 2, "test": 2, "reference": 3}  # test is the beginning of testall
 BATCH = 20  # pictures
 REFERENCE_PICTURES, REFERENCE_CAPTIONED = 60, 200  # for the features' scale: whole batches; for the vocabulary
@@ -81,6 +85,9 @@ def write_scenes(folder: Path, vocab_folder: Path, images: int, seed: int) -> bo
         with new_folder(folder, "--data_name") as new:
             _write_splits(new, sizes, seed)
             write_lines(new / "scenes.json", [text])
+            vision = SceneVision("scenes", REGIONS, 0, True, "", None)
+            record = vision.record() | {"folder": "images", "categories": []}
+            write_lines(new / ENCODER, [json.dumps(record, indent=2)])
     return vocabulary_missing or set_missing
 
 
@@ -108,11 +115,12 @@ def _write_splits(folder: Path, sizes: dict[str, int], seed: int) -> None:
 def _make_images(folder: Path, scale: tuple, seed: int, split: str, indices: range) -> list[Image]:
     """A batch of pictures, which are written to the folder, as images of a data set."""
     made, boxes, features = make_batch(seed, split, indices)
-    for index, (picture, _) in zip(indices, made, strict=True):
+    names = [f"{split}_{index:05d}.png" for index in indices]
+    for name, (picture, _) in zip(names, made, strict=True):
         pixels = PIL.Image.fromarray(picture.transpose(1, 2, 0))
-        pixels.save(folder / f"{split}_{index:05d}.png", compress_level=1)  # noise hardly shrinks
+        pixels.save(folder / name, compress_level=1)  # noise hardly shrinks
     features = ((features - scale[0]) / scale[1]).clip(-CLIP, CLIP)
-    rows = zip(map(str, indices), features, boxes, (captions for _, captions in made), strict=True)
+    rows = zip(names, features, boxes, (captions for _, captions in made), strict=True)
     return [Image(*row) for row in rows]
 
 
@@ -127,11 +135,16 @@ def make_picture(seed: int, split: str, index: int) -> Made:
 def make_batch(seed: int, split: str, indices: range) -> tuple[list[Made], np.ndarray, np.ndarray]:
     """Pictures (BATCH at most) with their captions, their boxes, and features that are not standardised."""
     made = [make_picture(seed, split, index) for index in indices]
+    return made, *describe_batch(np.stack([picture for picture, _ in made]))
+
+
+def describe_batch(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (B, REGIONS, 4) and features (B, REGIONS, D), not standardised, of pictures uint8 (B, 3, H, W)."""
     # Always a full batch: the last bits of a sum may depend on the shape that it is computed in
-    pictures = torch.zeros(BATCH, 3, PICTURE_SIZE, PICTURE_SIZE, dtype=torch.uint8)
-    pictures[: len(made)] = torch.from_numpy(np.stack([picture for picture, _ in made]))
-    boxes, features = describe(pictures)
-    return made, boxes[: len(made)].numpy(), features[: len(made)].numpy()
+    batch = torch.zeros(BATCH, 3, PICTURE_SIZE, PICTURE_SIZE, dtype=torch.uint8)
+    batch[: len(pictures)] = torch.from_numpy(pictures)
+    boxes, features = describe(batch)
+    return boxes[: len(pictures)].numpy(), features[: len(pictures)].numpy()
 
 
 @cache
@@ -141,6 +154,31 @@ def feature_scale() -> tuple[np.ndarray, np.ndarray]:
     features = np.concatenate([make_batch(0, "reference", range(start, start + BATCH))[2] for start in starts])
     mean, deviation = features.mean((0, 1), np.float64), features.std((0, 1), np.float64)
     return mean.astype(np.float32), np.maximum(deviation, 1e-3).astype(np.float32)
+
+
+class SceneVision(VisionModel):
+    """The hand-made features of this data set as one vision model among others: `--encoder scenes`. No weights."""
+
+    def __init__(self, name: str, regions: int, image_size: int, whole: bool, weights: str | None, config: dict | None):
+        if weights or image_size not in (0, PICTURE_SIZE) or regions not in (0, REGIONS):
+            raise ValueError(
+                f"{name}: has no weights, and finds {REGIONS} regions in pictures of {PICTURE_SIZE} pixels"
+            )
+        preprocessing = Preprocessing((PICTURE_SIZE, PICTURE_SIZE), (0, 0), "bilinear", (0.0,) * 3, (1.0,) * 3)
+        super().__init__(name, nn.Identity(), preprocessing)
+        self.network.register_buffer("version", torch.tensor(VERSION))  # so that the fingerprint depends on it
+        self.width, self.regions, self.asked, self.whole = IMG_DIM, REGIONS, REGIONS, True
+
+    def describe(self, pictures: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Regions]:
+        """Regions as the data set holds them, in float32 and on the CPU."""
+        (mean, deviation), described = feature_scale(), []
+        for start in range(0, len(pictures), BATCH):
+            with torch.autocast("cpu", enabled=False):
+                boxes, features = describe_batch(torch.stack(list(pictures[start : start + BATCH])).cpu().numpy())
+            features = ((features - mean) / deviation).clip(-CLIP, CLIP)
+            described += list(zip(map(torch.from_numpy, features), map(torch.from_numpy, boxes), strict=True))
+        scales = [torch.tensor([width, height, width, height]) / PICTURE_SIZE for height, width in sizes]
+        return [Regions(rows, boxes * scale) for (rows, boxes), scale in zip(described, scales, strict=True)]
 
 
 @cache
