@@ -136,7 +136,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 # Beginnings of flags of the published programs and of PyTorch's old launcher, and what to do instead.
 FOREIGN_FLAGS = {
-    "--backbone_": "features are read from files (docs/data.md), no image backbone is trained",
+    "--backbone_": "--image_encoder torchvision:NAME trains from pixels (docs/training.md)",
     "--local": "torch.distributed.launch is not supported, start the processes with torchrun",
     "--optim": "not needed, the optimiser is AdamW, as published",
     "--reset_start_epoch": "--init_from starts a new run from a checkpoint's weights",

@@ -172,7 +172,7 @@ def test_flags_that_do_not_exist_or_do_not_parse(refusal, program, flags):
         (["--optim", "adam"], "unrecognized arguments: --optim adam; --optim: not needed"),
         (["--val_step=500", "--vocab_path", "vocab", "--word_dim", "300"], "; --word_dim: not needed, --bert says"),
         (["--reset_start_epoch"], "; --reset_start_epoch: --init_from starts a new run"),
-        (["--backbone_source", "wsl"], "; --backbone_source: features are read from files"),
+        (["--backbone_source", "wsl"], "; --backbone_source: --image_encoder torchvision:NAME trains"),
         (["--batch_size", 121], "--batch_size 121: larger than the 120 pairs of train; --batch_size 8 fits"),
         (["--img_dim", 2048], "--img_dim 2048"),
     ],

@@ -1,5 +1,6 @@
 """The shell scripts: every command that they would run has flags that the programs accept, with the recipe's values."""
 
+import importlib
 import os
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.cli import Parser
 from lib.config import CheckpointSettings, TrainSettings, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +18,8 @@ import os, shlex, sys
 if sys.argv[1] != "-c" and sys.argv[1:3] != ["-m", "pip"]:  # these find that all packages are there
     open(os.environ["COMMANDS"], "a").write(shlex.join(sys.argv[1:]) + "\\n")
 """
+GRID = {"image_encoder": "torchvision:resnet50", "image_size": 256, "encoder_lr": 0.01}
+GRID |= {"freeze_epochs": 2, "thaw_epochs": 5}
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.sh"))
 
 
@@ -39,10 +43,12 @@ def commands(tmp_path):
 def test_every_command_of_a_script_is_accepted(commands, script):
     parsed = {"train.py": TrainSettings, "test.py": CheckpointSettings, "testall.py": CheckpointSettings}
     programs = []
-    for program, *flags in commands(script, "--log_step", "7"):
+    for program, *flags in commands(script, "--log_step", "7", THAW="1"):
         programs.append(program)
         if program == "-m":
-            assert flags == ["lib.prepare", "scenes"]
+            command = importlib.import_module(f"lib.prepare.{flags[1]}")
+            command.add_flags(parser := Parser())
+            parser.parse_args(flags[2:])
             continue
         settings = parse(parsed[program], "", flags)
         assert program != "train.py" or settings.log_step == 7  # further flags are passed on
@@ -50,14 +56,15 @@ def test_every_command_of_a_script_is_accepted(commands, script):
 
 
 @pytest.mark.parametrize(("data", "epochs", "lr_update"), [("f30k", 25, 15), ("coco", 20, 10)])
-@pytest.mark.parametrize("recipe", ["region", "ramped"])
+@pytest.mark.parametrize("recipe", ["region", "ramped", "grid"])
 def test_the_published_recipe(commands, recipe, data, epochs, lr_update):
     ((_, *flags),) = commands(f"train_{recipe}_{data}.sh", DATA_PATH="/a folder")
     settings = parse(TrainSettings, "", flags)
     published = TrainSettings(
         **{"data_path": "/a folder", "data_name": f"{data}_precomp", "model_name": f"runs/{data}_{recipe}"},
         **{"num_epochs": epochs, "lr_update": lr_update, "learning_rate": 5e-4, "batch_size": 128, "grad_clip": 2.0},
-        **{"margin": 0.2, "vse_mean_warmup_epochs": 1, "log_step": 200, "img_dim": 2048, "embed_size": 1024},
+        **{"margin": 0.2, "vse_mean_warmup_epochs": 1, "log_step": 200, "embed_size": 1024},
+        **(GRID if recipe == "grid" else {"img_dim": 2048}),
         **({"loss": "ramped", "gate": "open", "mask_padding": True} if recipe == "ramped" else {}),
     )
     assert settings == published

@@ -33,7 +33,7 @@ from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
 from lib.model.backbone import build_backbone, fetch, load_backbone, read_config
 from lib.model.registry import describe, is_from_pixels
-from lib.model.vision import VisionModel, load_vision
+from lib.model.vision import VisionModel, load_recorded, load_vision
 from lib.model.xdim import XDim
 
 FORMAT, OLD_FORMAT = "x-dim checkpoint 3", "x-dim checkpoint 2"
@@ -218,12 +218,36 @@ def _load_vision(image: dict, settings: dict[str, Any]) -> VisionModel | None:
             options.get("regions", 0),
             settings.get("image_weights", ""),
             options["image_size"],
-            whole=False,
+            options.get("whole", False),
         )
         if not vision.regions:
             raise ValueError("finds boxes; a model that is trained along needs cells: prepare images takes it")
     options["config"] = vision.config
     return vision
+
+
+def with_vision(content: dict[str, Any], name: str, weights_file: str) -> dict[str, Any]:
+    """A checkpoint on prepared regions as one from pixels: with the vision model that made the regions, `name`.
+
+    Raises InputError where another one made them, or its weights cannot be had.
+    """
+    record = trained_encoder(content) or {"encoder": "another program"}
+    if record["encoder"] != name:
+        raise InputError(f"{content['path']}: its regions were made by {record['encoder']}, not by {name}")
+    with refusing(f"--image_encoder {name}"):
+        vision = load_recorded(record, weights_file)
+    options = content["architecture"]["image_encoder"]["options"]
+    given = {"model": name, "regions": record["regions"], "image_size": vision.preprocessing.size[0], "mlp": True}
+    given |= {"whole": record["whole"], "config": vision.config}
+    given |= {key: options[key] for key in ("normalize", "mask_padding", "mlp") if key in options}
+    weights = {f"image_encoder.vision.{key}": weight for key, weight in vision.state_dict().items()}
+    architecture = {**content["architecture"], "image_encoder": {"name": "pixels", "options": given}}
+    return {**content, "architecture": architecture, "model": content["model"] | weights}
+
+
+def trained_encoder(content: dict) -> dict | None:
+    """What made the regions that a checkpoint was trained on, as its data set said (dataset.read_encoder)."""
+    return (content.get("data") or {}).get("train", {}).get("encoder")
 
 
 def build_model(content: dict[str, Any], bert: str = "") -> tuple[XDim, Tokenizer]:

@@ -12,9 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from lib import distributed
+from lib.checkpoints.native import trained_encoder
 from lib.cli import InputError, reason
 from lib.config import SAVED_SCORES, EvaluationSettings, SplitSettings
-from lib.data.dataset import Split, describe_encoder, is_same_encoder, open_split, read_encoder
+from lib.data.dataset import Split, describe_encoder, find_folder, is_same_encoder, open_split, read_encoder
 from lib.data.images import open_pictures
 from lib.data.tokenizer import TokenizedCaptions
 from lib.evaluation import coco, metrics, rankings, report, score
@@ -248,16 +249,15 @@ def _open_split(contents: Sequence[dict], data_path: str, data_name: str, settin
         if not all(map(is_from_pixels, images)):
             raise InputError("--checkpoint: some of the models start from pixels, others from region features")
         return open_pictures(data_path, data_name, settings.split, settings.image_path)
-    for dim in {one["options"].get("img_dim") for one in images} or {None}:  # raises for all but one
-        split = open_split(data_path, data_name, settings.split, dim)
-    of_data = read_encoder(split.folder)
+    folder = find_folder(data_path, data_name)
+    of_data = read_encoder(folder)
     for content in contents:
-        of_model = score.trained_encoder(content)
+        of_model = trained_encoder(content)
         if of_model and of_data and not is_same_encoder(of_model, of_data):
             trained, found = (describe_encoder(one) for one in (of_model, of_data))
-            raise InputError(
-                f"{content['path']}: trained on regions by {trained}; those of {split.folder} are by {found}"
-            )
+            raise InputError(f"{content['path']}: trained on regions by {trained}; those of {folder} are by {found}")
+    for dim in {one["options"].get("img_dim") for one in images} or {None}:  # raises for all but one
+        split = open_split(data_path, data_name, settings.split, dim)
     return split
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 
 from lib import collectives
-from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint
+from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint, trained_encoder
 from lib.cli import InputError, reason, refusing, with_bar
 from lib.data.batches import ImageBatches, Images, loader
 from lib.data.dataset import Split
@@ -187,11 +187,6 @@ def look_of(model: XDim) -> Look | None:
     """What a model that starts from pixels takes of a picture; None for models of region features."""
     vision = getattr(model.image_encoder, "vision", None)
     return vision and Look(vision.preprocessing, vision.regions)
-
-
-def trained_encoder(content: dict) -> dict | None:
-    """What made the regions that a checkpoint was trained on, as its data set said (dataset.read_encoder)."""
-    return (content.get("data") or {}).get("train", {}).get("encoder")
 
 
 def load(

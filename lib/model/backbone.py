@@ -94,6 +94,12 @@ def load_backbone(name: str, config: dict | None = None, state: dict[str, Tensor
     return model
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """In training, keep only activations between layers and compute the others again. ValueError where it cannot."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # as it was
+    enable({"use_reentrant": False})
+
+
 def _model_class(config: dict) -> tuple[Any, dict]:
     """The class of a model, and what to make it with: configuration, dtype, no pooling layer."""
     settings = AutoConfig.for_model(**config)

@@ -87,9 +87,9 @@ class Pixels(NamedTuple):
 class PixelEncoder(RegionEncoder):
     """A vision model (vision.py), trained along, and a linear layer: its cells are the regions.
 
-    model: its name, `torchvision:resnet50`. regions: at most so many cells, their maps pooled; 0: as they are. config:
-    of a transformers model. vision: a pretrained one instead of a random one. micro_batch: as of TextEncoder, in
-    pictures.
+    model: its name, `torchvision:resnet50`. regions: at most so many cells, their maps pooled; 0: as they are. whole:
+    with a region of the whole picture. config: of a transformers model. vision: a pretrained one instead of a random
+    one. micro_batch: as of TextEncoder, in pictures.
     """
 
     def __init__(
@@ -101,10 +101,11 @@ class PixelEncoder(RegionEncoder):
         normalize: bool = True,
         mask_padding: bool = False,
         mlp: bool = False,
+        whole: bool = False,
         config: dict | None = None,
         vision: VisionModel | None = None,
     ):
-        vision = vision or build_vision(model, config or {}, regions, image_size)
+        vision = vision or build_vision(model, config or {}, regions, image_size, whole)
         super().__init__(embed_size, vision.width, normalize, mask_padding, mlp)
         self.vision, self.micro_batch, self.thawed = vision, 0, 0
         self.norms: list[Any] = [module for module in vision.modules() if isinstance(module, nn.BatchNorm2d)]

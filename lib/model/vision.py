@@ -34,7 +34,14 @@ from torchvision.ops import MultiScaleRoIAlign
 from transformers import AutoImageProcessor
 
 from lib.model import registry
-from lib.model.backbone import IMAGE_PROCESSORS, build_backbone, fetch, load_backbone, read_config
+from lib.model.backbone import (
+    IMAGE_PROCESSORS,
+    build_backbone,
+    checkpoint_activations,
+    fetch,
+    load_backbone,
+    read_config,
+)
 from lib.model.layers import upload
 
 CHECKPOINTED_PARTS = 8  # of a network whose activations are computed again
@@ -158,6 +165,10 @@ class VisionModel(nn.Module):
         """The map (B, F, h, w) of normalised pixels (B, 3, H, W)."""
         raise NotImplementedError
 
+    def checkpoint_activations(self) -> None:
+        """In training, keep only some activations and compute the others again. Raises ValueError where it cannot."""
+        raise ValueError(f"{self.name} has no parts to compute again")
+
     def normalize(self, pictures: Tensor) -> Tensor:
         """uint8 (..., 3, H, W) as what the network takes."""
         return (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
@@ -276,9 +287,7 @@ class TorchvisionGrid(VisionModel):
         self.body, self.stem, self.checkpointed = family.body, family.stem, []
         self.set_regions(regions, whole)
 
-    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        """In training, keep only activations between parts of the network and compute the others again (PyTorch's
-        checkpoint, which takes the options)."""
+    def checkpoint_activations(self) -> None:
         network = cast(torch.fx.GraphModule, self.network.train())
         steps = [node for node in network.graph.nodes if node.op not in ("placeholder", "output")]
         for each in [*steps, *network.modules()]:  # what is computed again must find its inputs as they were
@@ -289,7 +298,7 @@ class TorchvisionGrid(VisionModel):
         part_of = {node: number * CHECKPOINTED_PARTS // len(steps) for number, node in enumerate(steps)}
         split = split_module(network, network, part_of.__getitem__)
         for part in split.children():
-            part.forward = partial(checkpoint, part.forward, context_fn=self._compute_again, **options)
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False, context_fn=self._compute_again)
         self.checkpointed = [split]  # the same layers; in a list, where they do not count as other ones
 
     def _compute_again(self) -> tuple[Any, Any]:
@@ -413,9 +422,8 @@ class HuggingFacePatches(VisionModel):
             self.options = {"interpolate_pos_encoding": True}
         self.set_regions(regions, whole=False)
 
-    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        """In training, keep only activations between layers and compute the others again."""
-        self.network.gradient_checkpointing_enable(options)
+    def checkpoint_activations(self) -> None:
+        checkpoint_activations(self.network)
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         states = self.network(pixel_values=pixels, **self.options).last_hidden_state

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.model import registry
+from lib.model.backbone import checkpoint_activations
 from lib.model.encoders import Pixels
 from lib.model.engine import Embedded, make_engine
 from lib.model.layers import EPSILON, Shard, at_least_float32, l2_normalize, real_rows
@@ -177,11 +178,14 @@ class XDim(nn.Module):
         model.architecture = architecture
         return model
 
-    def checkpoint_gradients(self) -> None:
-        """Have language and vision model compute activations again in the backward pass, instead of keeping them."""
-        for pretrained in (self.text_encoder.backbone, getattr(self.image_encoder, "vision", None)):
-            if pretrained is not None:
-                pretrained.gradient_checkpointing_enable({"use_reentrant": False})
+    def checkpoint_activations(self) -> None:
+        """Have language and vision model compute activations again in the backward pass, instead of keeping them.
+
+        Raises ValueError where one cannot.
+        """
+        checkpoint_activations(self.text_encoder.backbone)
+        if vision := getattr(self.image_encoder, "vision", None):
+            vision.checkpoint_activations()
 
     def use_engine(self, name: str) -> None:
         """Choose how scores are computed: "tiled", fast, or "plain", by the similarity's own formula."""

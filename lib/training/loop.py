@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from lib import collectives, distributed
 from lib.checkpoints.native import BEST, LAST, build_model, new_model
 from lib.checkpoints.record import RECORD, begin_record, describe_data
-from lib.cli import InputError, Interrupted, with_bar
+from lib.cli import InputError, Interrupted, refusing, with_bar
 from lib.config import TrainSettings
 from lib.data.batches import Batch, EpochBatches, loader, on_device, share_beside_own_image
 from lib.data.dataset import Split, open_split
@@ -296,7 +296,8 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     for encoder in (model.image_encoder, model.text_encoder):
         encoder.micro_batch = settings.micro_batch
     if settings.gradient_checkpointing:
-        model.checkpoint_gradients()
+        with refusing("--gradient_checkpointing"):
+            model.checkpoint_activations()
     model.use_engine(settings.engine or "tiled")
     model.to(compute.device)
     encoder_lr = settings.encoder_lr or ENCODER_FACTORS.get(settings.image_encoder.partition(":")[0], 0.0)

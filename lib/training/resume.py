@@ -9,16 +9,17 @@ import torch
 import torch.distributed as dist
 
 from lib import distributed
-from lib.checkpoints.native import find_checkpoint, read_checkpoint
+from lib.checkpoints.native import find_checkpoint, read_checkpoint, with_vision
 from lib.checkpoints.record import RECORD, read_record
 from lib.cli import InputError, reason
 from lib.config import ModelSettings, RecipeSettings, TrainSettings
+from lib.model.registry import is_from_pixels, parse_part
 from lib.runtime import random_state, restore_random_state, seed_everything
 from lib.training.optim import restore_optimizer
 from lib.training.run_folder import Progress, checkpoints, step_files, step_of
 
 OF_ONE_START = ("resume", "init_from", "allow_changes", "model_name", "logger_name")  # not taken from a checkpoint
-ARCHITECTURE = ModelSettings.__annotations__.keys() - {"bert", "bert_from_scratch", "mask_padding"}  # the weights' form
+ARCHITECTURE = ModelSettings.__annotations__.keys() - {"bert", "bert_from_scratch", "image_weights", "mask_padding"}
 RECIPE = RecipeSettings.__annotations__.keys() | {"seed", "mask_padding", "precision", "engine", "device_features"}
 RECIPE -= {"num_epochs"}
 ORDER = ("batch_size", "seed")  # the order of pairs depends on them
@@ -51,7 +52,7 @@ class Origin:
 def find_origin(settings: TrainSettings) -> Origin | None:
     """The checkpoint that --resume or --init_from names; None for a run from the start. Raises InputError."""
     if settings.init_from:
-        return _weights(find_checkpoint(settings.init_from))
+        return _weights(find_checkpoint(settings.init_from), settings)
     if not settings.resume:
         return None
     path = Path(settings.model_name if settings.resume == "auto" else settings.resume)
@@ -104,11 +105,16 @@ def _checkpoint(path: Path) -> Origin:
     return Origin(path, content, defaults, progress, exact, notes=notes)
 
 
-def _weights(path: Path) -> Origin:
-    """Any checkpoint, of which a new run takes the weights."""
-    content = read_checkpoint(path)
+def _weights(path: Path, settings: TrainSettings) -> Origin:
+    """Any checkpoint, of which a new run takes the weights, on any data."""
+    content, notes = read_checkpoint(path), [f"all weights start from {path}"]
     defaults = {name: value for name, value in content["settings"].items() if name in ARCHITECTURE}
-    return Origin(path, content, defaults, notes=[f"all weights start from {path}", *content["notes"]])
+    wanted = parse_part("image_encoder", settings.image_encoder)
+    if is_from_pixels(wanted) and not is_from_pixels(content["architecture"]["image_encoder"]):
+        content = with_vision(content, wanted["options"]["model"], settings.image_weights)
+        defaults["image_encoder"] = settings.image_encoder
+        notes.append(f"those of {wanted['options']['model']} are the ones that made the regions")
+    return Origin(path, {**content, "data": {}}, defaults, notes=[*notes, *content["notes"]])
 
 
 def refuse_changes(settings: TrainSettings, origin: Origin) -> None:

@@ -1,6 +1,7 @@
 """Training from pixels: the vision model is frozen, warms up and thaws, and runs are the same however they are run."""
 
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -8,24 +9,34 @@ import pytest
 import torch
 from torchvision.models import get_model
 
+import eval as eval_program
 import train
 from lib import load
-from lib.checkpoints.native import BEST, read_checkpoint
-from lib.config import EvaluationSettings
+from lib.checkpoints.native import BEST, build_model, read_checkpoint
+from lib.cli import InputError
+from lib.config import EvaluationSettings, TrainSettings
 from lib.data.batches import choose_cells
 from lib.data.images import augment
 from lib.evaluation.evaluate import evaluate
+from lib.evaluation.score import Matcher
 from lib.model.encoders import PixelEncoder, Pixels
 from lib.model.vision import Preprocessing
+from lib.prepare import __main__ as prepare
+from lib.runtime import choose_compute
 from lib.training import loop
 from lib.training.optim import thawed_stages
+from lib.training.resume import find_origin
 from tests.conftest import TINY_BERT, bert_without_dropout
+from tests.model.test_vision import write_transformer
 from tests.ranks import run_ranks
+from tests.text_models import make_text_model
 from tests.training.test_processes import assert_close, train_in_float64
 from tests.training.test_resume import assert_equal_runs, crashed
 
 SIZE = 64
 IMAGES = {"train": 12, "dev": 6}
+KINDS = ("squeezenet1_1", "shufflenet_v2_x0_5")  # without and with BatchNorm
+DEVICE = ["--device", "cpu", "--workers", "0"]
 EPOCHS = ["--num_epochs", "3", "--freeze_epochs", "1", "--thaw_epochs", "1"]
 
 
@@ -43,7 +54,7 @@ def pictures(tmp_path_factory):
         captions = [f"a {name.replace('_', ' ')} seen {k} times" for name in ids for k in range(5)]
         (folder / f"{split}_ids.txt").write_text("\n".join(ids) + "\n")
         (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n")
-    for kind in ("squeezenet1_1", "shufflenet_v2_x0_5"):
+    for kind in KINDS:
         torch.manual_seed(0)
         torch.save(get_model(kind, weights=None).state_dict(), folder.parent / f"{kind}.pth")
     return folder
@@ -92,7 +103,7 @@ def changed_stages(flags, folder, monkeypatch):
     return epochs, rates
 
 
-@pytest.mark.parametrize("kind", ["squeezenet1_1", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_vision_model_is_frozen_then_warms_up_and_thaws_from_the_top(pictures, flags, tmp_path, monkeypatch, kind):
     model = ["--image_encoder", f"torchvision:{kind}", "--image_weights", str(pictures.parent / f"{kind}.pth")]
     epochs, rates = changed_stages([*flags, *model], tmp_path / "run", monkeypatch)
@@ -124,9 +135,8 @@ def test_a_run_that_crashed_in_the_first_thawed_epoch_ends_as_if_it_had_not(flag
 
 
 WAYS = {
-    "squeezenet, no BatchNorm": ("squeezenet1_1", []),
-    "BatchNorm over all processes": ("shufflenet_v2_x0_5", []),
-    "pictures in micro batches": ("shufflenet_v2_x0_5", ["--micro_batch", "2"]),
+    "no BatchNorm, in micro batches": (KINDS[0], ["--micro_batch", "2"]),
+    "BatchNorm over all processes": (KINDS[1], []),
 }
 
 
@@ -158,7 +168,7 @@ def gradients(model, images, counts):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["squeezenet1_1", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_less_memory_gives_the_same_gradients_and_the_same_averages(double, kind):
     pictures = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
     model, counts = encoder(kind), None
@@ -169,7 +179,7 @@ def test_less_memory_gives_the_same_gradients_and_the_same_averages(double, kind
     expected, averages = gradients(model.train(), images, counts), {k: v.clone() for k, v in model.named_buffers()}
     other = encoder(kind)
     other.thaw(100)
-    other.vision.gradient_checkpointing_enable({"use_reentrant": False})
+    other.vision.checkpoint_activations()
     assert_close(gradients(other.train(), images, counts), expected)
     for name, buffer in other.named_buffers():
         assert name.endswith("num_batches_tracked") or torch.equal(buffer, averages[name]), name
@@ -264,3 +274,91 @@ def test_what_cannot_train_from_pixels_is_refused_in_one_line(pictures, flags, t
         load(whole, device="cpu").score(np.zeros((1, 4, 512)), ["a"])
     with pytest.raises(Exception, match="nothing says which program made the regions"):
         load(tmp_path / "regions", device="cpu").score([str(pictures / "images" / "dev_0.png")], ["a"])
+
+
+# Regions that a vision model has made
+
+
+@pytest.fixture(scope="module")
+def prepared(pictures, flags, tmp_path_factory):
+    """The run of a model on regions, made of the pictures by `prepare images`; and the data sets of two encoders."""
+    root = tmp_path_factory.mktemp("prepared")
+    rows = [["image", "caption", "split"]]
+    for split in IMAGES:
+        names = (pictures / f"{split}_ids.txt").read_text().split()
+        captions = (pictures / f"{split}_caps.txt").read_text().splitlines()
+        rows += [[f"{names[k // 5]}.png", caption, split] for k, caption in enumerate(captions)]
+    (root / "captions.csv").write_text("".join(f"{','.join(row)}\n" for row in rows))
+    for kind in KINDS:
+        encoder = ["--encoder", f"torchvision:{kind}", "--weights", str(pictures.parent / f"{kind}.pth")]
+        data = ["--data_path", str(root), "--data_name", kind, "--regions", "4", "--image_size", str(SIZE)]
+        photos = [str(pictures / "images"), str(root / "captions.csv")]
+        assert prepare.main(["images", *photos, *encoder, *data, "--device", "cpu", "--workers", "0"]) == 0
+    bert = flags[flags.index("--bert") :][:3]
+    training = ["--data_path", str(root), "--data_name", KINDS[0], *bert, "--embed_size", "16", "--batch_size", "8"]
+    assert train.main([*training, *DEVICE, "--num_epochs", "2", "--model_name", str(root / "run")]) == 0
+    return root
+
+
+def saved_scores(checkpoint, data, folder):
+    flags = ["--data_path", str(data.parent), "--data_name", data.name, "--split", "dev", *DEVICE]
+    scores = folder / "scores.npy"
+    return eval_program.main([str(checkpoint), *flags, "--save_sims", str(scores)]), scores
+
+
+def test_a_pictures_score_is_the_one_of_the_regions_that_were_prepared_of_it(pictures, prepared, tmp_path):
+    code, scores = saved_scores(prepared / "run", prepared / KINDS[0], tmp_path)
+    captions = (prepared / KINDS[0] / "dev_caps.txt").read_text().splitlines()
+    names = (prepared / KINDS[0] / "dev_ids.txt").read_text().split()
+    found = load(prepared / "run", device="cpu").score([pictures / "images" / name for name in names], captions)
+    np.testing.assert_allclose(found.numpy(), np.load(scores), atol=1e-4)
+    assert code == 0
+    assert np.ptp(found.numpy()) > 0.1
+
+
+def test_pictures_and_regions_of_another_vision_model_are_refused_naming_both(pictures, prepared, tmp_path, capsys):
+    assert saved_scores(prepared / "run", prepared / KINDS[1], tmp_path)[0] == 2
+    error = capsys.readouterr().err
+    assert all(f"torchvision:{kind} (weights " in error for kind in KINDS)
+    other = load(prepared / "run", device="cpu", image_weights=str(tmp_path / "other.pth"))
+    torch.manual_seed(1)
+    torch.save(get_model(KINDS[0], weights=None).state_dict(), tmp_path / "other.pth")
+    first = json.loads((prepared / KINDS[0] / "encoder.json").read_text())["weights"]
+    with pytest.raises(InputError, match=f"fingerprint {first}, but .*other.pth have [0-9a-f]{{16}}"):
+        other.score([pictures / "images" / "dev_0.png"], ["a"])
+
+
+def test_a_model_on_regions_goes_on_from_their_pixels(pictures, prepared, tmp_path, capsys):
+    start = {"init_from": str(prepared / "run"), "image_encoder": f"torchvision:{KINDS[0]}"}
+    captions = (prepared / KINDS[0] / "dev_caps.txt").read_text().splitlines()
+    paths = [pictures / "images" / name for name in (prepared / KINDS[0] / "dev_ids.txt").read_text().split()]
+    origin = find_origin(TrainSettings(**start))
+    from_pixels = Matcher(*build_model(origin.content), choose_compute("cpu"))
+    scores = [model.score(paths, captions).numpy() for model in (from_pixels, load(prepared / "run", device="cpu"))]
+    np.testing.assert_allclose(*scores, atol=0.005)  # regions are rounded to float16
+    flags = [part for name, value in start.items() for part in (f"--{name}", value)]
+    run = [*flags, "--data_path", str(prepared), "--data_name", KINDS[0], *DEVICE, "--batch_size", "8"]
+    assert train.main([*run, "--num_epochs", "1", "--freeze_epochs", "0", "--model_name", str(tmp_path / "run")]) == 0
+    assert train.main([*run, "--image_encoder", f"torchvision:{KINDS[1]}", "--model_name", str(tmp_path / "x")]) == 2
+    assert f"its regions were made by torchvision:{KINDS[0]}, not by torchvision:{KINDS[1]}" in capsys.readouterr().err
+
+
+def test_two_transformers_are_trained_together_and_their_checkpoint_needs_no_other_file(pictures, tmp_path):
+    text, vision = make_text_model("siglip", tmp_path / "text"), write_transformer("siglip", tmp_path / "vision")
+    data = ["--data_path", str(pictures.parent), "--data_name", "mine", "--embed_size", "16", "--batch_size", "8"]
+    model = ["--text_encoder", str(text), "--image_encoder", f"{vision},regions=4"]
+    losses = []
+    for memory in ([], ["--gradient_checkpointing"], ["--micro_batch", "3"]):
+        run = tmp_path / f"run{len(losses)}"
+        recipe = ["--num_epochs", "1", "--freeze_epochs", "0", "--model_name", str(run), "--log_step", "1", *memory]
+        assert train.main([*data, *model, *recipe, *DEVICE]) == 0
+        losses.append(
+            [float(line.split()[5]) for line in (run / "run.log").read_text().splitlines() if " loss " in line]
+        )
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+    for folder in ("text", "vision"):
+        shutil.rmtree(tmp_path / folder)
+    scores = load(tmp_path / "run0", device="cpu").score([pictures / "images" / "dev_0.png"], ["a dev seen"])
+    assert scores.shape == (1, 1)
+    assert (tmp_path / "run0" / "run.log").read_text().count("text_encoder=") == 0  # --bert is its name in the settings

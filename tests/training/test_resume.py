@@ -352,6 +352,12 @@ def test_a_run_folder_from_before_there_were_safetensors_continues_to_the_bit(wh
     assert losses(cut) == losses(longer)
 
 
+def test_init_from_takes_other_data_too(flags, whole, make_data, tmp_path):
+    make_data(tmp_path / "other", images={"train": 10, "dev": 5})
+    run = ["--init_from", str(whole), "--data_path", str(tmp_path), "--data_name", "other", "--num_epochs", "1"]
+    assert train.main([*flags, *run, "--model_name", str(tmp_path / "run")]) == 0
+
+
 def test_init_from_starts_a_new_run_from_weights_alone(flags, whole, tmp_path, monkeypatch, capsys):
     first = []
 
