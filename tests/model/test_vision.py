@@ -170,6 +170,7 @@ def test_a_detectors_regions_are_its_best_boxes_with_features_of_its_own_maps(ki
             torch.testing.assert_close(regions.objects, objects, rtol=1e-3, atol=1e-5)
             assert regions.features.shape == (5, model.width)
     assert model.categories[1] == "person"
+    assert not any("mask" in name for name in model.state_dict())  # the heads that regions do not need
     assert_stages_hold_every_parameter_once(model)
     with pytest.raises(ValueError, match="cannot be trained along"):
         model(pictures())
