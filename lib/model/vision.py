@@ -132,7 +132,7 @@ class VisionModel(nn.Module):
         self.name, self.network, self.weights_file = name, network, weights_file
         self.config: dict = {}  # for `build_vision`
         self.set_preprocessing(preprocessing)
-        self.eval()
+        self.eval().to(memory_format=torch.channels_last)  # of convolutions; see `forward`
 
     def set_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Take pictures that were made as `preprocessing` says."""
@@ -175,7 +175,9 @@ class VisionModel(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features (B, r, F) of pictures, uint8 (B, 3, H, W), which went through the pre-processing."""
-        cells = self.feature_map(self.normalize(pictures)).flatten(2).mT  # (B, h * w, F)
+        # Channels last: on one thread SqueezeNet takes a half to two thirds of the time, ResNet-18 nine tenths
+        pixels = self.normalize(pictures).contiguous(memory_format=torch.channels_last)
+        cells = self.feature_map(pixels).flatten(2).mT  # (B, h * w, F)
         return cells if self.pool is None else self.pool.to(cells.dtype) @ cells
 
     def describe(self, pictures: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Regions]:

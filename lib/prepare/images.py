@@ -196,7 +196,7 @@ def write_part(folder: Path, pictures: PictureBatches, model: VisionModel, compu
     """Write this process's share of the pictures, every batch whose number is its rank, modulo the world size."""
     rank, unreadable = distributed.rank(), []
     share = Subset(pictures, range(rank, len(pictures), distributed.world_size()))
-    model.to(compute.device).to(memory_format=torch.channels_last)  # in which CPUs take a third of the time
+    model.to(compute.device)
 
     def describe(batch: Pictures) -> list[Image]:
         unreadable.extend(batch.unreadable)
