@@ -32,6 +32,7 @@ from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
 
 BLOCK = 64  # images
+SEEN = 8  # pictures that a vision model takes at a time
 CHUNK = {"cpu": 512, "cuda": 4096}  # captions prepared for the scorer at a time, by kind of device
 
 
@@ -117,17 +118,17 @@ class Matcher:
     @torch.inference_mode()
     def _look_at(self, images: Sequence[Any]) -> list[Tensor]:
         """Of each picture what the model takes: pixels (3, H, W), or regions (R, img_dim) as `prepare images` makes."""
-        look, regions = look_of(self.model), []
-        for image in with_bar(images, "pictures"):
-            try:
-                pixels, size = load_picture(image, look.preprocessing if look else self.vision.preprocessing)
-            except NotAPicture as error:
-                raise InputError(f"images: {image}: {error}") from None
-            if not look:
-                with self.compute.in_force(), self.compute.autocast():
-                    pixels = self.vision.describe([pixels.to(self.compute.device)], [size])[0].features.half().cpu()
-            regions.append(pixels)
-        return regions
+        look, prepared = look_of(self.model), []
+        preprocessing = look.preprocessing if look else self.vision.preprocessing
+        for part in with_bar([images[first : first + SEEN] for first in range(0, len(images), SEEN)], "pictures"):
+            pixels, sizes = zip(*(_load(image, preprocessing) for image in part), strict=True)
+            if look:
+                prepared.extend(pixels)
+                continue
+            with self.compute.in_force(), self.compute.autocast():
+                regions = self.vision.describe(pixels, sizes)
+            prepared += [one.features.half().cpu() for one in regions]
+        return prepared
 
     def _check_regions(self, listed: Sequence[Any]) -> list[Tensor]:
         img_dim = self.model.image_encoder.img_dim
@@ -181,6 +182,13 @@ class Matcher:
         """Scores embeddings in this matcher's precision. coarse: a cheaper score that ranks almost alike."""
         with self.compute.in_force(), self.compute.autocast():
             return self.model.engine.scorer(coarse)
+
+
+def _load(image: Any, preprocessing: Any) -> tuple[Tensor, tuple[int, int]]:
+    try:
+        return load_picture(image, preprocessing)
+    except NotAPicture as error:
+        raise InputError(f"images: {image}: {error}") from None
 
 
 def look_of(model: XDim) -> Look | None:
