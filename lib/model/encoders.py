@@ -59,7 +59,6 @@ class RegionEncoder(nn.Module):
         features: (n, img_dim) of the own images' regions, one image after the other. counts: (B,) regions of each image
         of the whole batch, on the CPU.
         """
-        features = features.to(self.linear.weight.dtype)
         own = counts if shard is None else counts[shard.own]
         if self.training and not self.mask_padding:
             longest = int(counts.max())  # of the whole batch: padding counts in BatchNorm
@@ -121,7 +120,7 @@ class PixelEncoder(RegionEncoder):
 
     def train(self, mode: bool = True) -> "PixelEncoder":
         super().train(mode)
-        frozen = self.vision.stages()[self.thawed :]
+        frozen = self.vision.stages()[self.thawed :] if self.thawed else [self.vision]
         for module in [*frozen, *(self.norms if self.micro_batch else [])]:  # statistics of a part are not the batch's
             module.eval()
         return self
