@@ -80,7 +80,7 @@ class Regions(NamedTuple):
 class Family(NamedTuple):
     """Where torchvision's classifiers of one kind are cut, and into what parts they are thawed."""
 
-    cut: str = "features"  # the node, or the module whose last node, that gives the feature map (or tokens)
+    cut: str = "features"  # nodes, or modules whose last nodes, that give the feature map (or tokens)
     body: str = "features"  # the module whose children are the blocks
     stem: int = 1  # so many of them belong to the stem
 
@@ -99,7 +99,7 @@ FAMILIES = {  # by the beginning of their names
     "resnet": Family("layer4", "", 2),
     "resnext": Family("layer4", "", 2),
     "shufflenet": Family("conv5", ""),
-    "squeezenet": Family(),
+    "squeezenet": Family("features classifier.2"),  # its classifier is a convolution: maps of ImageNet's classes
     "swin": Family(cut="permute"),
     "vgg": Family(),
     "vit": Family("encoder", "encoder.layers", 0),
@@ -277,7 +277,9 @@ class TorchvisionGrid(VisionModel):
             classifier = get_model(kind, weights=None, **options)
         except (ValueError, AssertionError) as error:
             raise ValueError(f"{name} does not take pictures of {size} x {size} pixels ({_reason(error)})") from None
-        network = create_feature_extractor(classifier, {family.cut: "map"})
+        network = create_feature_extractor(classifier, family.cut.split())
+        for dropout in (module for module in network.modules() if isinstance(module, nn.Dropout)):
+            dropout.p = 0.0  # of SqueezeNet's classifier: regions lose cells instead
         if weights is not None:
             state = read_weights(weights) if weights else torchvision_weights(kind)
             if kind.startswith("vit"):
@@ -309,7 +311,7 @@ class TorchvisionGrid(VisionModel):
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         network = self.checkpointed[0] if self.checkpointed and self.network.training else self.network
-        features = network(pixels)["map"]
+        features = torch.cat([*network(pixels).values()], dim=1)
         if features.dim() == 4:
             return features
         patches = features[:, 1:].mT  # (B, F, h * w), without the class token

@@ -50,7 +50,7 @@ def squeezenet_file(squeezenet, tmp_path_factory) -> str:
 
 # What gives the map, and what is taken of it: of Transformers the tokens without the class token
 CLASSIFIERS = {
-    "squeezenet1_1": lambda model: model.features,
+    "squeezenet1_1": lambda model: (model.features, model.classifier[2]),
     "resnet18": lambda model: model.layer4,
     "mobilenet_v3_small": lambda model: model.features,
     "regnet_y_400mf": lambda model: model.trunk_output,
@@ -67,11 +67,13 @@ def test_a_classifiers_regions_are_the_cells_of_its_last_map_and_the_whole_pictu
     monkeypatch.setattr(vision, "read_weights", lambda path: classifier.state_dict())
     model = load_vision(f"torchvision:{kind}", 4, "file", image_size=96)
     taken = []
-    CLASSIFIERS[kind](classifier).register_forward_hook(lambda module, given, output: taken.append(output))
+    where = CLASSIFIERS[kind](classifier)
+    for module in where if isinstance(where, tuple) else (where,):
+        module.register_forward_hook(lambda module, given, output: taken.append(output))
     with torch.inference_mode():
         classifier(pixels(model, pictures(2, 96)))
         found = model.describe(pictures(2, 96), [(480, 640), (333, 500)])
-    maps = taken[0] if taken[0].dim() == 4 else taken[0][:, 1:].mT.unflatten(2, (3, 3))
+    maps = torch.cat(taken, 1) if taken[0].dim() == 4 else taken[0][:, 1:].mT.unflatten(2, (3, 3))
     expected = torch.cat([maps.mean((2, 3))[:, None], adaptive_avg_pool2d(maps, 2).flatten(2).mT], 1)
     assert model.width == maps.shape[1]
     assert model.regions == 5
