@@ -31,7 +31,7 @@ from lib.prepare.io import FEATURES, Image, add_data_flags, read_json, some, wri
 from lib.prepare.karpathy import read_karpathy
 from lib.runtime import Compute, choose_compute
 
-DEFAULT_ENCODER = "torchvision:resnet50"
+DEFAULT_ENCODER = "torchvision:regnet_y_1_6gf"  # why: docs/results.md
 BATCH_SIZE, BATCH_SIZE_OF_GPU = 8, 64  # on CPUs, what larger ones take no longer fits into the processor's caches
 Result = TypeVar("Result")
 Splits = Mapping[str, Mapping[str, Sequence[str]]]  # name -> picture -> captions

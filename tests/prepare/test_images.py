@@ -80,7 +80,7 @@ def test_each_pictures_regions_are_what_the_vision_model_says_of_it_alone(photos
             pixels, size = load_picture(photos / name, model.preprocessing)
             with torch.inference_mode():
                 alone = model.describe([pixels], [size])[0]
-            features = opened.features.read(np.array([place])).reshape(5, 512)
+            features = opened.features.read(np.array([place])).reshape(5, 1512)
             assert np.allclose(features, alone.features, rtol=2e-3, atol=2e-3)
             assert np.array_equal(boxes[place], alone.boxes)
             boxes_of[name] = boxes[place]
@@ -88,7 +88,7 @@ def test_each_pictures_regions_are_what_the_vision_model_says_of_it_alone(photos
     assert boxes_of[ROTATED][0].tolist() == [0, 0, 70, 90 + NAMES.index(ROTATED)]  # as it is seen: upright
     assert record["folder"] == str(photos)
     assert record["weights"] in out
-    assert "5 regions of 512 numbers of each of 20 pictures, seen at 64 x 64 pixels" in out
+    assert "5 regions of 1,512 numbers of each of 20 pictures, seen at 64 x 64 pixels" in out
     assert "20 pictures in " in out
     assert "a second, on cpu" in out
     assert "matched by image_id, whole name: 20 of 20 images" in out

@@ -152,8 +152,8 @@ def test_losses_and_gradients_of_two_processes_are_those_of_one(pictures, flags,
     ((one,), ranks) = runs
     for rank in ranks:
         for (figures, gradients), (others, theirs) in zip(rank.value[0], one.value[0], strict=True):
-            assert figures == pytest.approx(others, rel=1e-8, nan_ok=True)
-            assert_close(gradients, theirs)
+            assert figures == pytest.approx(others, rel=1e-6, nan_ok=True)
+            assert_close(gradients, theirs, exact=1e-6)
 
 
 def encoder(kind="squeezenet1_1", **options):

@@ -58,11 +58,11 @@ def train_in_float64(flags, steps, few_pairs=None):
         loop.train_step = train_step
 
 
-def assert_close(tensors, others):
+def assert_close(tensors, others, exact=EXACT):
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         largest = max(others[name].abs().max().item(), 1e-3)
-        assert (tensor - others[name]).abs().max().item() <= EXACT * largest, name
+        assert (tensor - others[name]).abs().max().item() <= exact * largest, name
 
 
 RECIPES = {
