@@ -318,8 +318,8 @@ def test_any_captions_come_back_as_they_were_written(tmp_path_factory, rows, suf
 def test_the_page_says_what_happens(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
     kinds, blocks = zip(*re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL), strict=True)
-    assert kinds == ("python", "csv", "sh", "text", "sh")
-    pictures, captions, preparation, printed, training = blocks
+    assert kinds == ("python", "csv", "sh", "text", "sh", "python", "text")
+    pictures, captions, preparation, printed, training, ranking, ranked = blocks
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     exec(pictures, {})
@@ -334,3 +334,8 @@ def test_the_page_says_what_happens(tmp_path, monkeypatch, capsys):
         assert name == f"{program.__name__}.py"
         assert program.main([*flags, "--device", "cpu"]) == 0
     assert "rsum" in capsys.readouterr().out.lower()
+    exec(ranking, {})
+    lines, theirs = (text.split() for text in (capsys.readouterr().out, ranked))
+    assert lines[1] == theirs[1] == "photos/photo0.jpg"  # the red circle
+    assert sorted(lines[1::2]) == sorted(theirs[1::2])
+    assert sorted(lines[::2], reverse=True) == lines[::2]
