@@ -43,12 +43,13 @@ without() {
     "$PYTHON" benchmarks/gpu.py summary "$OUT"
 }
 
-part tests 120 benchmarks/gpu.py tests
-part similarity 40 benchmarks/similarity.py
+part tests 110 benchmarks/gpu.py tests
+part similarity 35 benchmarks/similarity.py
 part train_step 35 benchmarks/train_step.py
 part training 70 benchmarks/training.py
-part real_training 100 benchmarks/real_training.py --step "$OUT/training.json"
-part scoring 45 benchmarks/scoring.py
+part real_training 85 benchmarks/real_training.py --step "$OUT/training.json"
+part scoring 40 benchmarks/scoring.py
+part images 35 benchmarks/images.py --encoder torchvision:resnet50
 if [ "$TOY" ]; then
     without demo "toy mode: it takes minutes on a CPU"
 else

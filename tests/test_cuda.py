@@ -35,6 +35,7 @@ from tests import mishap
 from tests.conftest import TINY_BERT, bert_without_dropout
 from tests.model.test_engine import COUNTS, LENGTHS, VARIANTS, gradients, make, random_inputs
 from tests.ranks import run_ranks
+from tests.training.test_pixels import KINDS, flags_of, vision_flags, write_pictures
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] != "0"  # by tests/conftest.py, unless it was set
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -275,6 +276,16 @@ def test_two_ranks_over_nccl_train_as_one_process_does(flags, steady_bert, tmp_p
         ranks = run_ranks(train.main, count, [*flags, "--model_name", str(tmp_path / str(count))])
         assert [rank.value for rank in ranks] == [0] * count
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=0.01)
+
+
+def test_a_run_from_pixels_has_the_losses_of_the_cpu(steady_bert, tmp_path):
+    pictures = write_pictures(tmp_path / "mine")
+    model = [*vision_flags(pictures, KINDS[1]), "--precision", "fp32", "--gate", "open"]
+    flags = [*flags_of(pictures, steady_bert), *model]
+    for device, memory in (("cpu", []), ("cuda", ["--gradient_checkpointing", "--workers", "2"])):
+        run = ["--device", device, *memory, "--model_name", str(tmp_path / device)]
+        assert train.main([*flags, *run]) == 0
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
 
 
 # Evaluation

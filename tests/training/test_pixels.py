@@ -37,13 +37,11 @@ SIZE = 64
 IMAGES = {"train": 12, "dev": 6}
 KINDS = ("squeezenet1_1", "shufflenet_v2_x0_5")  # without and with BatchNorm
 DEVICE = ["--device", "cpu", "--workers", "0"]
-EPOCHS = ["--num_epochs", "3", "--freeze_epochs", "1", "--thaw_epochs", "1"]
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A data set of pictures alone, in folder images/ beside its captions, and weights of two torchvision models."""
-    folder, rng = tmp_path_factory.mktemp("data") / "mine", np.random.default_rng(0)
+def write_pictures(folder):
+    """A data set of pictures alone, in folder images/ beside its captions; above it weights of two vision models."""
+    rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     for split, count in IMAGES.items():
         ids = [f"{split}_{number}" for number in range(count)]
@@ -60,16 +58,28 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def vision_flags(pictures, kind):
+    return ["--image_encoder", f"torchvision:{kind}", "--image_weights", str(pictures.parent / f"{kind}.pth")]
+
+
+def flags_of(pictures, bert):
+    """train.py's flags for a run of three epochs, the first with a frozen vision model; all but the run folder."""
+    return [
+        *("--data_path", str(pictures.parent), "--data_name", pictures.name, "--bert", bert, "--bert_from_scratch"),
+        *(*vision_flags(pictures, KINDS[0]), "--image_size", str(SIZE), "--encoder_lr", "0.1"),
+        *("--embed_size", "16", "--batch_size", "8", *DEVICE, "--log_step", "1"),
+        *("--num_epochs", "3", "--freeze_epochs", "1", "--thaw_epochs", "1"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data") / "mine")
+
+
 @pytest.fixture(scope="module")
 def flags(pictures, tmp_path_factory):
-    return [
-        *("--data_path", str(pictures.parent), "--data_name", "mine"),
-        *("--bert", bert_without_dropout(tmp_path_factory.mktemp("model")), "--bert_from_scratch"),
-        *("--image_encoder", "torchvision:squeezenet1_1", "--image_size", str(SIZE)),
-        *("--image_weights", str(pictures.parent / "squeezenet1_1.pth"), "--encoder_lr", "0.1"),
-        *("--embed_size", "16", "--batch_size", "8", "--workers", "0", "--device", "cpu", "--log_step", "1"),
-        *EPOCHS,
-    ]
+    return flags_of(pictures, bert_without_dropout(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +115,7 @@ def changed_stages(flags, folder, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_vision_model_is_frozen_then_warms_up_and_thaws_from_the_top(pictures, flags, tmp_path, monkeypatch, kind):
-    model = ["--image_encoder", f"torchvision:{kind}", "--image_weights", str(pictures.parent / f"{kind}.pth")]
-    epochs, rates = changed_stages([*flags, *model], tmp_path / "run", monkeypatch)
+    epochs, rates = changed_stages([*flags, *vision_flags(pictures, kind)], tmp_path / "run", monkeypatch)
     frozen, top, two = epochs  # BatchNorm's averages count, too
     assert not any(frozen)
     assert top == [True] + [False] * (len(top) - 1)
@@ -143,12 +152,13 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_losses_and_gradients_of_two_processes_are_those_of_one(pictures, flags, tmp_path, way):
     kind, more = WAYS[way]
-    model = ["--image_encoder", f"torchvision:{kind}", "--image_weights", str(pictures.parent / f"{kind}.pth")]
     thawed = ["--freeze_epochs", "0", "--thaw_epochs", "0", "--batch_size", "7"]
     runs = []
     for count in (1, 2):
         folder = ["--model_name", str(tmp_path / str(count))]
-        runs.append(run_ranks(train_in_float64, count, [*flags, *model, *thawed, *more, *folder], 3))
+        runs.append(
+            run_ranks(train_in_float64, count, [*flags, *vision_flags(pictures, kind), *thawed, *more, *folder], 3)
+        )
     ((one,), ranks) = runs
     for rank in ranks:
         for (figures, gradients), (others, theirs) in zip(rank.value[0], one.value[0], strict=True):
