@@ -300,8 +300,8 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
             model.checkpoint_activations()
     model.use_engine(settings.engine or "tiled")
     model.to(compute.device)
-    encoder_lr = settings.encoder_lr or ENCODER_FACTORS.get(settings.image_encoder.partition(":")[0], 0.0)
-    optimizer = build_optimizer(model, settings.learning_rate, encoder_lr)
+    settings.encoder_lr = settings.encoder_lr or ENCODER_FACTORS.get(options.get("model", "").partition(":")[0], 0.0)
+    optimizer = build_optimizer(model, settings.learning_rate, settings.encoder_lr)
     resume.seed_process(settings.seed, progress.step)
     if origin:
         resume.restore(origin, optimizer, compute.device)
@@ -358,6 +358,11 @@ def introduce(run: Run, origin: Origin | None) -> None:
     if features.varies:
         regions = f"{features.counts.min()} to {features.regions} of an image"
         lines.insert(1, f"regions     {regions}; padding is masked (--mask_padding)")
+    if look := look_of(run.model):
+        pixels = f"{look.cells} cells of pictures of {look.preprocessing.size[0]} x {look.preprocessing.size[1]} pixels"
+        thaws = f"a stage every {settings.thaw_epochs}" if settings.thaw_epochs else "all of it"
+        when = f"frozen for {settings.freeze_epochs} epochs, then {thaws} trains at {settings.encoder_lr:g} of the rate"
+        lines.insert(1, f"vision      {run.model.image_encoder.vision.name}: {pixels}; {when}")
     beside = share_beside_own_image(train_split.image_of_caption, settings.batch_size)
     if beside > 0.01:
         share = f"{100 * beside:.0f} % of a batch's pairs have another caption of their image in the batch, which is "

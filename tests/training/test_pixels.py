@@ -362,9 +362,9 @@ def test_two_transformers_are_trained_together_and_their_checkpoint_needs_no_oth
         run = tmp_path / f"run{len(losses)}"
         recipe = ["--num_epochs", "1", "--freeze_epochs", "0", "--model_name", str(run), "--log_step", "1", *memory]
         assert train.main([*data, *model, *recipe, *DEVICE]) == 0
-        losses.append(
-            [float(line.split()[5]) for line in (run / "run.log").read_text().splitlines() if " loss " in line]
-        )
+        log = (run / "run.log").read_text()
+        losses.append([float(line.split()[5]) for line in log.splitlines() if " loss " in line])
+    assert "4 cells of pictures of 32 x 32 pixels; frozen for 0 epochs, then a stage every 5 trains at 0.1" in log
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
     for folder in ("text", "vision"):
