@@ -13,6 +13,7 @@ from lib.collectives import largest
 from lib.training.run_folder import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+END = b"\0"  # ends the thread; closing the pipe would not, since the loader's workers hold it open
 
 
 class EndNow(Exception):
@@ -43,6 +44,7 @@ class Signals:
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
         self._restore()
         signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._wakeup, END)
         os.close(self._wakeup)
         self._answering.join()
         if self.noted and distributed.is_lost_connection(error):
@@ -69,7 +71,7 @@ class Signals:
     def _answer(self, received: int) -> None:
         """Answer the first signal from another thread: handlers wait until the main one's operation of PyTorch ends."""
         answered = False
-        while number := os.read(received, 1):
+        while (number := os.read(received, 1)) != END:
             if number[0] in SIGNALS and not answered and distributed.is_first():
                 answered = True
                 step = "" if self._at_once else f"finishing step {self._progress.step + 1}, then "

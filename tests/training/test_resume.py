@@ -1,11 +1,13 @@
 """A run that was interrupted anywhere and resumed equals one that was not; what may change meanwhile is said."""
 
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -177,6 +179,15 @@ def test_a_second_signal_ends_the_process_as_usual():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_a_loaders_workers_do_not_hold_up_a_run_that_ends_on_an_error():
+    with Signals(Progress()):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+        worker.start()
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
 
 
 def test_loader_workers_leave_signals_to_the_main_process(flags, tmp_path):
