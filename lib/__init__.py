@@ -27,8 +27,9 @@ def load(
     checkpoint: a run folder (its best epoch), a checkpoint of this project or a published one. bert: name or folder of
     the language model, for a published checkpoint that is not BERT-base; others carry it. device: auto, cpu, cuda or
     cuda:N. precision: fp32, tf32 (CUDA) or bf16; empty: the device's default. engine: tiled, or plain for the formula
-    of lib/model/xdim.py; empty: what the model was trained with. image_weights: file of the vision model's weights, for
-    scoring pictures by a model whose regions were made with other weights than its library's. Raises InputError.
+    of lib/model/xdim.py; empty: what the model was trained with. image_weights: file of the vision model's weights (or
+    an hf: model's folder), for scoring pictures by a model whose regions were made with weights that are elsewhere now.
+    Raises InputError.
     """
     from lib.evaluation import score  # importing torch takes seconds: only when asked for
 

@@ -5,6 +5,7 @@ import atexit
 import functools
 import multiprocessing.util
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -202,6 +203,7 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
 
 def _end_workers() -> None:
     """Kill a loader's workers: multiprocessing would send them SIGTERM, which they ignore, and wait forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain of each
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -209,6 +209,8 @@ def new_model(settings: dict[str, Any]) -> tuple[XDim, Tokenizer, str]:
 def _load_vision(image: dict, settings: dict[str, Any]) -> VisionModel | None:
     """The pretrained vision model of an image encoder that has one; its options get what it is built from."""
     if not is_from_pixels(image):
+        if given := [f"--{name}" for name in ("image_size", "image_weights") if settings.get(name)]:
+            raise InputError(f"{', '.join(given)}: --image_encoder {image['name']} takes no pictures")
         return None
     options = image["options"]
     options["image_size"] = options["image_size"] or (0 if options["model"].startswith("hf:") else IMAGE_SIZE)
@@ -220,8 +222,7 @@ def _load_vision(image: dict, settings: dict[str, Any]) -> VisionModel | None:
             options["image_size"],
             options.get("whole", False),
         )
-        if not vision.regions:
-            raise ValueError("finds boxes; a model that is trained along needs cells: prepare images takes it")
+        vision.refuse_training()
     options["config"] = vision.config
     return vision
 
@@ -232,10 +233,12 @@ def with_vision(content: dict[str, Any], name: str, weights_file: str) -> dict[s
     Raises InputError where another one made them, or its weights cannot be had.
     """
     record = trained_encoder(content) or {"encoder": "another program"}
-    if record["encoder"] != name:
+    both_hf = name.startswith("hf:") and record["encoder"].startswith("hf:")  # of which weights say more than names
+    if record["encoder"] != name and not both_hf:
         raise InputError(f"{content['path']}: its regions were made by {record['encoder']}, not by {name}")
     with refusing(f"--image_encoder {name}"):
-        vision = load_recorded(record, weights_file)
+        vision = load_recorded({**record, "encoder": name}, weights_file)
+        vision.refuse_training()
     options = content["architecture"]["image_encoder"]["options"]
     given = {"model": name, "regions": record["regions"], "image_size": vision.preprocessing.size[0], "mlp": True}
     given |= {"whole": record["whole"], "config": vision.config}

@@ -133,19 +133,20 @@ def read_encoder(folder: Path) -> dict | None:
         return None
     with refusing(f"{path}: damaged; make the data set again"):
         record = json.loads(path.read_bytes())
-        if not isinstance(record["encoder"], str):
-            raise ValueError("encoder is no name")
+        describe_encoder(record)  # which needs its entries
     return record
 
 
 def is_same_encoder(one: dict, other: dict) -> bool:
-    """Whether two records of `read_encoder` are of vision models that make the same regions."""
-    return all(one.get(name) == other.get(name) for name in ("encoder", "weights", "preprocessing", "regions"))
+    """Whether two records of `read_encoder` are of vision models that make the same regions. Names and folders of
+    equal weights may differ."""
+    return all(one[name] == other[name] for name in ("weights", "preprocessing", "regions", "whole"))
 
 
 def describe_encoder(record: dict) -> str:
     """A vision model in a few words."""
-    return "{encoder} (weights {weights}, {regions} regions, size {preprocessing[size]})".format(**record)
+    words = "{encoder} (weights {weights}, {regions} regions, whole picture {whole}, size {preprocessing[size]})"
+    return words.format(**record)
 
 
 def read_captions(path: Path) -> list[str]:

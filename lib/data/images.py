@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,12 +60,11 @@ def load_picture(source: str | Path | PIL.Image.Image, preprocessing: Any) -> tu
     """What a vision model takes: uint8 (3, H, W), and the upright picture's own (height, width). Raises NotAPicture."""
     wanted = partial(target_size, preprocessing)
     picture, size = _decode(source, wanted)
-    return _resize(picture, wanted(*size), preprocessing.resample), size
-
-
-def resize(picture: PIL.Image.Image, preprocessing: Any) -> Tensor:
-    """An RGB picture as uint8 (3, H, W), of the size that a vision model's preprocessing asks for."""
-    return _resize(picture, target_size(preprocessing, picture.height, picture.width), preprocessing.resample)
+    height, width = wanted(*size)
+    if picture.size != (width, height):
+        resample = PIL.Image.Resampling[preprocessing.resample.upper()]
+        picture = picture.resize((width, height), resample)  # Pillow's is antialiased
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1), size
 
 
 def target_size(preprocessing: Any, height: int, width: int) -> Size:
@@ -76,21 +76,21 @@ def target_size(preprocessing: Any, height: int, width: int) -> Size:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _resize(picture: PIL.Image.Image, size: Size, resample: str) -> Tensor:
-    if picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], PIL.Image.Resampling[resample.upper()])  # Pillow's is antialiased
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
 def _decode(
     source: str | Path | PIL.Image.Image, wanted: Callable[[int, int], Size | None]
 ) -> tuple[PIL.Image.Image, Size]:
     """The picture, perhaps smaller than it is, and its own size. wanted: size -> that which it will be resized to."""
     limit = PIL.Image.MAX_IMAGE_PIXELS
     try:
-        with warnings.catch_warnings():
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of Pillow: about many pixels, refused below, and damaged EXIF
-            picture = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
+            if isinstance(source, PIL.Image.Image):
+                picture = source
+            elif os.path.exists(source) and not os.path.isfile(source):
+                raise NotAPicture("not a file")  # a pipe would be waited for
+            else:
+                picture = stack.enter_context(PIL.Image.open(source))
             if limit and picture.width * picture.height > limit:
                 raise PIL.Image.DecompressionBombError
             if picture.format == "TIFF":
@@ -104,6 +104,8 @@ def _decode(
             turn = TURNS.get(_orientation(picture))
             picture = _to_rgb(picture)
             return picture if turn is None else picture.transpose(turn), size
+    except NotAPicture:
+        raise
     except PIL.Image.DecompressionBombError:
         raise NotAPicture(f"more than {limit:,} pixels, as many as Pillow takes for an attack") from None
     except PIL.UnidentifiedImageError:

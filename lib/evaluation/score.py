@@ -86,7 +86,7 @@ class Matcher:
         sentences = [] if isinstance(captions, str) or captions is None else [*captions]
         if not sentences or not all(isinstance(one, str) for one in sentences):
             raise InputError("captions: expected a list of one sentence or more")
-        listed: list[Any] = [] if images is None or isinstance(images, str | Path) else [*images]
+        listed: list[Any] = [*images] if isinstance(images, Iterable) and not isinstance(images, str) else []
         if not listed:
             raise InputError("images: expected a list of one path or PIL picture or more, or regions of as many images")
         if all(isinstance(image, str | Path | PIL.Image.Image) for image in listed):
@@ -112,7 +112,8 @@ class Matcher:
             raise InputError(
                 f"{what}; give such regions, as arrays (images, regions, {self.model.image_encoder.img_dim})"
             )
-        with refusing(f"images: the model's regions were made by {record['encoder']}"):
+        where = "load(..., image_weights=FILE) says where its weights are now"
+        with refusing(f"images: the model's regions were made by {record['encoder']}; {where}"):
             return load_recorded(record, self.image_weights).to(self.compute.device).eval()
 
     @torch.inference_mode()

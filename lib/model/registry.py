@@ -87,23 +87,32 @@ def build(kind: str, part: Mapping[str, Any], embed_size: int, **given: Any) -> 
 
 
 def check_options(kind: str, part: Mapping[str, Any]) -> None:
-    """Raises ValueError naming an option that a part does not take."""
-    takes = [name for name in _parameters(find(kind, part["name"])) if name not in NO_OPTIONS]
-    for option in part["options"]:
+    """Raises ValueError naming an option that a part does not take, lacks, or takes as a value of another type."""
+    takes = {k: default for k, default in _parameters(find(kind, part["name"])).items() if k not in NO_OPTIONS}
+    given = part["options"]
+    for option in [*given, *takes]:
         if option not in takes:
             known = f"it takes {', '.join(takes)}" if takes else "it takes none"
             raise ValueError(f"--{kind} {part['name']}: has no option {option!r}; {known}")
+        if (value := given.get(option, takes[option])) is inspect.Parameter.empty:
+            raise ValueError(f"--{kind} {part['name']}: needs the option {option!r}")
+        wanted = type(takes[option])
+        if wanted in (bool, int, float) and type(value) not in (wanted, *([int] if wanted is float else [])):
+            raise ValueError(f"--{kind} {part['name']}: {option}={value!r} is no {wanted.__name__}")
 
 
-def _parameters(make: Any) -> list[str]:
-    """Names of the parameters of a function, or of a class and, as far as it passes **options on, those it extends."""
-    names = []
+def _parameters(make: Any) -> dict[str, Any]:
+    """The parameters of a function, or of a class and, as far as it passes **options on, those it extends: their names,
+    and their defaults as `inspect` has them."""
+    defaults: dict[str, Any] = {}
     for one in make.__mro__[:-1] if inspect.isclass(make) else (make,):
         parameters = inspect.signature(one).parameters.values()
-        names += [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        defaults = {each.name: each.default for each in named} | defaults
         if not any(each.kind == each.VAR_KEYWORD for each in parameters):
             break
-    return names
+    defaults.pop("self", None)
+    return defaults
 
 
 def describe(flags: Mapping[str, Any]) -> dict[str, Any]:

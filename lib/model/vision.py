@@ -116,6 +116,7 @@ class VisionModel(nn.Module):
     Subclasses compute the map (`feature_map`). mean and std are no part of the weights.
     """
 
+    trains = True  # whether it can be trained along with a model
     name: str
     width: int  # F
     regions: int  # r; 0: pictures differ
@@ -165,6 +166,11 @@ class VisionModel(nn.Module):
         """The map (B, F, h, w) of normalised pixels (B, 3, H, W)."""
         raise NotImplementedError
 
+    def refuse_training(self) -> None:
+        """Raises ValueError where a model cannot train it along."""
+        if not self.trains:
+            raise ValueError(f"{self.name} cannot be trained along, only give regions to prepare images")
+
     def checkpoint_activations(self) -> None:
         """In training, keep only some activations and compute the others again. Raises ValueError where it cannot."""
         raise ValueError(f"{self.name} has no parts to compute again")
@@ -205,7 +211,7 @@ class VisionModel(nn.Module):
         return {
             "encoder": self.name,
             "weights": fingerprint(self.network),
-            "weights_file": self.weights_file,
+            "weights_file": self.weights_file and os.path.abspath(self.weights_file),
             "preprocessing": to_plain(self.preprocessing),
             "regions": self.asked,
             "whole": self.whole,
@@ -222,6 +228,8 @@ def load_vision(
     instead of the library's own weights, which are fetched once. image_size: pixels of each side, 0 = the model's own.
     whole: classifiers add a region of the whole picture. Raises ValueError.
     """
+    if regions < 0:
+        raise ValueError(f"regions={regions}: expected 0 or more")
     return _make(name, regions, image_size, whole, weights, None)
 
 
@@ -233,11 +241,17 @@ def build_vision(
 
 
 def load_recorded(record: dict[str, Any], weights: str = "") -> VisionModel:
-    """The vision model that a `record` is of. weights: where they are now. Raises ValueError where they are others."""
-    preprocessing, weights = to_preprocessing(record["preprocessing"]), weights or record["weights_file"]
+    """The vision model that a `record` is of. weights: where they are now, of an hf: model perhaps its folder.
+
+    Raises ValueError where they are others.
+    """
+    preprocessing, name = to_preprocessing(record["preprocessing"]), record["encoder"]
+    weights = weights or record["weights_file"]
+    if name.startswith("hf:") and os.path.isdir(weights):
+        name, weights = f"hf:{weights}", ""
     height, width = preprocessing.size
     size = (height or preprocessing.limits[0]) if height == width else 0
-    model = load_vision(record["encoder"], record["regions"], weights, size, record["whole"])
+    model = load_vision(name, record["regions"], weights, size, record["whole"])
     if (found := fingerprint(model.network)) != record["weights"]:
         where = weights or "those of the library"
         raise ValueError(
@@ -307,7 +321,7 @@ class TorchvisionGrid(VisionModel):
 
     def _compute_again(self) -> tuple[Any, Any]:
         """Contexts of a forward pass and of its repetition, in which BatchNorm's averages must not move again."""
-        return nullcontext(), _momentum([each for each in self.modules() if isinstance(each, nn.BatchNorm2d)], 0.0)
+        return nullcontext(), _keeping_averages(self.modules())
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         network = self.checkpointed[0] if self.checkpointed and self.network.training else self.network
@@ -324,6 +338,8 @@ class TorchvisionDetector(VisionModel):
     Features are pooled by RoIAlign from its own maps: of R-CNNs what the box head makes of a box, of RetinaNet and FCOS
     the mean over the box.
     """
+
+    trains = False
 
     def __init__(self, name: str, regions: int, image_size: int, whole: bool, weights: str | None, config: dict | None):
         kind = name.partition(":")[2]
@@ -358,9 +374,6 @@ class TorchvisionDetector(VisionModel):
             maps = network.backbone(torch.zeros(1, 3, 256, 256))
             self.width = self.box_features(maps, [torch.tensor([[0.0, 0.0, 64.0, 64.0]])], [(256, 256)]).shape[1]
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        raise ValueError(f"{self.name} finds boxes and cannot be trained along; take a classifier or an hf: model")
-
     def box_features(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
         """Features (all boxes, F)."""
         pooled = self.roi_pool(maps, boxes, sizes)
@@ -382,10 +395,6 @@ class TorchvisionDetector(VisionModel):
         features = self.box_features(maps, [boxes], [(height, width)])
         scale = torch.tensor([size[1] / width, size[0] / height] * 2)
         return Regions(features, boxes * upload(scale, boxes.device), torch.stack([labels, scores], 1))
-
-    def stages(self) -> list[nn.Module]:
-        """The whole network: it is not trained."""
-        return [self.network]
 
 
 class _Padding(GeneralizedRCNNTransform):
@@ -416,6 +425,8 @@ class HuggingFacePatches(VisionModel):
             raise ValueError(f"{what} cannot be loaded: {_reason(error)}") from None
         if image_size:
             preprocessing = preprocessing._replace(size=(image_size, image_size))
+        if os.path.isdir(source):
+            name = f"hf:{os.path.abspath(source)}"
         super().__init__(name, network, preprocessing, weights or "")
         self.config, self.patch = config, tower.get("patch_size")
         lists = {path: one for path, one in network.named_modules() if isinstance(one, nn.ModuleList)}
@@ -462,13 +473,16 @@ def _read_vision_config(source: str) -> dict:
 
 
 @contextmanager
-def _momentum(norms: Sequence[nn.BatchNorm2d], momentum: float) -> Iterator[None]:
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = momentum
-    yield
-    for norm, value in zip(norms, before, strict=True):
-        norm.momentum = value
+def _keeping_averages(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which BatchNorm's averages do not move."""
+    norms = [(module, module.momentum) for module in modules if isinstance(module, nn.BatchNorm2d)]
+    try:
+        for norm, _ in norms:
+            norm.momentum = 0.0
+        yield
+    finally:  # computing again is left by an exception
+        for norm, momentum in norms:
+            norm.momentum = momentum
 
 
 def torchvision_model(name: str, *options: Any) -> VisionModel:

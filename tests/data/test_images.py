@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import PIL.Image
 import pytest
 
 from lib.cli import InputError
-from lib.data.images import NotAPicture, find_pictures, list_pictures, load_picture, open_picture, resize
+from lib.data.images import NotAPicture, find_pictures, list_pictures, load_picture, open_picture
 
 # Four quarters that tell which way is up: red, green above blue, white.
 COLOURS = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], np.uint8)
@@ -128,6 +129,9 @@ def test_a_truncated_picture_is_none(kind, tmp_path):
 
 
 def test_what_is_no_picture_says_why(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(NotAPicture, match="not a file"):
+        open_picture(tmp_path / "pipe.jpg")
     for name, content in {"empty.jpg": b"", "page.jpg": b"<html>not found</html>"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(NotAPicture, match="not a picture"):
@@ -152,17 +156,18 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path):
     preprocessing = SimpleNamespace(size=(200, 150), limits=(0, 0), resample="bicubic")
     small, size = load_picture(tmp_path / "a.jpg", preprocessing)
     assert size == (1600, 1200)
-    assert (small.int() - resize(open_picture(tmp_path / "a.jpg"), preprocessing).int()).abs().max() <= 6
+    upright = PIL.Image.fromarray(np.asarray(open_picture(tmp_path / "a.jpg")))
+    assert (small.int() - load_picture(upright, preprocessing)[0].int()).abs().max() <= 6
 
 
 def test_a_picture_is_resized_to_what_the_vision_model_asks_for():
-    assert resize(PICTURE, GRID).shape == (3, 12, 16)
-    assert np.array_equal(resize(PICTURE, GRID)[:, 2, 2], COLOURS[0, 0])
+    assert load_picture(PICTURE, GRID)[0].shape == (3, 12, 16)
+    assert np.array_equal(load_picture(PICTURE, GRID)[0][:, 2, 2], COLOURS[0, 0])
     detector = SimpleNamespace(size=(0, 0), limits=(80, 100), resample="bilinear")
-    assert resize(PICTURE, detector).shape == (3, 75, 100)  # the longer side binds
-    assert resize(PICTURE.resize((40, 48)), detector).shape == (3, 96, 80)  # the shorter
+    assert load_picture(PICTURE, detector)[0].shape == (3, 75, 100)  # the longer side binds
+    assert load_picture(PICTURE.resize((40, 48)), detector)[0].shape == (3, 96, 80)  # the shorter
     as_it_is = SimpleNamespace(size=(0, 0), limits=(0, 0), resample="bilinear")
-    assert np.array_equal(resize(PICTURE, as_it_is).permute(1, 2, 0), PIXELS)
+    assert np.array_equal(load_picture(PICTURE, as_it_is)[0].permute(1, 2, 0), PIXELS)
 
 
 def test_pictures_are_found_in_subfolders_and_other_files_are_counted(tmp_path):
@@ -200,7 +205,8 @@ def test_a_data_sets_pictures_are_found_by_its_ids(files, ids, mapping, tmp_path
     if isinstance(mapping, dict):
         (tmp_path / "id_mapping.json").write_text(json.dumps(mapping))
     if mapping == "encoder.json":
-        record = {"encoder": "torchvision:resnet50", "folder": str(tmp_path / "photos")}
+        record = {"encoder": "torchvision:resnet50", "weights": "0" * 16, "regions": 36, "whole": True}
+        record |= {"preprocessing": {"size": [224, 224]}, "folder": str(tmp_path / "photos")}
         (tmp_path / "mine" / "encoder.json").write_text(json.dumps(record))
     given = str(tmp_path / "other") if mapping == "--image_path" else ""
     assert find_pictures(tmp_path / "mine", ids, given) == [tmp_path / name for name in files]

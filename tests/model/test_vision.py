@@ -1,6 +1,7 @@
 """Vision models: features against the library's own model, boxes, stages, weights files, records."""
 
 import json
+import os
 import socket
 import time
 
@@ -12,6 +13,7 @@ import transformers
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from lib.data.dataset import is_same_encoder
 from lib.model import vision
 from lib.model.vision import build_vision, load_recorded, load_vision
 
@@ -173,9 +175,8 @@ def test_a_detectors_regions_are_its_best_boxes_with_features_of_its_own_maps(ki
             assert regions.features.shape == (5, model.width)
     assert model.categories[1] == "person"
     assert not any("mask" in name for name in model.state_dict())  # the heads that regions do not need
-    assert_stages_hold_every_parameter_once(model)
     with pytest.raises(ValueError, match="cannot be trained along"):
-        model(pictures())
+        model.refuse_training()
 
 
 def test_a_picture_in_which_nothing_is_found_is_one_region():
@@ -266,9 +267,20 @@ def test_a_transformers_regions_are_the_last_states_of_its_patches(kind, tmp_pat
     assert larger.regions == 64
 
 
+def test_a_record_says_where_weights_are_from_whatever_folder_it_is_read(squeezenet_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(os.path.dirname(squeezenet_file))
+    record = load_vision(SQUEEZENET, 4, os.path.basename(squeezenet_file), 64).record()
+    monkeypatch.chdir(tmp_path)
+    assert load_recorded(record).record() == record
+
+
 def test_a_transformer_is_found_by_its_record_and_built_without_its_files(tmp_path):
     model = load_vision(write_transformer("siglip", tmp_path / "model"), 4)
     assert load_recorded(json.loads(json.dumps(model.record()))).record() == model.record()
+    moved = (tmp_path / "model").rename(tmp_path / "moved")
+    record = load_recorded(model.record(), str(moved)).record()  # of another name, and all else the same
+    assert (record["encoder"], is_same_encoder(record, model.record())) == (f"hf:{moved}", True)
+    moved.rename(tmp_path / "model")
     weights = str((tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights.safetensors"))
     from_file = load_vision(model.name, 4, weights)
     assert torch.equal(from_file(pictures(1, 32)), model(pictures(1, 32)))

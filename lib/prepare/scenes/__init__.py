@@ -159,6 +159,8 @@ def feature_scale() -> tuple[np.ndarray, np.ndarray]:
 class SceneVision(VisionModel):
     """The hand-made features of this data set as one vision model among others: `--encoder scenes`. No weights."""
 
+    trains = False
+
     def __init__(self, name: str, regions: int, image_size: int, whole: bool, weights: str | None, config: dict | None):
         if weights or image_size not in (0, PICTURE_SIZE) or regions not in (0, REGIONS):
             raise ValueError(
