@@ -30,6 +30,6 @@ $LAUNCH train.py \
     --data_path "$data" --data_name f30k_siglip --init_from runs/f30k_siglip \
     --image_encoder "hf:$towers" --freeze_epochs 0 --thaw_epochs 2 --encoder_lr 0.01 \
     --batch_size 128 --num_epochs 8 --learning_rate 0.0001 --lr_update 6 \
-    --margin 0.2 --grad_clip 2.0 --loss ramped --micro_batch 32 \
+    --margin 0.2 --grad_clip 2.0 --loss ramped --mask_padding --micro_batch 32 \
     --workers 10 --log_step 200 \
     --model_name runs/f30k_siglip_thawed "$@"
