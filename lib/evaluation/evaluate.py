@@ -256,6 +256,8 @@ def _open_split(contents: Sequence[dict], data_path: str, data_name: str, settin
         if of_model and of_data and not is_same_encoder(of_model, of_data):
             trained, found = (describe_encoder(one) for one in (of_model, of_data))
             raise InputError(f"{content['path']}: trained on regions by {trained}; those of {folder} are by {found}")
+        if of_model and not of_data:
+            content["notes"].append(f"{folder} does not say that its regions are by {describe_encoder(of_model)}")
     for dim in {one["options"].get("img_dim") for one in images} or {None}:  # raises for all but one
         split = open_split(data_path, data_name, settings.split, dim)
     return split

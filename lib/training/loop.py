@@ -334,6 +334,8 @@ def open_train_and_dev(settings: TrainSettings) -> tuple[Split, Split]:
     if is_from_pixels(parse_part("image_encoder", settings.image_encoder)):
         if settings.device_features:
             raise InputError("--device_features: a model from pixels has no features, leave it out")
+        if settings.img_dim:
+            raise InputError(f"--img_dim {settings.img_dim}: the vision model says it, leave it out")
         return open_pictures(*folder, "train", settings.image_path), open_pictures(*folder, "dev", settings.image_path)
     train_split = open_split(*folder, "train", settings.img_dim or None)
     settings.img_dim = train_split.features.img_dim

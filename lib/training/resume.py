@@ -112,7 +112,7 @@ def _weights(path: Path, settings: TrainSettings) -> Origin:
     wanted = parse_part("image_encoder", settings.image_encoder)
     if is_from_pixels(wanted) and not is_from_pixels(content["architecture"]["image_encoder"]):
         content = with_vision(content, wanted["options"]["model"], settings.image_weights)
-        defaults["image_encoder"] = settings.image_encoder
+        defaults |= {"image_encoder": settings.image_encoder, "img_dim": 0}
         notes.append(f"those of {wanted['options']['model']} are the ones that made the regions")
     return Origin(path, {**content, "data": {}}, defaults, notes=[*notes, *content["notes"]])
 

@@ -271,6 +271,7 @@ def test_what_cannot_train_from_pixels_is_refused_in_one_line(pictures, flags, t
         assert said in capsys.readouterr().err
 
     refused("--device_features", said="--device_features: a model from pixels has no features")
+    refused("--img_dim", "512", said="--img_dim 512: the vision model says it")
     refused("--image_path", str(tmp_path), said="pictures are missing")
     refused("--image_encoder", "torchvision:squeezenet1_2", said="squeezenet1_1")
     refused("--image_encoder", "scenes", "--image_weights", "", "--image_size", "128", said="cannot be trained along")
@@ -350,6 +351,11 @@ def test_pictures_and_regions_of_another_vision_model_are_refused_naming_both(pi
     assert saved_scores(prepared / "run", prepared / KINDS[1], tmp_path)[0] == 2
     error = capsys.readouterr().err
     assert all(f"torchvision:{kind} (weights " in error for kind in KINDS)
+    silent = tmp_path / "silent"
+    shutil.copytree(prepared / KINDS[0], silent)
+    (silent / "encoder.json").unlink()
+    assert saved_scores(prepared / "run", silent, tmp_path)[0] == 0
+    assert f"does not say that its regions are by torchvision:{KINDS[0]}" in capsys.readouterr().out
     other = load(prepared / "run", device="cpu", image_weights=str(tmp_path / "other.pth"))
     torch.manual_seed(1)
     torch.save(get_model(KINDS[0], weights=None).state_dict(), tmp_path / "other.pth")
