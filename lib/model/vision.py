@@ -253,11 +253,8 @@ def load_recorded(record: dict[str, Any], weights: str = "") -> VisionModel:
     size = (height or preprocessing.limits[0]) if height == width else 0
     model = load_vision(name, record["regions"], weights, size, record["whole"])
     if (found := fingerprint(model.network)) != record["weights"]:
-        where = weights or "those of the library"
-        raise ValueError(
-            f"{model.name}: the regions were made with weights of fingerprint {record['weights']}, but {where} have "
-            f"{found}; give the file of those weights"
-        )
+        where = weights or "its library's"
+        raise ValueError(f"weights {found} are not those that the regions were made with, {record['weights']}: {where}")
     model.set_preprocessing(preprocessing)
     return model
 

@@ -208,14 +208,20 @@ class XDim(nn.Module):
         caption of the whole batch. counts and lengths are on the CPU.
         """
         shard = shard or Shard(len(lengths))
-        regions, own_counts = self.image_encoder(_floats(images), counts, shard)
+        regions, own_counts = self.image_encoder(self._floats(images), counts, shard)
         words = self.text_encoder(ids, lengths[shard.own])
         words = shard.gather_inputs(words, [int(part.sum()) for part in lengths.split(shard.sizes)])
         return Embedded(regions, words, lengths, real_rows(own_counts, regions.device))
 
     def encode_images(self, images: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Region embeddings (I, R, D), zero or anything beyond an image's count, and the counts (I,)."""
-        return self.image_encoder(_floats(images), counts)
+        return self.image_encoder(self._floats(images), counts)
+
+    def _floats(self, images: Tensor | Pixels) -> Tensor | Pixels:
+        """Features in the model's dtype: in files, and on their way to the device, they may be float16."""
+        if isinstance(images, Tensor) and images.is_floating_point():
+            return images.to(next(self.parameters()).dtype)
+        return images
 
     def encode_captions(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Word embeddings (sum of W, D), packed, of token ids (C, N)."""
@@ -234,10 +240,3 @@ class XDim(nn.Module):
             "text projection": counts["text_encoder"] - language,
             "similarity": counts["similarity"],
         }
-
-
-def _floats(images: Tensor | Pixels) -> Tensor | Pixels:
-    """Features in the default dtype: in files, and on their way to the device, they may be float16."""
-    if isinstance(images, Tensor) and images.is_floating_point():
-        return images.to(torch.get_default_dtype())
-    return images

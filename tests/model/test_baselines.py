@@ -169,7 +169,7 @@ def test_a_part_is_its_name_and_its_options():
         ({"similarity": "gpo", "gate": "dense"}, "--gate dense: --similarity gpo has no gate"),
         ({"gate": "open:begin=1"}, "--gate open: has no option 'begin'; it takes start"),
         ({"gate": "open:start"}, "--gate open:start: expected open:option=value"),
-        ({"gate": "open:start=x"}, "--gate open: its options do not fit it"),
+        ({"gate": "open:start=x"}, "--gate open: start='x' is no float"),
         ({"similarity": "gpo:size=3"}, "--similarity gpo: has no option 'size'; it takes none"),
         ({"image_encoder": "regions:img_dim=3"}, "--image_encoder regions: has no option 'img_dim'"),
     ],

@@ -360,7 +360,7 @@ def test_pictures_and_regions_of_another_vision_model_are_refused_naming_both(pi
     torch.manual_seed(1)
     torch.save(get_model(KINDS[0], weights=None).state_dict(), tmp_path / "other.pth")
     first = json.loads((prepared / KINDS[0] / "encoder.json").read_text())["weights"]
-    with pytest.raises(InputError, match=f"fingerprint {first}, but .*other.pth have [0-9a-f]{{16}}"):
+    with pytest.raises(InputError, match=f"weights [0-9a-f]{{16}} are not those .*made with, {first}"):
         other.score([pictures / "images" / "dev_0.png"], ["a"])
 
 
