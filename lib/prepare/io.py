@@ -147,7 +147,7 @@ def read_boxes(split: Split, name: str = "boxes", width: int = BOX) -> np.ndarra
         if not np.isfinite(boxes).all():
             raise ValueError("NaN or infinite")
     if boxes.size > size:
-        boxes = boxes.reshape(len(features), features.repeats, -1, BOX)[:, 0]
+        boxes = boxes.reshape(len(features), features.repeats, -1, width)[:, 0]
     return boxes.reshape(-1, width)
 
 

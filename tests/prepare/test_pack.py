@@ -26,6 +26,7 @@ def write_source(folder, dtype=np.float32):
     np.save(folder / "train_boxes.npy", rng.random((7, REGIONS, 4), np.float32))
     np.save(folder / "dev_ims.npy", make(4, REGIONS, IMG_DIM).repeat(5, axis=0))
     np.save(folder / "dev_boxes.npy", rng.random((4, REGIONS, 4), np.float32).repeat(5, axis=0))
+    np.save(folder / "dev_objects.npy", rng.random((4, REGIONS, 2), np.float32).repeat(5, axis=0))
     np.save(folder / "test_ims.npy", make(sum(COUNTS), IMG_DIM))
     np.save(folder / "test_boxes.npy", rng.random((sum(COUNTS), 4), np.float32))
     np.save(folder / "test_offsets.npy", np.cumsum([0, *COUNTS]))
@@ -86,6 +87,7 @@ def test_repeated_rows_are_one_for_each_image_and_varying_numbers_keep_their_off
     run()
     assert np.load(packed(folder) / "dev_ims.npy").shape == (4, REGIONS, IMG_DIM)
     assert np.load(packed(folder) / "dev_boxes.npy").shape == (4, REGIONS, 4)
+    assert np.load(packed(folder) / "dev_objects.npy").shape == (4, REGIONS, 2)
     assert (packed(folder) / "dev_ids.txt").read_text() == "10\n11\n12\n13\n"
     assert np.load(packed(folder) / "test_offsets.npy").tolist() == [0, 2, 3, 7, 10]
     assert (packed(folder) / "test_caps_counts.txt").read_text() == "1\n4\n1\n2\n"
