@@ -194,8 +194,7 @@ def _load(image: Any, preprocessing: Any) -> tuple[Tensor, tuple[int, int]]:
 
 def look_of(model: XDim) -> Look | None:
     """What a model that starts from pixels takes of a picture; None for models of region features."""
-    vision = getattr(model.image_encoder, "vision", None)
-    return vision and Look(vision.preprocessing, vision.regions)
+    return model.vision and Look(model.vision.preprocessing, model.vision.regions)
 
 
 def load(

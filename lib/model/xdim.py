@@ -178,14 +178,19 @@ class XDim(nn.Module):
         model.architecture = architecture
         return model
 
+    @property
+    def vision(self) -> Any:
+        """The vision model of an image encoder that starts from pixels; None for region features."""
+        return getattr(self.image_encoder, "vision", None)
+
     def checkpoint_activations(self) -> None:
         """Have language and vision model compute activations again in the backward pass, instead of keeping them.
 
         Raises ValueError where one cannot.
         """
         checkpoint_activations(self.text_encoder.backbone)
-        if vision := getattr(self.image_encoder, "vision", None):
-            vision.checkpoint_activations()
+        if self.vision:
+            self.vision.checkpoint_activations()
 
     def use_engine(self, name: str) -> None:
         """Choose how scores are computed: "tiled", fast, or "plain", by the similarity's own formula."""
@@ -232,7 +237,7 @@ class XDim(nn.Module):
         backbone = list(self.text_encoder.backbone_parameters())
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         language = sum(p.numel() for p in backbone)
-        vision = sum(p.numel() for p in getattr(self.image_encoder, "vision", nn.Module()).parameters())
+        vision = sum(p.numel() for p in self.vision.parameters()) if self.vision else 0
         return {
             **({"vision model": vision} if vision else {}),
             "image encoder": counts["image_encoder"] - vision,

@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
         with compute.in_force(), distributed.joined(compute.device):
             with distributed.local_main_first():  # the others find what the first one has fetched
                 model = _load(args)
-            _describe(model, len(wanted))
+            record = {**model.record(), "folder": str(args.photos.resolve()), "categories": list(model.categories)}
+            _describe(model, record["weights"], len(wanted))
             check_space(folder, 4 * len(wanted) * (model.regions or args.regions) * model.width, "the data set, twice,")
             on_gpu, started = compute.device.type == "cuda" and any(model.preprocessing.size), time.time()
             size = args.batch_size or (BATCH_SIZE_OF_GPU if on_gpu else BATCH_SIZE)
@@ -126,7 +127,6 @@ def run(args: argparse.Namespace) -> None:
         unreadable += [line for path in parts.glob("unreadable*.txt") for _, line in read_lines(path)]
         if not list(parts.glob(f"*{FEATURES}")):
             raise InputError(f"{args.photos}: {some(sorted(unreadable), 'picture')}, of which none can be read")
-        record = {**model.record(), "folder": str(args.photos.resolve()), "categories": list(model.categories)}
         write_lines(temporary / ENCODER, [json.dumps(record, indent=2)])
         features = Features([parts])
         left_out = {
@@ -180,7 +180,7 @@ def _load(args: argparse.Namespace) -> VisionModel:
         raise InputError(f"--encoder {args.encoder}: {error}") from None
 
 
-def _describe(model: VisionModel, pictures: int) -> None:
+def _describe(model: VisionModel, weights: str, pictures: int) -> None:
     """Print what is going to be done."""
     height, width = model.preprocessing.size
     shorter, longer = model.preprocessing.limits
@@ -188,7 +188,7 @@ def _describe(model: VisionModel, pictures: int) -> None:
         f"{height} x {width} pixels" if height else f"{shorter} to {longer} pixels a side" if shorter else "their size"
     )
     regions = f"{model.regions} regions" if model.regions else "boxes"
-    print(f"{model.name}, weights {model.record()['weights']}: {regions} of {model.width:,} numbers", end=" ")
+    print(f"{model.name}, weights {weights}: {regions} of {model.width:,} numbers", end=" ")
     print(f"of each of {pictures:,} pictures, seen at {size}", flush=True)
 
 

@@ -85,19 +85,20 @@ def train(settings: TrainSettings, origin: Origin | None = None) -> None:
 
 def train_epoch(run: Run) -> None:
     """One pass over all pairs, or over those that are left of the current epoch."""
-    settings, progress, vision = run.settings, run.progress, getattr(run.model.image_encoder, "vision", None)
+    settings, progress, vision = run.settings, run.progress, run.model.vision
     rates = partial(set_learning_rate, run.optimizer, progress.epoch, settings.learning_rate, settings.lr_update)
     rate, loss_function = rates(), loss_of(settings, progress.epoch)
     steps = len(run.train[1]) // settings.batch_size
     if vision:
         run.model.image_encoder.thaw(thawed_stages(progress.epoch, settings.freeze_epochs, settings.thaw_epochs))
         run.batch_loss = average_gradients(getattr(run.batch_loss, "module", run.batch_loss))
-    warms_up = vision and 0 < settings.freeze_epochs == progress.epoch
+    warmth, warms_up = 1.0, vision and 0 < settings.freeze_epochs == progress.epoch
     run.model.train()
     run.figures.begin_epoch()
     for batch in batches_left(run):
-        warmth = (progress.batch + 1) / steps if warms_up else 1.0
-        rates(warmth)
+        if warms_up:
+            warmth = (progress.batch + 1) / steps
+            rates(warmth)
         figures = train_step(run, batch, loss_function, warmth)
         progress.step += 1
         progress.batch += 1
@@ -364,7 +365,7 @@ def introduce(run: Run, origin: Origin | None) -> None:
         pixels = f"{look.cells} cells of pictures of {look.preprocessing.size[0]} x {look.preprocessing.size[1]} pixels"
         thaws = f"a stage every {settings.thaw_epochs}" if settings.thaw_epochs else "all of it"
         when = f"frozen for {settings.freeze_epochs} epochs, then {thaws} trains at {settings.encoder_lr:g} of the rate"
-        lines.insert(1, f"vision      {run.model.image_encoder.vision.name}: {pixels}; {when}")
+        lines.insert(1, f"vision      {run.model.vision.name}: {pixels}; {when}")
     beside = share_beside_own_image(train_split.image_of_caption, settings.batch_size)
     if beside > 0.01:
         share = f"{100 * beside:.0f} % of a batch's pairs have another caption of their image in the batch, which is "

@@ -23,8 +23,8 @@ def build_optimizer(model: XDim, learning_rate: float, encoder_lr: float = 0.0) 
     groups: list[dict[str, Any]] = [
         {"params": list(model.text_encoder.backbone_parameters()), "factor": BACKBONE_FACTOR}
     ]
-    if vision := getattr(model.image_encoder, "vision", None):
-        groups.append({"params": list(vision.parameters()), "factor": encoder_lr, "warms_up": True})
+    if model.vision:
+        groups.append({"params": list(model.vision.parameters()), "factor": encoder_lr, "warms_up": True})
     grouped = {id(parameter) for group in groups for parameter in group["params"]}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in grouped]
     groups.insert(0, {"params": rest, "factor": 1.0})
