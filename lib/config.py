@@ -47,7 +47,7 @@ class Settings:
                 least, above = options.get("least", value), options.get("above", -math.inf)
                 _refuse(value < least, f"{given}must be at least {least}")
                 _refuse(value <= above, f"{given}must be above {above}")
-            if "part" in options:
+            if "part" in options and value:
                 try:
                     parse_part(options["part"], value)
                 except ValueError as error:
@@ -71,6 +71,7 @@ class ModelSettings(Settings):
 
     similarity: str = part("similarity", "xdim", "how images and captions are compared")
     gate: str = part("gate", PAPERS_GATE, "what computes X-Dim's dependency matrix")
+    global_head: str = part("global_head", "", "one vector a side beside X-Dim, which finds what X-Dim ranks")
     image_encoder: str = part("image_encoder", "regions", "what embeds images; torchvision:NAME, hf:NAME from pixels")
     image_weights: str = flag("", "file of the vision model's first weights (default: its library's, fetched once)")
     image_size: int = flag(0, "pixels of a picture's sides (default: 256, for hf: the model's own)", least=0)

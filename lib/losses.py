@@ -9,12 +9,14 @@ all processes. The result is a sum over the batch, not a mean. A loss may carry 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lib.model import registry
 
@@ -89,6 +91,20 @@ def ramped(scores: Tensor, margin: float) -> Tensor:
     violated = (margin + wrong - true).clamp(min=0)
     mean = violated.sum(dim=1) / (violated > 0).sum(dim=1).clamp(min=1)
     return (recall * violated.max(dim=1).values + (1 - recall) * mean).sum()
+
+
+def rank_distillation(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """How far scores (B, B) are from the teacher's ranking of each query's negatives, summed over the batch.
+
+    KL(teacher || scores) of the softmax over the query's negatives, in both directions. teacher: (B, B), without
+    gradient; as in lib/losses.py, -inf where a pair is left out.
+    """
+    left_out, total = _diagonal(scores) | (teacher == -math.inf), scores.new_zeros(())
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a query may have no negative
+    for dim in (0, 1):
+        ours, wanted = ((one / temperature).masked_fill(left_out, lowest).log_softmax(dim) for one in (scores, teacher))
+        total = total + F.kl_div(ours, wanted, reduction="none", log_target=True).masked_fill(left_out, 0).sum()
+    return total
 
 
 def _diagonal(scores: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 SIMILARITIES = {
     "xdim": "lib.model.xdim:XDimSimilarity",
     "independent": "lib.model.baselines:IndependentSimilarity",
-    "gpo": "lib.model.baselines:GpoSimilarity",
+    "gpo": "lib.model.pooling:GpoSimilarity",
 }
 GATES = {
     "adaptive": "lib.model.xdim:AdaptiveGate",
@@ -23,6 +23,7 @@ GATES = {
     "dense": "lib.model.baselines:DenseGate",
     "diagonal": "lib.model.baselines:DiagonalGate",
 }
+GLOBAL_HEADS = {"gpo": "lib.model.pooling:GpoHead"}
 IMAGE_ENCODERS = {"regions": "lib.model.encoders:RegionEncoder", "pixels": "lib.model.encoders:PixelEncoder"}
 TEXT_ENCODERS = {"transformer": "lib.model.encoders:TextEncoder"}
 # By what stands before the colon of a vision model's name; called with (name, regions, image_size, whole, weights,
@@ -37,6 +38,7 @@ LOSSES = {"hinge": "lib.losses:hinge", "ramped": "lib.losses:ramped"}
 PARTS = {
     "similarity": SIMILARITIES,
     "gate": GATES,
+    "global_head": GLOBAL_HEADS,
     "image_encoder": IMAGE_ENCODERS,
     "text_encoder": TEXT_ENCODERS,
     "loss": LOSSES,
@@ -126,6 +128,9 @@ def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
         similarity["options"]["gate"] = _part("gate", flags, PAPERS_GATE)
     elif gate != PAPERS_GATE:
         raise ValueError(f"--gate {gate}: --similarity {similarity['name']} has no gate")
+    head = {"global_head": _part("global_head", flags, "")} if flags.get("global_head") else {}
+    if head and not of_similarity.unit_vectors:
+        raise ValueError(f"--global_head: --similarity {similarity['name']} is one vector a side itself")
     unit = of_similarity.unit_vectors
     images = {
         "img_dim": flags.get("img_dim", 2048),
@@ -139,6 +144,7 @@ def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
         "image_encoder": _part("image_encoder", flags, "regions", **images),
         "text_encoder": _part("text_encoder", flags, "transformer", **words),
         "similarity": similarity,
+        **head,
     }
 
 

@@ -24,6 +24,7 @@ from lib.model.backbone import checkpoint_activations
 from lib.model.encoders import Pixels
 from lib.model.engine import Embedded, make_engine
 from lib.model.layers import EPSILON, Shard, at_least_float32, l2_normalize, real_rows
+from lib.model.pooling import MeanPooling
 
 # tanh(exp(x)) is 1 in every precision from x = 4 on; where exp(x) is infinite, its gradient is NaN.
 MAX_EXPONENT = 20.0
@@ -147,10 +148,20 @@ class XDim(nn.Module):
     image_encoder: Any
     text_encoder: Any
     similarity: Any
+    global_head: Any
 
-    def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, similarity: nn.Module, engine: str = "tiled"):
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        text_encoder: nn.Module,
+        similarity: nn.Module,
+        engine: str = "tiled",
+        global_head: nn.Module | None = None,
+    ):
+        """global_head: one vector a side beside the similarity (pooling.py)."""
         super().__init__()
         self.image_encoder, self.text_encoder, self.similarity = image_encoder, text_encoder, similarity
+        self.global_head = global_head
         self.architecture: dict = {}  # what `build` was given, for checkpoints
         self.use_engine(engine)
 
@@ -168,13 +179,15 @@ class XDim(nn.Module):
         a part is unknown or does not take its options.
         """
         dims = architecture["embed_size"]
-        image, text, similarity = (architecture[kind] for kind in ("image_encoder", "text_encoder", "similarity"))
+        image, text = architecture["image_encoder"], architecture["text_encoder"]
         if backbone is None:  # before all other weights: the order of random numbers is part of a seed's result
             backbone = registry.find("text_encoder", text["name"]).make_backbone(text["options"]["config"])
         pretrained = {"vision": vision} if vision else {}
         image_encoder = registry.build("image_encoder", image, dims, **pretrained)
         text_encoder = registry.build("text_encoder", text, dims, backbone=backbone)
-        model = cls(image_encoder, text_encoder, registry.build("similarity", similarity, dims), engine)
+        similarity = registry.build("similarity", architecture["similarity"], dims)
+        head = architecture.get("global_head")
+        model = cls(image_encoder, text_encoder, similarity, engine, head and registry.build("global_head", head, dims))
         model.architecture = architecture
         return model
 
@@ -194,7 +207,19 @@ class XDim(nn.Module):
 
     def use_engine(self, name: str) -> None:
         """Choose how scores are computed: "tiled", fast, or "plain", by the similarity's own formula."""
-        self.engine = make_engine(name, self.similarity)
+        self.engine = make_engine(name, self.similarity, self.global_head)
+
+    @property
+    def pooling(self) -> MeanPooling:
+        """What makes one vector of an image and one of a caption: the global head, or the similarity where that pools;
+        else the mean region and the mean word, which no training has prepared for it.
+        """
+        own = self.global_head or self.similarity
+        return own if isinstance(own, MeanPooling) else MeanPooling()
+
+    def figures(self) -> dict[str, float]:
+        """What the log says of similarity and global head."""
+        return self.similarity.figures() | (self.global_head.figures() if self.global_head else {})
 
     def forward(
         self, images: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, shard: Shard | None = None
@@ -244,4 +269,5 @@ class XDim(nn.Module):
             "language model": language,
             "text projection": counts["text_encoder"] - language,
             "similarity": counts["similarity"],
+            **({"global head": counts["global_head"]} if self.global_head else {}),
         }

@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ from lib.evaluation import report
 from lib.evaluation.evaluate import measure_split
 from lib.evaluation.metrics import chance_metrics
 from lib.evaluation.score import Matcher, look_of
-from lib.losses import Loss, loss_of_epoch
-from lib.model.engine import Embedded, PlainEngine
+from lib.losses import Loss, loss_of_epoch, rank_distillation
+from lib.model.engine import Embedded
 from lib.model.layers import Shard, upload
 from lib.model.registry import find, is_from_pixels, parse_part
 from lib.model.xdim import XDim
@@ -124,7 +125,7 @@ def say_progress(run: Run, rate: float, steps_left: int) -> None:
     run.log.scalars(progress.step, "train", scalars)
     names = ("learning", "bert", "vision")[: len(rates)]
     run.log.scalars(progress.step, "rate", dict(zip(names, rates, strict=True)))
-    run.log.scalars(progress.step, "gate", run.model.similarity.figures())
+    run.log.scalars(progress.step, "gate", run.model.figures())
 
 
 def loss_of(settings: TrainSettings, epoch: int) -> Loss:
@@ -185,7 +186,7 @@ class BatchLoss(nn.Module):
 
 
 def batch_loss(
-    engine: PlainEngine,
+    engine: Any,
     embedded: Embedded,
     loss_function: Loss,
     margin: float,
@@ -194,18 +195,27 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, computed with the least scoring and differentiating; the scores' standard deviation.
 
-    The latter is NaN for a pairwise loss (lib/losses.py), for which the scores are never held all at once. image_of:
-    (B,) numbers, equal where pairs have the same image: its other captions are then no negatives of it, nor it of them.
+    The latter is NaN for a pairwise loss (lib/losses.py), for which the scores are never held all at once. With a
+    global head it is the loss of the combined scores, and that of the cosines (pooling.GpoHead). engine: as
+    lib/model/engine describes it. image_of: (B,) numbers, equal where pairs have the same image: its other captions are
+    then no negatives of it, nor it of them.
     """
     shard = shard or Shard(len(embedded.lengths))
-    if pairwise := getattr(loss_function, "pairwise", None):
+    head, pairwise = engine.head, getattr(loss_function, "pairwise", None)
+    if pairwise and not head:
         loss = engine.sum_over_negatives(partial(pairwise, margin=margin), embedded, shard, image_of)
         return loss, torch.full_like(loss, math.nan)
-    scores = shard.gather_outputs(engine(*embedded), shard.sizes)
-    spread = scores.detach().std()
+    own = engine.both(*embedded) if head else (engine(*embedded),)
+    scores = [shard.gather_outputs(one, shard.sizes) for one in own]
+    spread = scores[0].detach().std()
     if image_of is not None:
-        scores = scores.masked_fill((image_of[:, None] == image_of).fill_diagonal_(False), -math.inf)
-    return loss_function(scores, margin), spread
+        beside = (image_of[:, None] == image_of).fill_diagonal_(False)
+        scores = [one.masked_fill(beside, -math.inf) for one in scores]
+    loss = loss_function(scores[0], margin)
+    if head:
+        loss = loss + head.loss * loss_function(scores[1], margin)
+        loss = loss + head.distill * rank_distillation(scores[1], scores[0].detach(), head.temperature)
+    return loss, spread
 
 
 def average_gradients(batch_loss: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib.model import registry
-from lib.model.baselines import GeneralizedPooling, GpoSimilarity
+from lib.model.pooling import GeneralizedPooling, GpoSimilarity
 from lib.model.xdim import AdaptiveGate
 from tests.model.test_engine import make, random_inputs
 

@@ -8,14 +8,18 @@ XDimSimilarity.forward takes them, and has `sum_over_negatives` (a loss summed o
 from typing import Any
 
 from lib.model.engine.autograd import TiledEngine
-from lib.model.engine.plain import Embedded, PlainEngine, PlainScorer
+from lib.model.engine.plain import CombinedEngine, Embedded, PlainEngine, PlainScorer
 
 ENGINES = ("tiled", "plain")
-__all__ = ["ENGINES", "Embedded", "PlainEngine", "PlainScorer", "TiledEngine", "make_engine"]
+__all__ = ["ENGINES", "CombinedEngine", "Embedded", "PlainEngine", "PlainScorer", "TiledEngine", "make_engine"]
 
 
-def make_engine(name: str, similarity: Any) -> PlainEngine:
-    """The engine of a similarity: tiled where that is asked for and its forward() is the formula that tiles compute."""
+def make_engine(name: str, similarity: Any, global_head: Any = None) -> PlainEngine:
+    """The engine of a similarity: tiled where that is asked for and its forward() is the formula that tiles compute.
+
+    global_head: whose cosines are added to the scores.
+    """
     kind = type(similarity)
     tiled = name == "tiled" and getattr(kind, "tiled", None) is kind.forward
-    return TiledEngine(similarity) if tiled else PlainEngine(similarity)
+    engine = TiledEngine(similarity) if tiled else PlainEngine(similarity)
+    return CombinedEngine(engine, global_head) if global_head else engine

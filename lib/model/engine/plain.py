@@ -25,6 +25,8 @@ class Embedded(NamedTuple):
 class PlainEngine:
     """Scores by a similarity's own forward(), differentiated by ordinary autograd."""
 
+    head: Any = None  # of a CombinedEngine
+
     def __init__(self, similarity: Any):
         self.similarity = similarity
 
@@ -52,6 +54,50 @@ class PlainEngine:
         """Scores without gradients; there are no coarser ones."""
         own = getattr(self.similarity, "scorer", None)
         return own() if own else PlainScorer(self.similarity)
+
+
+class CombinedEngine(PlainEngine):
+    """The scores of a similarity's engine plus those of a global head, times its weight."""
+
+    def __init__(self, engine: PlainEngine, head: Any):
+        super().__init__(engine.similarity)
+        self.engine, self.head = engine, head
+
+    def both(self, *embedded: Any) -> tuple[Tensor, Tensor]:
+        """Combined scores (I, C) and the head's cosines (I, C)."""
+        cosines = self.head(*embedded)
+        return self.engine(*embedded) + self.head.weight * cosines, cosines
+
+    def __call__(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
+        """Combined scores (I, C)."""
+        return self.both(regions, words, lengths, real)[0]
+
+    def scorer(self, coarse: bool = False) -> Any:
+        """coarse: the cosines alone."""
+        return self.head.scorer() if coarse else CombinedScorer(self.engine.scorer(), self.head)
+
+
+class CombinedScorer:
+    """The scores of a similarity's scorer plus a global head's."""
+
+    def __init__(self, scorer: Any, head: Any):
+        self.scorer, self.cosines, self.weight = scorer, head.scorer(), head.weight.detach()
+
+    def captions(self, words: Tensor, lengths: Tensor) -> Any:
+        """Captions as `all_pairs` takes them."""
+        return self.scorer.captions(words, lengths), self.cosines.captions(words, lengths)
+
+    def all_pairs(self, regions: Tensor, captions: Any, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C)."""
+        words, vectors = captions
+        return self.scorer.all_pairs(regions, words, real) + self.weight * self.cosines.all_pairs(
+            regions, vectors, real
+        )
+
+    @torch.no_grad()
+    def pairs(self, *arguments: Any) -> Tensor:
+        """Scores (P,) of chosen pairs; arguments as PlainScorer.pairs takes them."""
+        return self.scorer.pairs(*arguments) + self.weight * self.cosines.pairs(*arguments)
 
 
 class PlainScorer:
