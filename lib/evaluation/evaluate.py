@@ -24,6 +24,7 @@ from lib.files import check_writable, replacing
 from lib.model.registry import PAPERS_GATE, is_from_pixels
 from lib.runtime import ROOT, Compute, choose_compute
 
+GLOBAL_ALONE = ", global vectors alone"  # ends the name of a row by a global head's cosines
 FOLDS_ALONE = "folds alone"  # label of scores that rank nothing among all images
 
 
@@ -47,14 +48,12 @@ def evaluate(settings: EvaluationSettings) -> dict:
         queries: dict[str, list[rankings.Query]] = {}
         rerank = None
         if settings.rerank:
-            of_parts, rerank = rank_coarse_to_fine(job, settings.rerank)
-            sources[0].name += f", best {rerank['k']} exact"
-            ranks[sources[0].row] = of_parts
+            ranks, rerank = rank_coarse_to_fine(job, settings.rerank)
         for row, scores, is_last in [] if settings.rerank else rows_of_scores(job):
             with clock("rank"):
                 ranks[row] = metrics.rank_parts(scores, split.image_of_caption, job.parts)
             with clock("protocols"):
-                if first and (fits or (settings.ranks and is_last)):
+                if first and ((fits and not row.endswith(GLOBAL_ALONE)) or (settings.ranks and is_last)):
                     queries[row] = list(rankings.judge(scores, protocols))
                 if first and settings.save_sims and is_last:
                     with replacing(settings.save_sims) as file:
@@ -123,14 +122,16 @@ class Source:
         self.path, self.name = given, "saved scores"  # name: in tables
         self.content: dict = {}  # the checkpoint's, without weights
         self.caveats: list[tuple[str, str]] = []  # label, text
-        self.pooled: tuple[Tensor, Tensor] | None = None  # of score.pool, for --eccv
+        self.pooled: tuple[Tensor, Tensor] | None = None  # of score.pool, with --eccv or a global head
+        self.has_head = False
         if not given.endswith(SAVED_SCORES):
             self.matcher = score.load(given, settings.bert, settings.device, settings.precision, settings.engine)
-            self.content = self.matcher.content
+            self.content, self.has_head = self.matcher.content, self.matcher.model.global_head is not None
             similarity = self.content["architecture"]["similarity"]
             gate = similarity["options"].get("gate", {"name": PAPERS_GATE})["name"]
             self.name = "X-Dim" if similarity["name"] == "xdim" else similarity["name"]
             self.name += "" if gate == PAPERS_GATE else f", {gate} gate"
+            self.name += " and global head" if self.has_head else ""
             return
         self.saved = _read_scores(given)
 
@@ -153,12 +154,12 @@ class Source:
                 for part, saved in zip(self.saved_parts, self.saved, strict=True):
                     scores[part] = saved
                 return scores
-        embeddings, scorer = self.embed(job), self.matcher.scorer()
+        embeddings, scorer, pooling = self.embed(job), self.matcher.scorer(), self.matcher.model.pooling
         del self.matcher  # the encoders' memory is free for the scores
         with job.clock("similarity"):
             scores = score.score_all(scorer, embeddings).numpy()
-        if getattr(job.settings, "eccv", False):
-            self.pooled = score.pool(embeddings)
+            if self.has_head or getattr(job.settings, "eccv", False):
+                self.pooled = score.pool(pooling, embeddings)
         return scores
 
     def fit_saved(self, split: Split, parts: Sequence[Part], settings: SplitSettings) -> None:
@@ -275,6 +276,9 @@ def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
     total, number = np.zeros(1, np.float32), len(job.sources)
     for source in job.sources:
         scores = source.scores(job)
+        if source.has_head and source.pooled:
+            images, captions = source.pooled
+            yield source.row + GLOBAL_ALONE, (images @ captions.T).numpy(), False
         yield source.row, scores, number == 1
         total = total + scores
     if number > 1:
@@ -282,17 +286,28 @@ def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:
         yield ", ".join([f"ensemble of {number}", *labels]), total / number, True
 
 
-def rank_coarse_to_fine(job: Job, wanted: str) -> tuple[list[Ranks], dict]:
-    """The ranks of each part by coarse scores of all pairs and exact ones of the best K; K and the number of pairs."""
-    source = job.sources[0]
-    embeddings = source.embed(job)
+def rank_coarse_to_fine(job: Job, wanted: str) -> tuple[dict[str, list[Ranks]], dict]:
+    """By row the ranks of each part, by cheap scores of all pairs and exact ones of the best K; K, number of pairs.
+
+    The cheap ones are a global head's, which has a row too, where the model has one; else X-Dim's coarse ones.
+    """
+    source, rows = job.sources[0], {}
+    embeddings, scorer = source.embed(job), source.matcher.scorer()
+    exact = partial(score.score_pairs, scorer, embeddings)
     with job.clock("similarity"):
-        coarse = score.score_all(source.matcher.scorer(coarse=True), embeddings)
+        if source.has_head:
+            images, captions = score.pool(source.matcher.model.pooling, embeddings)
+            coarse = images @ captions.T
+            exact = partial(score.score_pairs, scorer.scorer, embeddings, added=scorer.weight.cpu() * coarse)
+        else:
+            coarse = score.score_all(source.matcher.scorer(coarse=True), embeddings)
     with job.clock("rank"):
-        exact = partial(score.score_pairs, source.matcher.scorer(), embeddings)
         reranker = score.Reranker(coarse, exact, job.split.image_of_caption, job.parts)
         ranks, k = reranker.ranks_until_stable() if wanted == "auto" else (reranker.ranks(int(wanted)), int(wanted))
-    return ranks, {"k": k, "exact_pairs": reranker.exact_pairs, "pairs": coarse.numel()}
+    if source.has_head:
+        rows[source.row + GLOBAL_ALONE] = reranker.coarse_ranks
+    source.name += f", best {k} exact"
+    return rows | {source.row: ranks}, {"k": k, "exact_pairs": reranker.exact_pairs, "pairs": coarse.numel()}
 
 
 def describe(job: Job, labels: Sequence[str]) -> str:

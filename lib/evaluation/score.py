@@ -14,7 +14,6 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Subset
 
 from lib import collectives
@@ -27,6 +26,7 @@ from lib.data.images import Look, NotAPicture, load_picture
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation.metrics import RECALL_AT, Part, Ranks, rank_parts
 from lib.model.layers import Shard, real_rows, upload
+from lib.model.pooling import MeanPooling
 from lib.model.vision import VisionModel, load_recorded
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
@@ -232,8 +232,13 @@ def score_all(scorer: Any, embeddings: Embeddings) -> Tensor:
     return embeddings.shard.sum(scores).cpu()
 
 
-def score_pairs(scorer: Any, embeddings: Embeddings, images: Tensor, captions: Tensor) -> Tensor:
-    """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, on the CPU of every process."""
+def score_pairs(
+    scorer: Any, embeddings: Embeddings, images: Tensor, captions: Tensor, added: Tensor | None = None
+) -> Tensor:
+    """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, on the CPU of every process.
+
+    added: (I, C), what is added to each score.
+    """
     scores = embeddings.words.new_zeros(len(images))
     for block in with_bar(embeddings.blocks, "exact scores"):
         some = ((images >= block.images.start) & (images < block.images.stop)).nonzero().squeeze(1)
@@ -241,21 +246,25 @@ def score_pairs(scorer: Any, embeddings: Embeddings, images: Tensor, captions: T
             pairs = images[some] - block.images.start, captions[some]
             exact = scorer.pairs(block.regions, embeddings.words, embeddings.lengths, *pairs, block.real)
             scores[upload(some, scores.device)] = exact
-    return embeddings.shard.sum(scores).cpu()
+    scores = embeddings.shard.sum(scores).cpu()
+    return scores if added is None else scores + added[images, captions]
 
 
-def pool(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
-    """Unit vectors of each image's mean region (I, D) and each caption's mean word (C, D), on the CPU.
+@torch.inference_mode()
+def pool(pooling: MeanPooling, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+    """The unit vectors of each image (I, D) and of each caption (C, D), on the CPU of every process.
 
-    X-Dim scores images against captions only; this is what compares two images, or two captions.
+    X-Dim scores images against captions only; this is what compares two images, or two captions, and finds what X-Dim
+    then ranks. pooling: a model's.
     """
-    words = embeddings.words
+    words, lengths = embeddings.words, embeddings.lengths
     images = words.new_zeros(embeddings.images, words.shape[1])
     for block in embeddings.blocks:
-        real = block.regions.new_ones(block.regions.shape[:2], dtype=torch.bool) if block.real is None else block.real
-        images[block.images] = block.regions.where(real[..., None], 0).sum(dim=1) / real.sum(dim=1, keepdim=True)
-    captions = torch.segment_reduce(words, "mean", lengths=upload(embeddings.lengths, words.device))
-    return F.normalize(embeddings.shard.sum(images), dim=1).cpu(), F.normalize(captions, dim=1).cpu()
+        images[block.images] = pooling.pool_images(block.regions, block.real)
+    some = lengths.split(CHUNK[words.device.type])
+    parts = zip(words.split([int(part.sum()) for part in some]), some, strict=True)
+    captions = torch.cat([pooling.pool_captions(*part) for part in parts])
+    return embeddings.shard.sum(images).cpu(), captions.cpu()
 
 
 class Reranker:

@@ -19,6 +19,7 @@ import train
 from lib import load
 from lib.checkpoints.native import build_model, read_checkpoint
 from lib.cli import QUIET, InputError
+from lib.data.dataset import open_split
 from lib.evaluation import score
 from lib.evaluation.evaluate import Clock
 from lib.evaluation.metrics import rank_matrix, retrieval_metrics
@@ -225,6 +226,34 @@ def test_rerank_with_every_item_exact_gives_the_exact_metrics_and_says_how_many_
     out = capsys.readouterr().out
     assert "X-Dim, best 2 exact" in out
     assert "best 100 of each query by exact score: 2000 of 2000 pairs (100.0 %)" in out
+
+
+def test_a_global_head_has_a_row_alone_and_finds_what_rerank_scores_exactly(tiny_flags, tmp_path, capsys):
+    run = tmp_path / "headed"
+    assert train.main([*tiny_flags, "--global_head", "gpo:weight=0.5", "--model_name", str(run)]) == 0
+    flags = [str(run), "--split", "testall", "--workers", "0", "--json"]
+    for name, rerank in (("exact", []), ("all", ["--rerank", "100"]), ("few", ["--rerank", "2"])):
+        assert eval_program.main([*flags, str(tmp_path / f"{name}.json"), *rerank]) == 0
+    exact, every, few = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("exact", "all", "few"))
+    row = "X-Dim and global head"
+    assert [one["row"] for one in (exact, every, few)] == [row, f"{row}, best 100 exact", f"{row}, best 2 exact"]
+    alone = f"{row}, global vectors alone"
+    assert recalls(every) == recalls(exact) != recalls(exact["singles"][alone])
+    assert [list(one["singles"]) for one in (exact, every, few)] == [[alone]] * 3
+    assert few["singles"][alone] == exact["singles"][alone]
+    assert few["rerank"]["exact_pairs"] <= 2 * (20 + 100)
+    matcher = load(run, device="cpu")
+    split = open_split(*settings_of(matcher), "testall")
+    embeddings = score.embed_split(matcher, split, matcher.tokenizer.tokenize_split("", split.captions), 8, 0)
+    images, captions = score.pool(matcher.model.pooling, embeddings)
+    scores = score.score_all(matcher.scorer(coarse=True), embeddings)
+    torch.testing.assert_close(images @ captions.T, scores)
+    expected = sorted_recalls(scores.numpy(), split.image_of_caption)
+    np.testing.assert_allclose(recalls(exact["singles"][alone]), expected)
+
+
+def settings_of(matcher):
+    return matcher.content["settings"]["data_path"], matcher.content["settings"]["data_name"]
 
 
 def test_bfloat16_stays_near_float32(evaluate, trained_run):

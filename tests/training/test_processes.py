@@ -74,6 +74,10 @@ RECIPES = {
         ["--loss", "ramped", "--batch_size", "11", "--gate", "diagonal", "--no_same_image_negatives"],
         None,
     ),
+    "global head": (
+        ["--global_head", "gpo", "--loss", "ramped", "--batch_size", "11", "--no_same_image_negatives"],
+        None,
+    ),
     "pooled": (["--similarity", "gpo", "--batch_size", "11", "--mask_padding"], None),
 }
 

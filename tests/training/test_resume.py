@@ -128,6 +128,7 @@ def test_a_run_that_crashed_anywhere_ends_as_if_it_had_not(flags, whole, tmp_pat
 
 def test_so_does_one_with_other_settings(flags, tmp_path, monkeypatch):
     command = [*flags, "--mask_padding", "--no_imgnorm", "--no_txtnorm", "--workers", "2", "--device_features"]
+    command += ["--global_head", "gpo"]
     assert train.main([*command, "--model_name", str(tmp_path / "whole")]) == 0
     crashed(monkeypatch, 23, [*command, "--model_name", str(tmp_path / "cut")])
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
