@@ -86,7 +86,7 @@ def coarse_to_fine(settings, engine, split: Embeddings) -> tuple[float, float]:
     def rank():
         exact = engine.scorer()
         parts = parts_of_split(image_of_caption)
-        reranker = Reranker(coarse, lambda *pairs: score_pairs(exact, split, *pairs), image_of_caption, parts)
+        reranker = Reranker(coarse, lambda *pairs: score_pairs(exact.pairs, split, *pairs), image_of_caption, parts)
         return reranker.ranks(settings.rerank)
 
     rank_seconds, _ = common.clock(rank, settings.device)

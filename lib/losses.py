@@ -96,15 +96,25 @@ def ramped(scores: Tensor, margin: float) -> Tensor:
 def rank_distillation(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """How far scores (B, B) are from the teacher's ranking of each query's negatives, summed over the batch.
 
-    KL(teacher || scores) of the softmax over the query's negatives, in both directions. teacher: (B, B), without
-    gradient; as in lib/losses.py, -inf where a pair is left out.
+    KL(teacher || scores) of the softmax over the query's negatives, in both directions (the idea of CPRD). teacher:
+    (B, B), without gradient; as everywhere here, -inf where a pair is left out. temperature: in standard deviations of
+    the negatives' scores, so that it does not depend on what scale either has.
     """
     left_out, total = _diagonal(scores) | (teacher == -math.inf), scores.new_zeros(())
+    logits = [one / (temperature * _deviation(one.detach(), left_out)) for one in (scores, teacher)]
     lowest = torch.finfo(scores.dtype).min  # not -inf: a query may have no negative
     for dim in (0, 1):
-        ours, wanted = ((one / temperature).masked_fill(left_out, lowest).log_softmax(dim) for one in (scores, teacher))
+        ours, wanted = (one.masked_fill(left_out, lowest).log_softmax(dim) for one in logits)
         total = total + F.kl_div(ours, wanted, reduction="none", log_target=True).masked_fill(left_out, 0).sum()
     return total
+
+
+def _deviation(scores: Tensor, left_out: Tensor) -> Tensor:
+    """The standard deviation of those that are not left out."""
+    kept = scores.masked_fill(left_out, 0)
+    count = (~left_out).sum().clamp(min=1)
+    variance = (kept - kept.sum() / count).masked_fill(left_out, 0).square().sum() / count
+    return variance.sqrt().clamp(min=1e-6)
 
 
 def _diagonal(scores: Tensor) -> Tensor:

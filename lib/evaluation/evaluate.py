@@ -293,12 +293,14 @@ def rank_coarse_to_fine(job: Job, wanted: str) -> tuple[dict[str, list[Ranks]], 
     """
     source, rows = job.sources[0], {}
     embeddings, scorer = source.embed(job), source.matcher.scorer()
-    exact = partial(score.score_pairs, scorer, embeddings)
+    exact = partial(score.score_pairs, scorer.pairs, embeddings)
     with job.clock("similarity"):
         if source.has_head:
             images, captions = score.pool(source.matcher.model.pooling, embeddings)
             coarse = images @ captions.T
-            exact = partial(score.score_pairs, scorer.scorer, embeddings, added=scorer.weight.cpu() * coarse)
+            exact = partial(
+                score.score_pairs, scorer.pairs_without_cosines, embeddings, added=scorer.weight.cpu() * coarse
+            )
         else:
             coarse = score.score_all(source.matcher.scorer(coarse=True), embeddings)
     with job.clock("rank"):

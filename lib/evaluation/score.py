@@ -233,18 +233,18 @@ def score_all(scorer: Any, embeddings: Embeddings) -> Tensor:
 
 
 def score_pairs(
-    scorer: Any, embeddings: Embeddings, images: Tensor, captions: Tensor, added: Tensor | None = None
+    pairs: Callable[..., Tensor], embeddings: Embeddings, images: Tensor, captions: Tensor, added: Tensor | None = None
 ) -> Tensor:
     """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, on the CPU of every process.
 
-    added: (I, C), what is added to each score.
+    pairs: a scorer's. added: (I, C), what is added to each score.
     """
     scores = embeddings.words.new_zeros(len(images))
     for block in with_bar(embeddings.blocks, "exact scores"):
         some = ((images >= block.images.start) & (images < block.images.stop)).nonzero().squeeze(1)
         if len(some):
-            pairs = images[some] - block.images.start, captions[some]
-            exact = scorer.pairs(block.regions, embeddings.words, embeddings.lengths, *pairs, block.real)
+            chosen = images[some] - block.images.start, captions[some]
+            exact = pairs(block.regions, embeddings.words, embeddings.lengths, *chosen, block.real)
             scores[upload(some, scores.device)] = exact
     scores = embeddings.shard.sum(scores).cpu()
     return scores if added is None else scores + added[images, captions]
@@ -258,12 +258,12 @@ def pool(pooling: MeanPooling, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     then ranks. pooling: a model's.
     """
     words, lengths = embeddings.words, embeddings.lengths
-    images = words.new_zeros(embeddings.images, words.shape[1])
-    for block in embeddings.blocks:
-        images[block.images] = pooling.pool_images(block.regions, block.real)
     some = lengths.split(CHUNK[words.device.type])
     parts = zip(words.split([int(part.sum()) for part in some]), some, strict=True)
     captions = torch.cat([pooling.pool_captions(*part) for part in parts])
+    images = captions.new_zeros(embeddings.images, captions.shape[1])
+    for block in embeddings.blocks:
+        images[block.images] = pooling.pool_images(block.regions, block.real)
     return embeddings.shard.sum(images).cpu(), captions.cpu()
 
 

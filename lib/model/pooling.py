@@ -65,21 +65,38 @@ class GpoSimilarity(MeanPooling):
 class GpoHead(GpoSimilarity):
     """The global head: a pair's score is X-Dim's plus a learned weight times the cosine of the pooled vectors.
 
-    weight: at the start. loss: share of the loss of the cosines alone. distill: share of what they are taught of the
-    combined scores' ranking (losses.rank_distillation), at this temperature.
+    The encoders' outputs are wider for it, D + G: X-Dim takes the first D numbers of a region or word, normalised, and
+    the head pools the others as they are. (Pooled from the same D, both are worse: docs/training.md.)
+
+    dims: G; 0: as X-Dim's. weight: at the start. loss: share of the loss of the cosines alone. distill: share of what
+    they are taught of the combined scores' ranking (losses.rank_distillation), at this temperature.
     """
 
     def __init__(
         self,
         embed_size: int,
+        dims: int = 0,
         weight: float = 1.0,
         loss: float = 1.0,
         distill: float = 1.0,
-        temperature: float = 0.1,
+        temperature: float = 0.5,
     ):
         super().__init__(embed_size)
+        self.shared, self.width = embed_size, embed_size + (dims or embed_size)
         self.log_weight = nn.Parameter(torch.tensor(math.log(weight)))
         self.loss, self.distill, self.temperature = loss, distill, temperature
+
+    def others(self, rows: Tensor) -> Tensor:
+        """X-Dim's unit vectors (..., D) of regions or words (..., D + G)."""
+        return l2_normalize(rows[..., : self.shared])
+
+    def pool_images(self, regions: Tensor, real: Tensor | None = None) -> Tensor:
+        """Unit vectors (I, G) of regions (I, R, D + G)."""
+        return super().pool_images(regions[..., self.shared :], real)
+
+    def pool_captions(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """Unit vectors (C, G) of words (sum of W, D + G)."""
+        return super().pool_captions(words[..., self.shared :], lengths)
 
     @property
     def weight(self) -> Tensor:

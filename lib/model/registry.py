@@ -131,7 +131,9 @@ def describe(flags: Mapping[str, Any]) -> dict[str, Any]:
     head = {"global_head": _part("global_head", flags, "")} if flags.get("global_head") else {}
     if head and not of_similarity.unit_vectors:
         raise ValueError(f"--global_head: --similarity {similarity['name']} is one vector a side itself")
-    unit = of_similarity.unit_vectors
+    if head and (kept := [f"--{name}" for name in ("no_imgnorm", "no_txtnorm") if flags.get(name)]):
+        raise ValueError(f"{', '.join(kept)}: cannot be had with --global_head")
+    unit = of_similarity.unit_vectors and not head  # a head pools regions and words as they are
     images = {
         "img_dim": flags.get("img_dim", 2048),
         "normalize": unit and not flags.get("no_imgnorm", False),

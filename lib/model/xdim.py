@@ -182,12 +182,12 @@ class XDim(nn.Module):
         image, text = architecture["image_encoder"], architecture["text_encoder"]
         if backbone is None:  # before all other weights: the order of random numbers is part of a seed's result
             backbone = registry.find("text_encoder", text["name"]).make_backbone(text["options"]["config"])
-        pretrained = {"vision": vision} if vision else {}
-        image_encoder = registry.build("image_encoder", image, dims, **pretrained)
-        text_encoder = registry.build("text_encoder", text, dims, backbone=backbone)
+        head = architecture.get("global_head") and registry.build("global_head", architecture["global_head"], dims)
+        width, pretrained = head.width if head else dims, {"vision": vision} if vision else {}
+        image_encoder = registry.build("image_encoder", image, width, **pretrained)
+        text_encoder = registry.build("text_encoder", text, width, backbone=backbone)
         similarity = registry.build("similarity", architecture["similarity"], dims)
-        head = architecture.get("global_head")
-        model = cls(image_encoder, text_encoder, similarity, engine, head and registry.build("global_head", head, dims))
+        model = cls(image_encoder, text_encoder, similarity, engine, head)
         model.architecture = architecture
         return model
 

@@ -4,16 +4,18 @@ import math
 
 import pytest
 import torch
+from torch.func import functional_call
 
 from lib.losses import hinge, hinge_all, ramped, rank_distillation
 from lib.model import registry
 from lib.model.engine import Embedded, make_engine
-from lib.model.pooling import MeanPooling
+from lib.model.layers import l2_normalize
+from lib.model.pooling import GpoSimilarity, MeanPooling
 from lib.training.loop import batch_loss
 from tests.model.test_engine import make, random_inputs
 
 LENGTHS = [2, 5, 1, 3, 3]
-OPTIONS = {"weight": 0.7, "loss": 0.3, "distill": 0.2, "temperature": 0.4}
+OPTIONS = {"dims": 8, "weight": 0.7, "loss": 0.3, "distill": 0.2, "temperature": 0.4}
 
 
 def parts(engine):
@@ -24,9 +26,20 @@ def parts(engine):
 
 
 def masked():
-    """Embedded pairs of which some images have padding regions."""
-    regions, words, lengths = random_inputs(5, LENGTHS)
+    """Embedded pairs of 12 dimensions and 8 of the head, not normalised, of which some images have padding regions."""
+    regions, words, lengths = random_inputs(5, LENGTHS, dims=20)
+    regions, words = (rows * (0.5 + torch.rand(*rows.shape[:-1], 1)) for rows in (regions, words))
     return Embedded(regions, words, lengths, torch.arange(7) < torch.tensor([7, 3, 1, 7, 5])[:, None])
+
+
+def apart(similarity, head, embedded):
+    """X-Dim's own scores (I, C), by the plain formula, and the head's cosines, by GPO's own similarity."""
+    gpo = GpoSimilarity(8).double()
+    (regions, words), others = embedded[:2], embedded[2:]
+    xdim = similarity(l2_normalize(regions[..., :12]), l2_normalize(words[..., :12]), *others)
+    return xdim, functional_call(
+        gpo, dict(head.named_parameters()), (regions[..., 12:], words[..., 12:], *others), strict=False
+    )
 
 
 def test_the_mean_of_a_set_is_that_of_its_own_regions_and_words():
@@ -41,17 +54,21 @@ def test_the_mean_of_a_set_is_that_of_its_own_regions_and_words():
 @pytest.mark.parametrize("engine", ["tiled", "plain"])
 def test_a_pairs_score_is_xdims_plus_the_heads_weight_times_the_cosine(engine):
     (similarity, head, combined), embedded = parts(engine), masked()
-    expected = similarity(*embedded) + 0.7 * head(*embedded)
+    xdim, cosines = apart(similarity, head, embedded)
+    expected = xdim + 0.7 * cosines
     torch.testing.assert_close(combined(*embedded), expected)
     exact, coarse = combined.scorer(), combined.scorer(coarse=True)
     torch.testing.assert_close(
         exact.all_pairs(embedded.regions, exact.captions(*embedded[1:3]), embedded.real), expected
     )
-    cosines = coarse.all_pairs(embedded.regions, coarse.captions(*embedded[1:3]), embedded.real)
-    torch.testing.assert_close(cosines, head(*embedded))
+    alone = coarse.all_pairs(embedded.regions, coarse.captions(*embedded[1:3]), embedded.real)
+    torch.testing.assert_close(alone, cosines)
     images, captions = torch.tensor([4, 0, 0, 2]), torch.tensor([1, 1, 3, 0])
     pairs = exact.pairs(*embedded[:3], images, captions, embedded.real)
     torch.testing.assert_close(pairs, expected[images, captions])
+    kept = embedded.regions[..., :12]  # what an index holds
+    pairs = exact.pairs_without_cosines(kept, *embedded[1:3], images, captions, embedded.real)
+    torch.testing.assert_close(pairs, xdim[images, captions])
 
 
 @pytest.mark.parametrize("loss", [hinge, hinge_all, ramped])
@@ -61,8 +78,8 @@ def test_the_loss_is_that_of_both_scores_and_of_the_ranking_with_its_gradients(e
     (similarity, head, combined), embedded = parts(engine), masked()
     image_of = None if image_of is None else torch.tensor(image_of)
     ours, _ = batch_loss(combined, embedded, loss, 0.2, image_of=image_of)
-    cosines = head(*embedded)
-    scores = similarity(*embedded) + head.log_weight.exp() * cosines
+    xdim, cosines = apart(similarity, head, embedded)
+    scores = xdim + head.log_weight.exp() * cosines
     left_out = torch.zeros(5, 5, dtype=torch.bool)
     if image_of is not None:
         left_out = (image_of[:, None] == image_of) & ~torch.eye(5, dtype=torch.bool)
@@ -76,11 +93,11 @@ def test_the_loss_is_that_of_both_scores_and_of_the_ranking_with_its_gradients(e
 
 def divergence(scores, teacher, left_out, temperature=0.4):
     """Query by query, over its negatives alone."""
-    total = 0
-    for way, taught, without in ((scores, teacher, left_out), (scores.T, teacher.T, left_out.T)):
-        for i in range(len(way)):
-            negatives = [k for k in range(len(way)) if k != i and not without[i, k]]
-            p, q = ((one[i, negatives] / temperature).softmax(dim=0) for one in (taught, way))
+    kept, total = ~left_out & ~torch.eye(len(scores), dtype=torch.bool), 0
+    scores, teacher = (one / one.detach()[kept].std(correction=0) / temperature for one in (scores, teacher))
+    for way, taught, among in ((scores, teacher, kept), (scores.T, teacher.T, kept.T)):
+        for ours, wanted, negatives in zip(way, taught, among, strict=True):
+            p, q = (one[negatives].softmax(dim=0) for one in (wanted, ours))
             total = total + (p * (p.log() - q.log())).sum()
     return total
 

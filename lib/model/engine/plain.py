@@ -57,16 +57,22 @@ class PlainEngine:
 
 
 class CombinedEngine(PlainEngine):
-    """The scores of a similarity's engine plus those of a global head, times its weight."""
+    """The scores of a similarity's engine plus a global head's weight times its cosines.
+
+    Regions (I, R, D + G) and words (sum of W, D + G) hold those of the similarity, not yet normalised, and the head's.
+    """
 
     def __init__(self, engine: PlainEngine, head: Any):
         super().__init__(engine.similarity)
         self.engine, self.head = engine, head
 
-    def both(self, *embedded: Any) -> tuple[Tensor, Tensor]:
+    def both(
+        self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Combined scores (I, C) and the head's cosines (I, C)."""
-        cosines = self.head(*embedded)
-        return self.engine(*embedded) + self.head.weight * cosines, cosines
+        cosines = self.head(regions, words, lengths, real)
+        scores = self.engine(self.head.others(regions), self.head.others(words), lengths, real)
+        return scores + self.head.weight * cosines, cosines
 
     def __call__(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
         """Combined scores (I, C)."""
@@ -78,26 +84,28 @@ class CombinedEngine(PlainEngine):
 
 
 class CombinedScorer:
-    """The scores of a similarity's scorer plus a global head's."""
+    """The scores of a similarity's scorer plus a global head's, without gradients."""
 
     def __init__(self, scorer: Any, head: Any):
-        self.scorer, self.cosines, self.weight = scorer, head.scorer(), head.weight.detach()
+        self.scorer, self.head, self.cosines, self.weight = scorer, head, head.scorer(), head.weight.detach()
 
     def captions(self, words: Tensor, lengths: Tensor) -> Any:
         """Captions as `all_pairs` takes them."""
-        return self.scorer.captions(words, lengths), self.cosines.captions(words, lengths)
+        return self.scorer.captions(self.head.others(words), lengths), self.cosines.captions(words, lengths)
 
     def all_pairs(self, regions: Tensor, captions: Any, real: Tensor | None = None) -> Tensor:
         """Scores (I, C)."""
         words, vectors = captions
-        return self.scorer.all_pairs(regions, words, real) + self.weight * self.cosines.all_pairs(
-            regions, vectors, real
-        )
+        cosines = self.cosines.all_pairs(regions, vectors, real)
+        return self.scorer.all_pairs(self.head.others(regions), words, real) + self.weight * cosines
 
-    @torch.no_grad()
     def pairs(self, *arguments: Any) -> Tensor:
         """Scores (P,) of chosen pairs; arguments as PlainScorer.pairs takes them."""
-        return self.scorer.pairs(*arguments) + self.weight * self.cosines.pairs(*arguments)
+        return self.pairs_without_cosines(*arguments) + self.weight * self.cosines.pairs(*arguments)
+
+    def pairs_without_cosines(self, regions: Tensor, words: Tensor, *others: Any) -> Tensor:
+        """The similarity's share of `pairs`, for those who have the cosines; regions may be (I, R, D)."""
+        return self.scorer.pairs(self.head.others(regions), self.head.others(words), *others)
 
 
 class PlainScorer:
