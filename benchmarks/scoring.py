@@ -2,9 +2,9 @@
 
     python benchmarks/scoring.py                       # on a CPU name a smaller --sizes
 
-Embeddings are random, in the blocks and chunks of an evaluation (lib/evaluation/score.py). They are scored in two
-ways: every pair exactly; every pair coarsely and the best K of each query exactly, as eval.py --rerank K does. Memory
-is the peak, embeddings included.
+Embeddings are random, in the blocks and chunks of an evaluation (lib/evaluation/score.py). They are scored in three
+ways: every pair exactly; every pair coarsely and the best K of each query exactly, as eval.py --rerank K does; the same
+with the cosines of a global head for coarse scores. Memory is the peak, embeddings included.
 """
 
 import sys
@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from lib.evaluation.metrics import parts_of_split, rank_matrix
-from lib.evaluation.score import BLOCK, Block, Embeddings, Reranker, score_all, score_pairs
+from lib.evaluation.score import BLOCK, Block, Embeddings, Reranker, coarse_and_exact, score_all
 from lib.model.engine import make_engine
 from lib.model.layers import Shard
+from lib.model.pooling import GpoHead
 from lib.runtime import choose_compute
 
 
@@ -30,18 +31,26 @@ def main() -> None:
         "--sizes", type=int, nargs="+", default=[1000, 5000], help="numbers of images, five captions each"
     )
     flags.add_argument("--rerank", type=int, default=20, help="K of the coarse-to-fine ranking")
+    flags.add_argument("--skip", type=int, default=0, help="of the three ways, leave out so many of the first")
     flags.add_argument("--precision", default="bf16", help="of the products")
     flags.set_defaults(rounds=1)
     settings = common.parse(flags, sizes=[8], rerank=2)
     compute = choose_compute(settings.device, settings.precision)
     similarity = common.random_similarity(settings.embed_size, settings.device)
     with compute.in_force(), compute.autocast(), torch.no_grad():
-        engine, figures = make_engine("tiled", similarity), {}
-        for way in (all_pairs, coarse_to_fine):  # kernels are compiled and libraries loaded at their first use
-            way(settings, engine, random_split(settings, 2 * BLOCK if settings.device == "cuda" else 2))
+        head, best, figures = GpoHead(settings.embed_size).to(settings.device), f"best {settings.rerank}", {}
+        alone, headed = make_engine("tiled", similarity), make_engine("tiled", similarity, head)
+        ways = {
+            "all pairs": (all_pairs, alone, settings.embed_size),
+            best: (coarse_to_fine, alone, settings.embed_size),
+            f"{best} by a global head": (coarse_to_fine, headed, head.width),
+        }
+        ways = {name: ways[name] for name in list(ways)[settings.skip :]}
+        for way, engine, width in ways.values():  # kernels are compiled and libraries loaded at their first use
+            way(settings, engine, random_split(settings, 2 * BLOCK if settings.device == "cuda" else 2, width))
         for images in settings.sizes:
-            split = random_split(settings, images)
-            for name, way in (("all pairs", all_pairs), (f"best {settings.rerank}", coarse_to_fine)):
+            for name, (way, engine, width) in ways.items():
+                split = random_split(settings, images, width)
                 rounds = [measure(settings, way, engine, split) for _ in range(settings.rounds)]
                 medians = {key: common.median(one[key] for one in rounds) for key in rounds[0]}
                 figures[f"{images} x {5 * images}, {name}"] = medians
@@ -49,8 +58,8 @@ def main() -> None:
     report(settings, figures)
 
 
-def random_split(settings, images: int) -> Embeddings:
-    device, dims, generator = settings.device, settings.embed_size, torch.Generator().manual_seed(0)
+def random_split(settings, images: int, dims: int) -> Embeddings:
+    device, generator = settings.device, torch.Generator().manual_seed(0)
     lengths = common.random_lengths(5 * images, generator)
     words = F.normalize(torch.randn(int(lengths.sum()), dims, device=device), dim=-1)
     slices = [slice(first, min(first + BLOCK, images)) for first in range(0, images, BLOCK)]
@@ -81,13 +90,12 @@ def all_pairs(settings, engine, split: Embeddings) -> tuple[float, float]:
 def coarse_to_fine(settings, engine, split: Embeddings) -> tuple[float, float]:
     """Seconds for the coarse scores, and for the ranks, which ask for exact scores."""
     image_of_caption = np.arange(len(split.lengths)) // 5
-    score_seconds, coarse = common.clock(lambda: score_all(engine.scorer(coarse=True), split), settings.device)
+    scorers = engine.scorer(), engine.scorer(coarse=True)
+    with torch.autocast(settings.device, enabled=False):
+        score_seconds, found = common.clock(lambda: coarse_and_exact(*scorers, split), settings.device)
 
     def rank():
-        exact = engine.scorer()
-        parts = parts_of_split(image_of_caption)
-        reranker = Reranker(coarse, lambda *pairs: score_pairs(exact.pairs, split, *pairs), image_of_caption, parts)
-        return reranker.ranks(settings.rerank)
+        return Reranker(*found, image_of_caption, parts_of_split(image_of_caption)).ranks(settings.rerank)
 
     rank_seconds, _ = common.clock(rank, settings.device)
     return score_seconds, rank_seconds

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -292,17 +291,9 @@ def rank_coarse_to_fine(job: Job, wanted: str) -> tuple[dict[str, list[Ranks]], 
     The cheap ones are a global head's, which has a row too, where the model has one; else X-Dim's coarse ones.
     """
     source, rows = job.sources[0], {}
-    embeddings, scorer = source.embed(job), source.matcher.scorer()
-    exact = partial(score.score_pairs, scorer.pairs, embeddings)
+    embeddings, scorers = source.embed(job), (source.matcher.scorer(), source.matcher.scorer(coarse=True))
     with job.clock("similarity"):
-        if source.has_head:
-            images, captions = score.pool(source.matcher.model.pooling, embeddings)
-            coarse = images @ captions.T
-            exact = partial(
-                score.score_pairs, scorer.pairs_without_cosines, embeddings, added=scorer.weight.cpu() * coarse
-            )
-        else:
-            coarse = score.score_all(source.matcher.scorer(coarse=True), embeddings)
+        coarse, exact = score.coarse_and_exact(*scorers, embeddings)
     with job.clock("rank"):
         reranker = score.Reranker(coarse, exact, job.split.image_of_caption, job.parts)
         ranks, k = reranker.ranks_until_stable() if wanted == "auto" else (reranker.ranks(int(wanted)), int(wanted))

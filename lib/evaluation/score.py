@@ -6,7 +6,7 @@ and leaves zeros where others compute; the sum is the same to the last bit on an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from lib.data.features import ranges
 from lib.data.images import Look, NotAPicture, load_picture
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation.metrics import RECALL_AT, Part, Ranks, rank_parts
+from lib.model.engine import CombinedScorer
 from lib.model.layers import Shard, real_rows, upload
 from lib.model.pooling import MeanPooling
 from lib.model.vision import VisionModel, load_recorded
@@ -255,7 +256,7 @@ def pool(pooling: MeanPooling, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     """The unit vectors of each image (I, D) and of each caption (C, D), on the CPU of every process.
 
     X-Dim scores images against captions only; this is what compares two images, or two captions, and finds what X-Dim
-    then ranks. pooling: a model's.
+    then ranks. pooling: a model's. Call it without autocast.
     """
     words, lengths = embeddings.words, embeddings.lengths
     some = lengths.split(CHUNK[words.device.type])
@@ -265,6 +266,18 @@ def pool(pooling: MeanPooling, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     for block in embeddings.blocks:
         images[block.images] = pooling.pool_images(block.regions, block.real)
     return embeddings.shard.sum(images).cpu(), captions.cpu()
+
+
+def coarse_and_exact(
+    scorer: Any, coarse_scorer: Any, embeddings: Embeddings
+) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """Cheap scores (I, C) of all pairs, a global head's where there is one, and what scores chosen pairs exactly."""
+    if not isinstance(scorer, CombinedScorer):
+        return score_all(coarse_scorer, embeddings), partial(score_pairs, scorer.pairs, embeddings)
+    images, captions = pool(scorer.head, embeddings)
+    coarse = images @ captions.T
+    added = scorer.weight.cpu() * coarse
+    return coarse, partial(score_pairs, scorer.pairs_without_cosines, embeddings, added=added)
 
 
 class Reranker:

@@ -8,10 +8,19 @@ XDimSimilarity.forward takes them, and has `sum_over_negatives` (a loss summed o
 from typing import Any
 
 from lib.model.engine.autograd import TiledEngine
-from lib.model.engine.plain import CombinedEngine, Embedded, PlainEngine, PlainScorer
+from lib.model.engine.plain import CombinedEngine, CombinedScorer, Embedded, PlainEngine, PlainScorer
 
 ENGINES = ("tiled", "plain")
-__all__ = ["ENGINES", "CombinedEngine", "Embedded", "PlainEngine", "PlainScorer", "TiledEngine", "make_engine"]
+__all__ = [
+    "ENGINES",
+    "CombinedEngine",
+    "CombinedScorer",
+    "Embedded",
+    "PlainEngine",
+    "PlainScorer",
+    "TiledEngine",
+    "make_engine",
+]
 
 
 def make_engine(name: str, similarity: Any, global_head: Any = None) -> PlainEngine:
