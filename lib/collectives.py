@@ -54,6 +54,15 @@ def largest(number: int) -> int:
     return int(one_each.gather(torch.tensor([number]), one_each.sizes).max())
 
 
+def from_first(value: Any) -> Any:
+    """What the first process gives, anything that can be pickled, on all processes."""
+    given = [value]
+    if world_size() > 1:
+        heartbeat()
+        dist.broadcast_object_list(given, device=torch.device("cpu"))
+    return given[0]
+
+
 class _GatherInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], shard: JobShard) -> Tensor:

@@ -229,6 +229,52 @@ class AblationSettings(Settings):
             _refuse(len(set(values)) < len(values), f"--{name} {' '.join(map(str, values))}: one is there twice")
 
 
+@dataclass
+class SearchSettings(ComputeSettings):
+    """index"""
+
+    index: str = flag("", "folder of the index, or a URI that LanceDB takes (s3://, gs://, db://)")
+    checkpoint: str = flag("", "run folder or checkpoint (default: the index's own; for a new one the newest best)")
+    bert: str = flag("", "text model's name or folder, for published checkpoints; others carry their own")
+    image_weights: str = flag("", "file of the vision model's weights, where they are elsewhere now")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse(not self.index, "--index: say where the index is, or shall be")
+
+
+@dataclass
+class IndexSettings(SearchSettings):
+    """pictures: a folder, or a data set's split"""
+
+    photos: str = flag("", "folder of pictures, which may have folders in it", positional=True, nargs="?")
+    data_name: str = flag("", "data set below DATA_PATH, instead of a folder")
+    data_path: str = flag("", "folder of the data sets (default: the checkpoint's)")
+    image_path: str = flag("", "folder of the data set's pictures, for models from pixels")
+    split: str = flag("test", "split of the data set")
+    compress: str = flag("", "how regions are stored (default: float16)", choices=("float32", "float16", "int8"))
+    workers: int = flag(10, "threads that read pictures; at most one for each core", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse(bool(self.photos) == bool(self.data_name), "give a folder of pictures, or --data_name: one of them")
+
+
+@dataclass
+class QuerySettings(SearchSettings):
+    """query: a sentence, or a picture"""
+
+    text: str = flag("", "what is to be seen, in quotes", positional=True, nargs="?")
+    image: str = flag("", "a picture, instead of a sentence: what is like it")
+    top: int = flag(10, "answers", least=1)
+    candidates: int = flag(200, "nearest pictures that are scored exactly", least=1)
+    json: bool = flag(False, "print JSON")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse(bool(self.text) == bool(self.image), "give a sentence in quotes, or --image PICTURE: one of them")
+
+
 Chosen = TypeVar("Chosen", bound=Settings)
 
 
@@ -259,7 +305,7 @@ def parse(
 def _add_flag(arguments: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     options = {name: value for name, value in field.metadata.items() if name not in ("least", "above", "part")}
     if options.pop("positional", False):
-        arguments.add_argument(field.name, metavar=field.name.upper(), **options)
+        arguments.add_argument(field.name, metavar=field.name.upper(), default=field.default, **options)
         return
     if field.type is bool:
         options["action"] = "store_true"

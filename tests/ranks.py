@@ -21,7 +21,16 @@ from unittest.mock import patch
 
 DEADLINE = 120.0  # seconds after which a job is killed and its test fails
 GRACE = 5.0  # seconds that the other ranks get to end after one has failed
-HEAVY = ("torch", "transformers", "eval", "train", "lib.evaluation.evaluate", "lib.training.loop", "tests.conftest")
+HEAVY = (
+    "torch",
+    "transformers",
+    "lance_namespace",
+    "eval",
+    "train",
+    "lib.evaluation.evaluate",
+    "lib.training.loop",
+    "tests.conftest",
+)
 ENVIRONMENT = {
     **{"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},  # as in conftest.py
     "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "1"),

@@ -29,6 +29,7 @@ FLAGS = {
     "similarities": ["--batch_size", "4"],
     "real_training": [],
     "scoring": [],
+    "search": [],
     "similarity": [],
     "train_step": [],
     "training": [],

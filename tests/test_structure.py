@@ -19,7 +19,7 @@ LAYERS = [  # each imports from those below it, or from its own
     ["lib.model", "lib.data", "lib.losses", "lib.collectives"],  # a JobShard is a Shard of lib.model
     ["lib.config"],
     ["lib.checkpoints"],
-    ["lib.prepare", "lib.training", "lib.evaluation", "lib.ablation"],
+    ["lib.prepare", "lib.training", "lib.evaluation", "lib.ablation", "lib.search"],
 ]
 
 
@@ -72,8 +72,8 @@ def test_flags_are_read_without_pytorch():
 
 def test_the_code_stays_small():
     lines = [line for path in FILES for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(FILES) <= 64
-    assert len(lines) <= 10600
+    assert len(FILES) <= 67
+    assert len(lines) <= 11310
     assert max(map(len, lines)) <= 120
 
 

@@ -115,12 +115,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if "about" not in metadata:
         raise ValueError("its metadata do not say what model its weights belong to")
-    if metadata.get("sha256") != _digest(metadata["about"], weights):
+    if metadata.get("sha256") != digest(metadata["about"], weights):
         raise ValueError("its checksum is wrong")
-    return {**json.loads(metadata["about"]), "model": weights}
+    return {**json.loads(metadata["about"]), "model": weights, "sha256": metadata["sha256"]}
 
 
-def _digest(about: str, weights: dict[str, Tensor]) -> str:
+def digest(about: str, weights: dict[str, Tensor]) -> str:
     """SHA-256 of the entries' JSON and of every weight's name, type, shape and bytes."""
     digest = hashlib.sha256(about.encode())
     for name, weight in sorted(weights.items()):
@@ -166,7 +166,7 @@ def write_weights(path: Path, content: dict[str, Any]) -> None:
     entries = {name: content[name] for name in (*ENTRIES, "published") if name in content}
     about = json.dumps({"format": FORMAT, **entries})
     weights = {name: weight.detach().cpu().contiguous() for name, weight in content["model"].items()}
-    data = safetensors.torch.save(weights, {"about": about, "sha256": _digest(about, weights)})
+    data = safetensors.torch.save(weights, {"about": about, "sha256": digest(about, weights)})
     with replacing(path) as file:
         file.write(data)
 

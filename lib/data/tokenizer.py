@@ -88,6 +88,12 @@ class Tokenizer:
             lengths += map(len, encodings)
         return TokenizedCaptions(np.concatenate(ids), np.concatenate(words), np.cumsum(lengths))
 
+    def spell(self, caption: str) -> tuple[list[int], list[str]]:
+        """The number of the word that each piece of a caption belongs to, and each word as the caption has it."""
+        encoding = self._backend.encode(caption, add_special_tokens=False)
+        spans = [encoding.word_to_chars(k) or (0, 0) for k in range(max(encoding.word_ids, default=-1) + 1)]
+        return encoding.word_ids, [caption[start:end].strip() for start, end in spans]
+
     def tokenize_split(self, name: str, captions: list[str]) -> TokenizedCaptions:
         """`tokenize` the captions of a split, after which `check_words` is said."""
         tokenized = self.tokenize(captions)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -221,14 +221,7 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
     with compute.in_force(), distributed.joined(compute.device):
         with clock("load"):
             contents = [source.content for source in sources if source.content]
-            trained = contents[0]["settings"] if contents else {}
-            data_path = settings.data_path or _found_again(trained.get("data_path"))
-            data_name = settings.data_name or trained.get("data_name")
-            if not data_path or not data_name:
-                what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
-                missing = "--data_path" if data_name else "--data_path and --data_name"
-                raise InputError(f"{what}; say with {missing} where the data is")
-            split = _open_split(contents, data_path, data_name, settings)
+            split, data_name = open_split_of(contents, settings)
             parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
             size = {"images": len(split.features), "captions": len(split.captions)}
             about = {"data": str(split.folder), "split": split.name, **size}
@@ -242,8 +235,21 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
         yield Job(settings, clock, sources, split, parts, about, caveats)
 
 
-def _open_split(contents: Sequence[dict], data_path: str, data_name: str, settings: SplitSettings) -> Split:
-    """The split, of pictures where the models start from pixels. Raises InputError where it is not for all of them."""
+def open_split_of(contents: Sequence[dict], settings: Any) -> tuple[Split, str]:
+    """The split of the flags or else of the first model's training, of pictures where the models start from pixels; and
+    its data set's name. Raises InputError where it is not known, or not for all of them.
+    """
+    trained = contents[0]["settings"] if contents else {}
+    data_path = settings.data_path or _found_again(trained.get("data_path"))
+    data_name = settings.data_name or trained.get("data_name")
+    if not data_path or not data_name:
+        what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
+        missing = "--data_path" if data_name else "--data_path and --data_name"
+        raise InputError(f"{what}; say with {missing} where the data is")
+    return _open_split(contents, data_path, data_name, settings), data_name
+
+
+def _open_split(contents: Sequence[dict], data_path: str, data_name: str, settings: Any) -> Split:
     images = [one["architecture"]["image_encoder"] for one in contents]
     if any(map(is_from_pixels, images)):
         if not all(map(is_from_pixels, images)):

@@ -22,13 +22,13 @@ from lib.cli import InputError, reason, refusing, with_bar
 from lib.data.batches import ImageBatches, Images, loader
 from lib.data.dataset import Split
 from lib.data.features import ranges
-from lib.data.images import Look, NotAPicture, load_picture
+from lib.data.images import Look, NotAPicture, Size, load_picture
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation.metrics import RECALL_AT, Part, Ranks, rank_parts
 from lib.model.engine import CombinedScorer
 from lib.model.layers import Shard, real_rows, upload
 from lib.model.pooling import MeanPooling
-from lib.model.vision import VisionModel, load_recorded
+from lib.model.vision import Regions, VisionModel, load_recorded
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute
 
@@ -98,7 +98,7 @@ class Matcher:
             prepared = self._check_regions(listed)
         size = min(batch_size, BLOCK)
         parts = (prepared[first : first + size] for first in range(0, len(prepared), size))
-        batches = (self._batch(part) for part in parts)
+        batches = (self.batch(part) for part in parts)
         words, lengths = self.embed_captions(self.tokenizer.tokenize(sentences), batch_size)
         blocks = self.embed_images(batches)
         with self.compute.in_force():
@@ -117,20 +117,26 @@ class Matcher:
         with refusing(f"images: the model's regions were made by {record['encoder']}; {where}"):
             return load_recorded(record, self.image_weights).to(self.compute.device).eval()
 
-    @torch.inference_mode()
     def _look_at(self, images: Sequence[Any]) -> list[Tensor]:
-        """Of each picture what the model takes: pixels (3, H, W), or regions (R, img_dim) as `prepare images` makes."""
-        look, prepared = look_of(self.model), []
-        preprocessing = look.preprocessing if look else self.vision.preprocessing
+        """Of each picture what the model takes."""
+        preprocessing, prepared = (self.model.vision or self.vision).preprocessing, []
         for part in with_bar([images[first : first + SEEN] for first in range(0, len(images), SEEN)], "pictures"):
             pixels, sizes = zip(*(_load(image, preprocessing) for image in part), strict=True)
-            if look:
-                prepared.extend(pixels)
-                continue
-            with self.compute.in_force(), self.compute.autocast():
-                regions = self.vision.describe(pixels, sizes)
-            prepared += [one.features.half().cpu() for one in regions]
+            prepared += [one.features for one in self.see(pixels, sizes)]
         return prepared
+
+    @torch.inference_mode()
+    def see(self, pixels: Sequence[Tensor], sizes: Sequence[Size]) -> list[Regions]:
+        """Of loaded pictures what the model takes: pixels (3, H, W), or regions (R, img_dim) as `prepare images` makes.
+
+        With their boxes (R, 4) in the pictures, whose (height, width) are `sizes`.
+        """
+        if vision := self.model.vision:
+            boxes = [vision.boxes * torch.tensor([width, height, width, height]) for height, width in sizes]
+            return [Regions(*pair) for pair in zip(pixels, boxes, strict=True)]
+        with self.compute.in_force(), self.compute.autocast():
+            regions = self.vision.describe(pixels, sizes)
+        return [Regions(one.features.half().cpu(), one.boxes.cpu()) for one in regions]
 
     def _check_regions(self, listed: Sequence[Any]) -> list[Tensor]:
         img_dim = self.model.image_encoder.img_dim
@@ -145,8 +151,8 @@ class Matcher:
             raise InputError("images: NaN or infinite features")
         return images
 
-    def _batch(self, part: Sequence[Tensor]) -> Images:
-        """A batch of what `_look_at` or the caller gave."""
+    def batch(self, part: Sequence[Tensor]) -> Images:
+        """A batch of what `see` or the caller gave."""
         if look := look_of(self.model):
             return Images(torch.stack([*part]), torch.full((len(part),), look.cells))
         return Images(torch.cat([*part]), torch.tensor([len(image) for image in part]))

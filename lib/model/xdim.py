@@ -80,10 +80,10 @@ class AdaptiveGate(nn.Module):
         }
 
 
-def score_caption(
+def score_words(
     V: Tensor, T: Tensor, D: Tensor | None, temperature: Tensor, real: Tensor | None = None, diagonal: bool = False
 ) -> Tensor:
-    """Similarity (I,) of images V (I, R, D) and one caption T (W, D).
+    """Similarity (I, W) of images V (I, R, D) and each word of a caption T (W, D); their mean is the caption's.
 
     D: dependency matrix (D, D); None: dimensions are aggregated one by one (the baseline `independent`). real: (I, R),
     False for padding regions, which must not be attended to. diagonal: the norm of S D^T by the diagonal of D^T D
@@ -99,12 +99,15 @@ def score_caption(
     C = l2_normalize(A @ V)  # (I, W, D) attended image context of each word
     S = C * T  # (I, W, D) correspondence of each dimension
     if D is None:
-        words = S.sum(dim=-1)
-    elif diagonal:
-        words = (S * delta).sum(dim=-1) / ((S * D.norm(dim=0)).norm(dim=-1) + EPSILON)
-    else:
-        words = l2_normalize(S @ D.mT).sum(dim=-1)  # (I, W) sum of U's rows
-    return words.mean(dim=-1)
+        return S.sum(dim=-1)
+    if diagonal:
+        return (S * delta).sum(dim=-1) / ((S * D.norm(dim=0)).norm(dim=-1) + EPSILON)
+    return l2_normalize(S @ D.mT).sum(dim=-1)  # (I, W) sum of U's rows
+
+
+def score_caption(V: Tensor, *others: Any) -> Tensor:
+    """Similarity (I,) of images V (I, R, D) and one caption; arguments as `score_words` takes them."""
+    return score_words(V, *others).mean(dim=-1)
 
 
 class XDimSimilarity(nn.Module):
@@ -134,6 +137,10 @@ class XDimSimilarity(nn.Module):
         D, temperature = self.dependency(), self.log_temperature.exp()
         captions = words.split(lengths.tolist())
         return torch.stack([score_caption(regions, T, D, temperature, real, self.diagonal) for T in captions], dim=1)
+
+    def score_words(self, regions: Tensor, words: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scores (I, W) of regions (I, R, D) and each word (W, D) of one caption."""
+        return score_words(regions, words, self.dependency(), self.log_temperature.exp(), real, self.diagonal)
 
     tiled = staticmethod(forward)  # what the tiled engine computes; a subclass with another forward() is not tiled
 
