@@ -91,8 +91,9 @@ class Tokenizer:
     def spell(self, caption: str) -> tuple[list[int], list[str]]:
         """The number of the word that each piece of a caption belongs to, and each word as the caption has it."""
         encoding = self._backend.encode(caption, add_special_tokens=False)
-        spans = [encoding.word_to_chars(k) or (0, 0) for k in range(max(encoding.word_ids, default=-1) + 1)]
-        return encoding.word_ids, [caption[start:end].strip() for start, end in spans]
+        numbers = [number for number in encoding.word_ids if number is not None]  # without special tokens all are
+        spans = [encoding.word_to_chars(number) or (0, 0) for number in range(max(numbers, default=-1) + 1)]
+        return numbers, [caption[start:end].strip() for start, end in spans]
 
     def tokenize_split(self, name: str, captions: list[str]) -> TokenizedCaptions:
         """`tokenize` the captions of a split, after which `check_words` is said."""

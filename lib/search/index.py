@@ -98,10 +98,11 @@ class Index:
         X-Dim scores pictures against words only, so that nothing is ranked again. Raises InputError.
         """
         try:
-            loaded = load_picture(picture, see_with(self.matcher).preprocessing)
+            pixels, size = load_picture(picture, see_with(self.matcher).preprocessing)
         except NotAPicture as error:
             raise InputError(f"{picture}: {error}") from None
-        vector = embed(self.matcher, self.matcher.see([loaded[0]], [loaded[1]])[0].features[None])[1]
+        (seen,) = self.matcher.see([pixels], [size])
+        vector = embed(self.matcher, [seen.features])[1]
         answers = []
         for table, own in ((self.pictures, ["id", "path"]), (self.captions, ["picture", "caption"])):
             rows = self.nearest(table, vector, top, own).to_pylist()
