@@ -160,11 +160,11 @@ def steady_bert(tmp_path_factory):
     return bert_without_dropout(tmp_path_factory.mktemp("bert"))
 
 
-def three_steps(device, bert, loss):
+def three_steps(device, bert, loss, head):
     """Losses and gradient norms of three steps (3, 2), and all parameters before and after them."""
     compute = choose_compute(device, "fp32")
     torch.manual_seed(0)
-    architecture = registry.describe({"img_dim": 24, "embed_size": 32, "mask_padding": True})
+    architecture = registry.describe({"img_dim": 24, "embed_size": 32, "mask_padding": True, "global_head": head})
     architecture["text_encoder"]["options"]["config"] = json.loads(open(f"{bert}/config.json").read())
     model = XDim.build(architecture).to(compute.device).train()
     before = torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
@@ -183,9 +183,10 @@ def three_steps(device, bert, loss):
     return torch.stack(figures).cpu(), before, torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("loss", [hinge_all, hinge, ramped])
-def test_three_steps_are_those_of_the_cpu(steady_bert, loss):
-    (figures, before, after), (expected, start, end) = (three_steps(on, steady_bert, loss) for on in ("cuda", "cpu"))
+@pytest.mark.parametrize(("loss", "head"), [(hinge_all, ""), (hinge, ""), (ramped, ""), (ramped, "gpo")])
+def test_three_steps_are_those_of_the_cpu(steady_bert, loss, head):
+    both = (three_steps(device, steady_bert, loss, head) for device in ("cuda", "cpu"))
+    (figures, before, after), (expected, start, end) = both
     assert torch.equal(before, start)
     torch.testing.assert_close(figures, expected, rtol=1e-4, atol=1e-5)
     assert (after - end).norm() < 0.02 * (end - start).norm()  # Adam makes whole steps of gradients that are rounding

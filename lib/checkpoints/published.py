@@ -89,8 +89,10 @@ def revert(content: dict[str, Any]) -> dict[str, Any]:
     """
     similarity = content["architecture"]["similarity"]
     gate = similarity["options"].get("gate", {"name": ""})["name"]
-    if similarity["name"] != "xdim" or gate not in PUBLISHED_GATES:
-        raise InputError(f"{content['path']}: the published code does not know {similarity['name']} {gate}".rstrip())
+    head = " with a global head" if "global_head" in content["architecture"] else ""
+    if similarity["name"] != "xdim" or gate not in PUBLISHED_GATES or head:
+        unknown = f"{similarity['name']} {gate}".rstrip() + head
+        raise InputError(f"{content['path']}: the published code does not know {unknown}")
     parts = [OrderedDict() for _ in NAMES]
     for name, weight in content["model"].items():
         for part, names in zip(parts, PUBLISHED, strict=True):

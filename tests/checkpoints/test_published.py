@@ -12,7 +12,7 @@ import torch
 
 import convert as convert_program
 import eval as eval_program
-from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint
+from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint, write_published
 from lib.checkpoints.published import NEVER, published_name
 from lib.cli import InputError
 from lib.losses import hinge
@@ -228,6 +228,13 @@ def test_a_trained_model_becomes_a_published_file_that_scores_the_same(trained_r
     content = unpickled(tmp_path / "published.pth.tar")
     assert list(content) == ["epoch", "model", "best_rsum", "opt", "Eiters"]
     assert (content["opt"].img_dim, content["opt"].embed_size, content["opt"].margin) == (16, 16, 0.2)
+
+
+def test_a_global_head_is_not_written_for_code_that_does_not_know_it(trained_run, tmp_path):
+    content = read_checkpoint(find_checkpoint(str(trained_run)))
+    content["architecture"]["global_head"] = {"name": "gpo", "options": {}}
+    with pytest.raises(InputError, match="the published code does not know xdim adaptive with a global head"):
+        write_published(tmp_path / "published.pth.tar", content)
 
 
 @pytest.mark.parametrize(
