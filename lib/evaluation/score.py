@@ -283,7 +283,7 @@ def coarse_and_exact(
     images, captions = pool(scorer.head, embeddings)
     coarse = images @ captions.T
     added = scorer.weight.cpu() * coarse
-    return coarse, partial(score_pairs, scorer.pairs_without_cosines, embeddings, added=added)
+    return coarse, partial(score_pairs, scorer.own.pairs, embeddings, added=added)
 
 
 class Reranker:

@@ -82,7 +82,8 @@ class GpoHead(GpoSimilarity):
         temperature: float = 0.5,
     ):
         super().__init__(embed_size)
-        self.shared, self.width = embed_size, embed_size + (dims or embed_size)
+        self.shared, self.dims = embed_size, dims or embed_size
+        self.width = self.shared + self.dims
         self.log_weight = nn.Parameter(torch.tensor(math.log(weight)))
         self.loss, self.distill, self.temperature = loss, distill, temperature
 

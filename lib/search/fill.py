@@ -229,7 +229,8 @@ def make_tables(settings: IndexSettings, database: Any, matcher: Matcher, source
         **{"dims": matcher.model.architecture["embed_size"], "regions": settings.compress or "float16"},
         "vector": vector_of(matcher),
     }
-    vector = ("vector", pa.list_(pa.float32(), about["dims"]))
+    head = matcher.model.global_head
+    vector = ("vector", pa.list_(pa.float32(), head.dims if head else about["dims"]))
     file = [("id", pa.string()), ("path", pa.string()), ("size", pa.int64()), ("time", pa.int64())]
     pictures = pa.schema([*file, vector, ("regions", pa.large_binary()), ("boxes", pa.binary())])
     schemas = {
@@ -300,9 +301,8 @@ class Filling:
             regions = self.matcher.see(*zip(*regions, strict=True))
         block, vectors = embed(self.matcher, [one.features for one in regions])
         real = torch.ones(block.regions.shape[:2], dtype=torch.bool) if block.real is None else block.real.cpu()
-        embedded = [
-            of_picture[some].numpy() for of_picture, some in zip(block.regions.float().cpu(), real, strict=True)
-        ]
+        own = block.regions[..., : self.index.about["dims"]].float().cpu()  # a head's dimensions are in the vector
+        embedded = [of_picture[some].numpy() for of_picture, some in zip(own, real, strict=True)]
         for (picture, _), one, own, vector in zip(readable, regions, embedded, vectors.cpu().numpy(), strict=True):
             boxes = None if one.boxes is None else one.boxes.float().cpu().numpy().tobytes()
             stored = {"vector": vector, "regions": encode(own, self.index.about["regions"]), "boxes": boxes}

@@ -25,6 +25,7 @@ from lib.cli import InputError, refusing
 from lib.config import QuerySettings
 from lib.data.images import NotAPicture, load_picture
 from lib.evaluation.score import Block, Matcher, load
+from lib.model.engine import CombinedScorer
 from lib.model.layers import pad_rows, real_rows, upload
 from lib.model.pooling import MeanPooling
 
@@ -81,7 +82,7 @@ class Index:
         if not len(rows):
             return []
         regions, real = self.read_regions(rows)
-        scores = self.score(words, lengths, regions, real)
+        scores = self.score(words, lengths, regions, real, 1 - torch.tensor(rows["_distance"].to_numpy()))
         ids = rows["id"].to_pylist()
         order = sorted(range(len(ids)), key=lambda k: (-scores[k], ids[k]))[:top]
         best = torch.tensor(order)
@@ -135,11 +136,15 @@ class Index:
         packed = upload(torch.from_numpy(np.concatenate(regions)), device).float()
         return pad_rows(packed, counts), real_rows(counts, device)
 
-    def score(self, words: Tensor, lengths: Tensor, regions: Tensor, real: Tensor | None) -> Tensor:
-        """Exact scores (n,) of regions (n, R, D) and one sentence, on the CPU."""
+    def score(self, words: Tensor, lengths: Tensor, regions: Tensor, real: Tensor | None, cosines: Tensor) -> Tensor:
+        """Exact scores (n,) of regions (n, R, D) and one sentence, on the CPU. cosines: (n,), of the vectors."""
         with self.matcher.compute.in_force():
-            captions = self._scorer.captions(words, lengths)
-            return self._scorer.all_pairs(regions, captions, real)[:, 0].cpu()
+            scorer: Any = self._scorer
+            cosine = torch.zeros(())
+            if isinstance(scorer, CombinedScorer):
+                cosine = scorer.weight.cpu() * cosines
+                scorer = scorer.own
+            return scorer.all_pairs(regions, scorer.captions(words, lengths), real)[:, 0].cpu() + cosine
 
     @cached_property
     def _scorer(self) -> Any:
@@ -152,6 +157,8 @@ class Index:
         if not hasattr(similarity, "score_words"):
             return [[]] * len(regions)
         with self.matcher.compute.in_force():
+            if head := self.matcher.model.global_head:
+                regions, words = head.others(regions), head.others(words)
             scores = similarity.score_words(regions, words, real).cpu()[:, len(tokenizer.prefix) :]
         numbers, spelled = tokenizer.spell(text)
         numbers = torch.tensor(numbers)[: scores.shape[1] - len(tokenizer.suffix)]  # as many as the text model takes

@@ -67,8 +67,9 @@ def test_a_pairs_score_is_xdims_plus_the_heads_weight_times_the_cosine(engine):
     pairs = exact.pairs(*embedded[:3], images, captions, embedded.real)
     torch.testing.assert_close(pairs, expected[images, captions])
     kept = embedded.regions[..., :12]  # what an index holds
-    pairs = exact.pairs_without_cosines(kept, *embedded[1:3], images, captions, embedded.real)
+    pairs = exact.own.pairs(kept, *embedded[1:3], images, captions, embedded.real)
     torch.testing.assert_close(pairs, xdim[images, captions])
+    torch.testing.assert_close(exact.own.all_pairs(kept, exact.own.captions(*embedded[1:3]), embedded.real), xdim)
 
 
 @pytest.mark.parametrize("loss", [hinge, hinge_all, ramped])

@@ -87,24 +87,44 @@ class CombinedScorer:
     """The scores of a similarity's scorer plus a global head's, without gradients."""
 
     def __init__(self, scorer: Any, head: Any):
-        self.scorer, self.head, self.cosines, self.weight = scorer, head, head.scorer(), head.weight.detach()
+        """own: the similarity's share, for those who have the cosines."""
+        self.own, self.head, self.cosines, self.weight = (
+            UnitScorer(scorer, head),
+            head,
+            head.scorer(),
+            head.weight.detach(),
+        )
 
     def captions(self, words: Tensor, lengths: Tensor) -> Any:
         """Captions as `all_pairs` takes them."""
-        return self.scorer.captions(self.head.others(words), lengths), self.cosines.captions(words, lengths)
+        return self.own.captions(words, lengths), self.cosines.captions(words, lengths)
 
     def all_pairs(self, regions: Tensor, captions: Any, real: Tensor | None = None) -> Tensor:
         """Scores (I, C)."""
         words, vectors = captions
-        cosines = self.cosines.all_pairs(regions, vectors, real)
-        return self.scorer.all_pairs(self.head.others(regions), words, real) + self.weight * cosines
+        return self.own.all_pairs(regions, words, real) + self.weight * self.cosines.all_pairs(regions, vectors, real)
 
     def pairs(self, *arguments: Any) -> Tensor:
         """Scores (P,) of chosen pairs; arguments as PlainScorer.pairs takes them."""
-        return self.pairs_without_cosines(*arguments) + self.weight * self.cosines.pairs(*arguments)
+        return self.own.pairs(*arguments) + self.weight * self.cosines.pairs(*arguments)
 
-    def pairs_without_cosines(self, regions: Tensor, words: Tensor, *others: Any) -> Tensor:
-        """The similarity's share of `pairs`, for those who have the cosines; regions may be (I, R, D)."""
+
+class UnitScorer:
+    """A similarity's scorer, of regions (I, R, D) or (I, R, D + G) and words that a head's model gives."""
+
+    def __init__(self, scorer: Any, head: Any):
+        self.scorer, self.head = scorer, head
+
+    def captions(self, words: Tensor, lengths: Tensor) -> Any:
+        """Captions as `all_pairs` takes them."""
+        return self.scorer.captions(self.head.others(words), lengths)
+
+    def all_pairs(self, regions: Tensor, captions: Any, real: Tensor | None = None) -> Tensor:
+        """Scores (I, C)."""
+        return self.scorer.all_pairs(self.head.others(regions), captions, real)
+
+    def pairs(self, regions: Tensor, words: Tensor, *others: Any) -> Tensor:
+        """Scores (P,) of chosen pairs; arguments as PlainScorer.pairs takes them."""
         return self.scorer.pairs(self.head.others(regions), self.head.others(words), *others)
 
 
