@@ -31,7 +31,7 @@ from lib.evaluation.evaluate import open_split_of  # noqa: E402
 from lib.evaluation.score import embed_split, load, score_all  # noqa: E402
 from lib.runtime import versions  # noqa: E402
 from lib.search import Index, fill  # noqa: E402
-from lib.search.index import connect, decode, encode  # noqa: E402
+from lib.search.index import decode, encode  # noqa: E402
 
 CENTRES, NOISE = 50_000, 0.5  # of the vectors; length of the noise around a centre
 WARM = 100  # queries before the first that counts
@@ -49,7 +49,8 @@ def main() -> None:
     flags.set_defaults(embed_size=256)
     flags.add_argument("--checkpoint", default="", help="compare the forms of storage by this model instead")
     flags.add_argument("--data_name", default="", help="data set to compare them on (default: the checkpoint's)")
-    flags.add_argument("--captions", type=int, default=500, help="of its test split, to compare them on")
+    flags.add_argument("--split", default="test", help="its split")
+    flags.add_argument("--captions", type=int, default=500, help="of them so many")
     settings = common.parse(flags, pictures=[300], regions=[2], queries=5, candidates=10)
     if settings.checkpoint:
         compare_forms(settings)
@@ -106,12 +107,12 @@ def write_batches(table, vectors: np.ndarray, regions: int, form: str, rng: np.r
 def measure(settings, uri: str, checkpoint: Path, pictures: int, regions: int) -> dict[str, float]:
     import pyarrow as pa
 
-    rng, database, matcher = np.random.default_rng(0), connect(uri), load(checkpoint, "", settings.device, "", "")
+    rng, matcher = np.random.default_rng(0), load(checkpoint, "", settings.device, "", "")
     centres = around(np.zeros((CENTRES, settings.embed_size), np.float32), 1.0, rng)
     vectors = around(centres[rng.integers(CENTRES, size=pictures)], NOISE, rng)
     asked = IndexSettings(index=uri, photos="photos", compress=settings.compress)
-    fill.make_tables(asked, database, matcher, fill.Source("photos", []))
-    index = Index(uri, database, matcher)
+    fill.make_tables(asked, matcher, fill.Source("photos", []))
+    index = Index(uri, matcher)
     batches = write_batches(index.pictures, vectors, regions, index.about["regions"], rng)
     written, _ = common.clock(
         lambda: [index.pictures.add(pa.Table.from_batches([batch])) for batch in batches], settings.device
@@ -157,7 +158,7 @@ def ask(settings, index: Index, queries: np.ndarray, rng) -> tuple[np.ndarray, l
         reading = clock()
         regions, real = index.read_regions(rows)
         scoring = clock()
-        index.score(embedded, lengths, regions, real)
+        index.score(embedded, lengths, regions, real, 1 - torch.tensor(rows["_distance"].to_numpy()))
         ended, of_call = clock(), dict(takes)
         if number >= WARM:
             read = of_call[True] - of_call[False] + scoring - reading
@@ -170,7 +171,9 @@ def compare_forms(settings) -> None:
     """Exact scores of regions as they are stored against those of float32: on average how far they are off, and which
     share of a caption's best 10 pictures stays."""
     matcher = load(settings.checkpoint, "", settings.device, "", "")
-    asked = IndexSettings(index="-", data_name=settings.data_name or matcher.content["settings"]["data_name"])
+    asked = IndexSettings(
+        index="-", data_name=settings.data_name or matcher.content["settings"]["data_name"], split=settings.split
+    )
     split, _ = open_split_of([matcher.content], asked)
     captions = matcher.tokenizer.tokenize(split.captions[: settings.captions])
     embeddings, results = embed_split(matcher, split, captions, 128, 0), {}

@@ -42,7 +42,6 @@ from lib.search.index import (
     encode,
     encode_captions,
     fingerprint,
-    open_table,
     read_about,
     see_with,
     vector_of,
@@ -112,18 +111,16 @@ def index(settings: IndexSettings) -> None:
 
     Raises InputError.
     """
-    database, first = connect(settings.index), distributed.is_first()
-    made = PICTURES in database.list_tables().tables
-    about = read_about(open_table(database, settings.index, PICTURES), settings.index) if made else {}
+    about, first = read_about(settings.index), distributed.is_first()
     matcher = load_matcher(settings, about)
     if about:
         check_model(about, settings.index, matcher)
     source = find_pictures(settings, matcher)
     with writing_alone(settings.index) if first else nullcontext():
         if first:
-            make_tables(settings, database, matcher, source)
+            make_tables(settings, matcher, source)
         with matcher.compute.in_force(), distributed.joined(matcher.compute.device):  # the others wait there
-            job = Filling(Index(settings.index, database, matcher), database, source)
+            job = Filling(Index(settings.index, matcher), source)
             todo, changed = collectives.from_first(job.compare() if first else None)
             job.embed(todo, changed, settings.workers)
         if first:
@@ -208,14 +205,13 @@ def written_whole(uri: str) -> Iterator[None]:
         raise InputError(f"--index {uri}: could not be written ({why}); {stays}") from None
 
 
-def make_tables(settings: IndexSettings, database: Any, matcher: Matcher, source: Source) -> None:
+def make_tables(settings: IndexSettings, matcher: Matcher, source: Source) -> None:
     """Make the tables of a new index. Raises InputError where an index is there that was made otherwise."""
     import pyarrow as pa
 
     uri, vision = settings.index, trained_encoder(matcher.content)
     encoder = vision or (read_encoder(source.split.folder) if source.split else None)
-    if PICTURES in database.list_tables().tables:
-        about = read_about(open_table(database, uri, PICTURES), uri)
+    if about := read_about(uri):
         for name, flag, here in (("source", "", source.name), ("regions", "--compress ", settings.compress)):
             if here and here != about[name]:
                 raise InputError(f"--index {uri}: was made with {flag}{about[name]}, not {here}; take another index")
@@ -239,6 +235,7 @@ def make_tables(settings: IndexSettings, database: Any, matcher: Matcher, source
         PICTURES: pictures.with_metadata({ABOUT: json.dumps(about)}),  # last: it says that all are there
     }
     with written_whole(uri):
+        database = connect(uri)
         for name, schema in schemas.items():
             database.create_table(name, schema=schema, exist_ok=True)
 
@@ -246,26 +243,24 @@ def make_tables(settings: IndexSettings, database: Any, matcher: Matcher, source
 class Filling:
     """A job that brings an index up to date with its source."""
 
-    def __init__(self, index: Index, database: Any, source: Source):
-        self.index, self.matcher, self.source = index, index.matcher, source
-        self.unreadable = open_table(database, index.uri, UNREADABLE)
-        self.removed = 0
+    def __init__(self, index: Index, source: Source):
+        self.index, self.matcher, self.source, self.removed = index, index.matcher, source, 0
 
     def compare(self) -> tuple[list[Picture], set[str]]:
         """The pictures to embed, and the ids of those among them that have changed; what is gone is taken out."""
-        known, unreadable = _files(self.index.pictures), _files(self.unreadable)
+        known, unreadable = _files(self.index.pictures), _files(self.index.unreadable)
         listed = {picture.id: (picture.size, picture.time) for picture in self.source.pictures}
         changed = {one for one, file in known.items() if listed.get(one, file) != file}
         todo = [one for one in self.source.pictures if one.id not in known and unreadable.get(one.id) != listed[one.id]]
         todo += [one for one in self.source.pictures if one.id in changed]
         gone = known.keys() - listed.keys()
         again = [one for one, file in unreadable.items() if listed.get(one) != file]
-        orphans = {row["picture"] for row in _rows(self.index.captions, ["picture"])} - (known.keys() - gone)
+        orphans = set(_columns(self.index.captions, "picture")[0]) - (known.keys() - gone)
         with written_whole(self.index.uri):
             for table, column, ids in (
                 (self.index.captions, "picture", orphans),  # of a write that was cut off, too
                 (self.index.pictures, "id", gone),
-                (self.unreadable, "id", again),
+                (self.index.unreadable, "id", again),
             ):
                 _remove(table, column, ids)
         self.removed = len(gone)
@@ -317,7 +312,7 @@ class Filling:
         pictures, index = rows[PICTURES], self.index
         again = {row["id"] for row in pictures} & changed
         with written_whole(index.uri):
-            _add(self.unreadable, rows[UNREADABLE])
+            _add(self.index.unreadable, rows[UNREADABLE])
             _remove(index.pictures, "id", {row["id"] for row in rows[UNREADABLE]} & changed)
             _remove(index.captions, "picture", again)
             _add(index.captions, rows[CAPTIONS])
@@ -332,12 +327,16 @@ class Filling:
     def finish(self, todo: Sequence[Picture], changed: set[str]) -> None:
         """Gather small files, make or renew the approximate index, and say what was done."""
         with written_whole(self.index.uri):
-            for table in (self.index.pictures, self.index.captions, self.unreadable):
+            for table in (self.index.pictures, self.index.captions, self.index.unreadable):
                 tidy(table)
         tried = {picture.id for picture in todo}
-        failed = {row["id"]: row for row in _rows(self.unreadable, ["id", "path", "why"]) if row["id"] in tried}
-        for row in list(failed.values())[:NAMED]:
-            print(f"unreadable: {row['path']}: {row['why']}")
+        failed = {
+            one: rest
+            for one, *rest in zip(*_columns(self.index.unreadable, "id", "path", "why"), strict=True)
+            if one in tried
+        }
+        for path, why in list(failed.values())[:NAMED]:
+            print(f"unreadable: {path}: {why}")
         done = {"new": tried - changed - failed.keys(), "changed": changed - failed.keys(), "unreadable": failed}
         parts = {name: len(ids) for name, ids in done.items()} | {"removed": self.removed}
         what = ", ".join(f"{number:,} {name}" for name, number in parts.items() if number) or "nothing new"
@@ -390,11 +389,13 @@ def _of_file(picture: Picture) -> dict[str, Any]:
 
 def _files(table: Any) -> dict[str, tuple[int, int]]:
     """Size and time of the file of each id."""
-    return {row["id"]: (row["size"], row["time"]) for row in _rows(table, ["id", "size", "time"])}
+    ids, sizes, times = _columns(table, "id", "size", "time")
+    return dict(zip(ids, zip(sizes, times, strict=True), strict=True))
 
 
-def _rows(table: Any, columns: list[str]) -> list[dict[str, Any]]:
-    return table.search().select(columns).limit(None).to_list()
+def _columns(table: Any, *names: str) -> list[list]:
+    read = table.search().select([*names]).limit(None).to_arrow()
+    return [read[name].to_pylist() for name in names]
 
 
 def _remove(table: Any, column: str, ids: Collection[str]) -> None:

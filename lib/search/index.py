@@ -8,11 +8,11 @@ A query reads only: any number of processes may ask while one fills (fill.py). E
 """
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,12 +51,12 @@ class Found(NamedTuple):
 class Index:
     """Pictures that have been embedded by one model, and that model, to embed what is asked."""
 
-    def __init__(self, uri: str, database: Any, matcher: Matcher):
+    def __init__(self, uri: str, matcher: Matcher):
         """Raises InputError where the index is another model's."""
-        self.uri, self.matcher = uri, matcher
-        self.pictures, self.captions = (open_table(database, uri, name) for name in (PICTURES, CAPTIONS))
-        self.about = read_about(self.pictures, uri)
+        self.uri, self.matcher, self.about = uri, matcher, read_about(uri)
         check_model(self.about, uri, matcher)
+        database = connect(uri)
+        self.pictures, self.captions, self.unreadable = map(database.open_table, (PICTURES, CAPTIONS, UNREADABLE))
 
     @classmethod
     def open(cls, uri: str | Path, checkpoint: str = "", device: str = "auto", **options: str) -> "Index":
@@ -64,10 +64,10 @@ class Index:
 
         checkpoint: of its model, if it is no longer where it was. options: of `lib.load`. Raises InputError.
         """
-        database = connect(uri := str(uri))
-        about = read_about(open_table(database, uri, PICTURES), uri)
+        if not (about := read_about(uri := str(uri))):
+            raise InputError(f"--index {uri}: no index there; make one: python search.py index PHOTOS --index {uri}")
         given = {"bert": about["bert"], "precision": "", "engine": "", "image_weights": "", **options}
-        return cls(uri, database, load(checkpoint or about["checkpoint"], device=device, **given))
+        return cls(uri, load(checkpoint or about["checkpoint"], device=device, **given))
 
     def __len__(self) -> int:
         return self.pictures.count_rows()
@@ -126,6 +126,8 @@ class Index:
         with refusing(f"--index {self.uri}: cannot be read"):
             search = table.search(vector[0].float().cpu().numpy(), vector_column_name="vector").distance_type("dot")
             search = search.nprobes(PROBES).limit(number)
+            if number >= table.count_rows():
+                search = search.bypass_vector_index()
             return search.select([*columns, "_distance"]).to_arrow()
 
     def read_regions(self, rows: Any) -> tuple[Tensor, Tensor | None]:
@@ -172,31 +174,31 @@ class Index:
 # The database
 
 
-def connect(uri: str) -> Any:
-    """The database at a path or URI, as LanceDB takes it. Raises InputError."""
+def import_lancedb() -> Any:
+    """The package. Raises InputError where it is missing."""
     os.environ.setdefault("LANCEDB_LOG", "error")
     try:
-        import lancedb
+        return import_module("lancedb")
     except ModuleNotFoundError as error:
         raise InputError(f"{error}: the search needs LanceDB, run: pip install lancedb") from None
-    logging.getLogger("lancedb").setLevel(logging.ERROR)
-    with refusing(f"--index {uri}"):
-        return lancedb.connect(uri, read_consistency_interval=FRESH)
 
 
-def open_table(database: Any, uri: str, name: str) -> Any:
-    try:
-        return database.open_table(name)
-    except (ValueError, FileNotFoundError):  # as LanceDB says that there is none
-        raise InputError(
-            f"--index {uri}: no index there; make one: python search.py index PHOTOS --index {uri}"
-        ) from None
+def connect(uri: str) -> Any:
+    """The database at a path, which is made, or a URI, as LanceDB takes it. Raises InputError."""
+    with refusing(f"--index {uri}: cannot be opened"):
+        return import_lancedb().connect(uri, read_consistency_interval=FRESH)
 
 
-def read_about(pictures: Any, uri: str) -> dict[str, Any]:
-    """What an index says of itself. Raises InputError where it is none of this project."""
+def read_about(uri: str) -> dict[str, Any]:
+    """What an index says of itself; nothing where there is none. Raises InputError where it is none of this project."""
+    import_lancedb()
+    if "://" not in uri and not Path(uri).is_dir():
+        return {}
+    database = connect(uri)
     with refusing(f"--index {uri}: not an index of pictures"):
-        about = json.loads((pictures.schema.metadata or {})[ABOUT])
+        if PICTURES not in database.list_tables().tables:
+            return {}
+        about = json.loads(database.open_table(PICTURES).schema.metadata[ABOUT])
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']!a}")
     return about

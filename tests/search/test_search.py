@@ -100,7 +100,7 @@ def index_pictures(photos, checkpoint, uri, *flags):
 
 def stored(uri, name="pictures"):
     """The rows of a table, by what identifies them, without the files' times."""
-    rows = index.open_table(index.connect(str(uri)), str(uri), name).to_arrow().to_pylist()
+    rows = index.connect(str(uri)).open_table(name).to_arrow().to_pylist()
     assert len({row["id"] for row in rows}) == len(rows)
     return {row["id"]: {key: value for key, value in row.items() if key != "time"} for row in rows}
 
@@ -350,6 +350,7 @@ def test_what_cannot_be_is_refused_in_one_line(pixels, photos, features, tmp_pat
     assert "give a sentence in quotes, or --image" in refusal(capfd, "query", "--index", uri)
     assert "--index: say where" in refusal(capfd, "query", "dog")
     assert "expected search.py index" in refusal(capfd)
+    assert not uri.exists()
     (tmp_path / "empty" / "a.png").write_bytes(b"no picture")
     assert index_pictures(tmp_path / "empty", pixels, uri) == 0
     assert "no pictures in it" in refusal(capfd, "query", "dog", "--index", uri)
