@@ -93,15 +93,17 @@ def ramped(scores: Tensor, margin: float) -> Tensor:
     return (recall * violated.max(dim=1).values + (1 - recall) * mean).sum()
 
 
+TAUGHT = 2.0  # standard deviation of the teacher's logits: it says an order, whatever the scale of its scores is
+
+
 def rank_distillation(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """How far scores (B, B) are from the teacher's ranking of each query's negatives, summed over the batch.
 
     KL(teacher || scores) of the softmax over the query's negatives, in both directions (the idea of CPRD). teacher:
-    (B, B), without gradient; as everywhere here, -inf where a pair is left out. temperature: in standard deviations of
-    the negatives' scores, so that it does not depend on what scale either has.
+    (B, B), without gradient; as everywhere here, -inf where a pair is left out. temperature: of the scores.
     """
     left_out, total = _diagonal(scores) | (teacher == -math.inf), scores.new_zeros(())
-    logits = [one / (temperature * _deviation(one.detach(), left_out)) for one in (scores, teacher)]
+    logits = scores / temperature, teacher * (TAUGHT / _deviation(teacher, left_out))
     lowest = torch.finfo(scores.dtype).min  # not -inf: a query may have no negative
     for dim in (0, 1):
         ours, wanted = (one.masked_fill(left_out, lowest).log_softmax(dim) for one in logits)

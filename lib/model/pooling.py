@@ -79,7 +79,7 @@ class GpoHead(GpoSimilarity):
         weight: float = 1.0,
         loss: float = 1.0,
         distill: float = 1.0,
-        temperature: float = 0.5,
+        temperature: float = 0.1,
     ):
         super().__init__(embed_size)
         self.shared, self.dims = embed_size, dims or embed_size
