@@ -78,7 +78,7 @@ class GpoHead(GpoSimilarity):
         dims: int = 0,
         weight: float = 1.0,
         loss: float = 1.0,
-        distill: float = 1.0,
+        distill: float = 0.1,
         temperature: float = 0.1,
     ):
         super().__init__(embed_size)

@@ -122,7 +122,8 @@ def refuse_changes(settings: TrainSettings, origin: Origin) -> None:
 
     Raises InputError naming the settings that differ and may not, and where the run would overwrite another one.
     """
-    both = {name: (getattr(settings, name), then) for name, then in origin.defaults.items()}
+    defaults = {name: getattr(TrainSettings, name) for name in ARCHITECTURE} | origin.defaults  # older ones lack some
+    both = {name: (getattr(settings, name), then) for name, then in defaults.items()}
     changed = {name: f"--{name} {now} (was {then})" for name, (now, then) in both.items() if now != then}
 
     def described(names: Iterable[str]) -> str:

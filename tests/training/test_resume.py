@@ -15,8 +15,11 @@ import torch
 import train
 from lib.checkpoints.native import BEST, build_model, read_checkpoint
 from lib.checkpoints.record import read_record
+from lib.cli import InputError
+from lib.config import TrainSettings
 from lib.training import loop
 from lib.training import run_folder as run_folder_module
+from lib.training.resume import Origin, refuse_changes
 from lib.training.run_folder import Progress
 from lib.training.signals import Signals
 from tests import mishap
@@ -315,6 +318,13 @@ def test_changes_of_the_recipe_are_refused_unless_allowed(flags, tmp_path, monke
     assert len(losses(folder)) == steps
     assert train.main(["--resume", str(folder), "--num_epochs", "3"]) == 0  # the new ones are the run's settings now
     assert read_checkpoint(folder / "last.pt")["settings"]["allow_changes"] is False
+
+
+def test_a_setting_that_an_older_checkpoint_does_not_have_was_at_its_default(tmp_path):
+    origin = Origin(tmp_path / "old.pt", {}, {})
+    refuse_changes(TrainSettings(model_name=str(tmp_path)), origin)
+    with pytest.raises(InputError, match=r"made with other settings: --global_head gpo \(was \)"):
+        refuse_changes(TrainSettings(model_name=str(tmp_path), global_head="gpo"), origin)
 
 
 @pytest.mark.parametrize("flag", [["--embed_size", "8"], ["--no_imgnorm"], ["--bert", "other"], ["--gate", "open"]])
