@@ -127,8 +127,8 @@ def measure(settings, uri: str, checkpoint: Path, pictures: int, regions: int) -
         true = true[(vectors[true] @ query).argsort()[::-1]]
         for k, shares in recall.items():
             shares.append(len(set(true[:k]) & set(one)) / k)
-    milliseconds = {part: 1000 * seconds[:, k] for k, part in enumerate(PARTS)}
-    milliseconds["query"] = 1000 * seconds.sum(axis=1)
+    milliseconds = {part: 1000 * seconds[:, k, 0] for k, part in enumerate(PARTS)}
+    milliseconds["query"], milliseconds["cpu"] = 1000 * seconds.sum(axis=1).T
     return {
         **{"write_seconds": written, "index_seconds": built, "bytes": size / pictures},
         **{f"{part}_p50": float(np.percentile(values, 50)) for part, values in milliseconds.items()},
@@ -137,32 +137,33 @@ def measure(settings, uri: str, checkpoint: Path, pictures: int, regions: int) -
     }
 
 
+def now() -> np.ndarray:
+    """Seconds of the clock, and of the processor in this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def ask(settings, index: Index, queries: np.ndarray, rng) -> tuple[np.ndarray, list[list[int]]]:
-    """Seconds (queries, PARTS) of each part of the queries that count, and the candidates that they found.
+    """Seconds (queries, PARTS, 2) of each part of the queries that count, and the candidates that they found.
 
     Finding and reading are one call; finding alone is measured by a call without the regions, before it or after it.
     """
     seconds, found = [], []
     for number, vector in enumerate(torch.from_numpy(queries)):
         words = rng.integers(30_000, size=rng.integers(3, 21))
-        text, clock = " ".join(f"word{word}" for word in words), time.perf_counter
-        times, calls = [clock()], ([], ["regions", "boxes"])
-        embedded, lengths, _ = index.encode(text)
-        times.append(clock())
-        rows, takes = None, []
-        for more in calls if number % 2 else calls[::-1]:
-            started = clock()
-            answer = index.nearest(index.pictures, vector[None], settings.candidates, ["id", "path", *more])
-            takes.append((bool(more), clock() - started))
-            rows = answer if more else rows
-        reading = clock()
+        started = now()
+        embedded, lengths, _ = index.encode(" ".join(f"word{word}" for word in words))
+        encoded, spent, answers = now(), {}, {}
+        for more in ((), ("regions", "boxes")) if number % 2 else (("regions", "boxes"), ()):
+            begun = now()
+            answers[more] = index.nearest(index.pictures, vector[None], settings.candidates, ["id", "path", *more])
+            spent[more] = now() - begun
+        rows, begun = answers["regions", "boxes"], now()
         regions, real = index.read_regions(rows)
-        scoring = clock()
+        read = now()
         index.score(embedded, lengths, regions, real, 1 - torch.tensor(rows["_distance"].to_numpy()))
-        ended, of_call = clock(), dict(takes)
+        scored, whole = now(), spent["regions", "boxes"]
         if number >= WARM:
-            read = of_call[True] - of_call[False] + scoring - reading
-            seconds.append([times[1] - times[0], of_call[False], read, ended - scoring])
+            seconds.append([encoded - started, spent[()], whole - spent[()] + read - begun, scored - read])
             found.append([int(one) for one in rows["id"].to_pylist()])
     return np.array(seconds), found
 
@@ -197,11 +198,20 @@ def compare_forms(settings) -> None:
 
 def report(settings, results: dict[str, dict]) -> None:
     recalls = [f"recall_{k}" for k in (10, settings.candidates)]
-    columns = ["", "write s", "index s", "bytes a picture", *(f"{part} ms" for part in PARTS), "query p50 ms", "p99 ms"]
+    columns = [
+        "",
+        "write s",
+        "index s",
+        "bytes a picture",
+        *(f"{part} ms" for part in PARTS),
+        "query p50 ms",
+        "p99 ms",
+        "cpu ms",
+    ]
     columns += [name.replace("_", " at ") for name in recalls]
     rows = []
     for name, one in results.items():
-        times = [one[f"{part}_p50"] for part in (*PARTS, "query")] + [one["query_p99"]]
+        times = [one[f"{part}_p50"] for part in (*PARTS, "query")] + [one["query_p99"], one["cpu_p50"]]
         sizes = [f"{one['write_seconds']:.0f}", f"{one['index_seconds']:.0f}", f"{one['bytes']:,.0f}"]
         rows.append([name, *sizes, *(f"{value:.1f}" for value in times), *(f"{one[key]:.3f}" for key in recalls)])
     title = f"{settings.candidates} candidates, {settings.embed_size} dimensions, pictures x regions"

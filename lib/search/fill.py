@@ -6,6 +6,7 @@ kill loses nothing of it. The processes of a job embed and write their own share
 
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,14 +49,13 @@ from lib.search.index import (
 )
 
 COMMIT, COMMITS, LARGEST = 512, 1000, 8192  # pictures of a commit: more in a run of more commits than that, to a limit
-FILES = 50  # of a table, and so many for COMMIT rows, above which small ones are joined
-FILES_OF_COMMIT = 2
+FILES = 16  # small files of a table above which they are joined
 AT_ONCE = 1000  # ids of one deletion
 LOCK = "index.lock"
 NAMED = 20  # unreadable pictures that are printed
 APPROXIMATE = 50_000  # rows from which on the nearest ones are found by an approximate index
 UNINDEXED = 0.1  # share of them that may be compared one by one, after which that index is made anew
-OLD = timedelta(hours=1)  # how long readers may take with a version of a table that has been replaced
+OLD = timedelta(seconds=10)  # how long a query may take whose files have been replaced
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -353,8 +353,10 @@ def tidy(table: Any) -> None:
     import lancedb.index
 
     table.checkout_latest()  # with what other processes of the job have written
-    count, files = table.count_rows(), table.stats()["fragment_stats"]["num_fragments"]
-    if files > FILES + FILES_OF_COMMIT * count / COMMIT:
+    count = table.count_rows()
+    if table.stats()["fragment_stats"]["num_small_fragments"] > FILES:
+        table.optimize()
+        time.sleep(OLD.total_seconds())  # by then all readers have the new files
         table.optimize(cleanup_older_than=OLD)
     if count < APPROXIMATE or "vector" not in table.schema.names:
         return

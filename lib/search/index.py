@@ -290,7 +290,7 @@ def answer(settings: QuerySettings) -> str:
         pictures, captions = index.query(settings.text, settings.top, settings.candidates), []
     if settings.json:
         found = {"pictures": [_to_plain(one) for one in pictures], "captions": [_to_plain(one) for one in captions]}
-        return json.dumps({name: rows for name, rows in found.items() if rows or name == "pictures"}, indent=1)
+        return json.dumps({name: rows for name, rows in found.items() if rows or name == "pictures"})
     return "\n\n".join(_table(rows) for rows in (pictures, captions) if rows)
 
 
