@@ -29,7 +29,7 @@ from lib.cli import with_bar  # noqa: E402
 from lib.data.batches import EpochBatches, loader, on_device  # noqa: E402
 from lib.data.dataset import open_split  # noqa: E402
 from lib.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from lib.files import check_space, replacing  # noqa: E402
+from lib.files import replacing  # noqa: E402
 
 FILES = {"small": (1_000, np.float32), "flickr30k": (29_000, np.float32), "coco": (113_287, np.float16)}  # images, type
 BLOCK = 250  # images written at a time
@@ -69,7 +69,6 @@ def make(folder: Path, name: str, img_dim: int) -> Path:
     if (target / "train_ims.npy").exists():
         return target
     shape, rng = (images, common.REGIONS, img_dim), np.random.default_rng(0)
-    check_space(folder, int(np.prod(shape)) * np.dtype(dtype).itemsize, name)
     with replacing(target / "train_caps.txt") as file:
         for count in rng.integers(8, 14, size=5 * images):
             file.write(" ".join(f"word{word}" for word in rng.integers(WORDS, size=count)).encode() + b"\n")

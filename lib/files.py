@@ -109,15 +109,6 @@ def check_writable(path: str) -> None:
         raise InputError(f"{path} could not be written: {reason(error)}") from None
 
 
-def check_space(folder: str | Path, needed: int, what: str) -> None:
-    """Raises InputError if fewer than `needed` bytes are free for a folder, which may not exist yet."""
-    path = Path(folder).absolute()
-    free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-    if needed > free:
-        sizes = f"needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on that disk"
-        raise InputError(f"{folder}: {what} {sizes}; make room, or choose another folder")
-
-
 def sync_folder(folder: Path) -> None:
     """Bring a folder's new names, or a file's content, to the disk, where the system can."""
     with suppress(OSError):

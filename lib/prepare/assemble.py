@@ -13,13 +13,13 @@ import numpy as np
 from lib.cli import InputError, refusing, with_bar
 from lib.data.dataset import read_ids
 from lib.data.images import WAYS, without_ending
-from lib.files import check_space, new_folder
+from lib.files import new_folder
 from lib.prepare import io
 from lib.prepare.io import FEATURES, Image, some, span
 
 SPLITS = {"train": "train", "restval": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
 HEADER = ("split", "images", "captions", "an image", "regions", "missing")
-SAMPLED = 16  # images looked at to tell how large all are, and of which type
+SAMPLED = 16  # images looked at to tell the type of all
 LEAST_SHARE = 0.5  # of the images or features, whichever are fewer, that must match by another than the first name
 # Arrays of a .npz file, as different tools call them.
 FEATURE_NAMES, ID_NAMES = ("features", "feat", "x", "image_features", "arr_0"), ("ids", "image_ids", "image_id")
@@ -58,11 +58,11 @@ class Features:
             self.notes["end in a region of zeros; if it is padding, store num_boxes"].add(found)
         return image
 
-    def summarise(self, found: Sequence[str]) -> tuple[int, np.dtype]:
-        """About how many bytes these images take, and in which type: float16 if all of a sample are, else float32."""
-        sample = [self.read(one).features for one in found[:: max(1, len(found) // SAMPLED)]]
-        dtype = np.dtype(np.float16 if all(features.dtype == np.float16 for features in sample) else np.float32)
-        return round(np.mean([features.size for features in sample]) * dtype.itemsize * len(found)), dtype
+    def dtype_of(self, found: Sequence[str]) -> np.dtype:
+        """The type to write these images in: float16 if all of a sample have it, else float32."""
+        sample = found[:: max(1, len(found) // SAMPLED)]
+        types = {self.read(one).features.dtype for one in sample}
+        return np.dtype(np.float16 if types == {np.dtype(np.float16)} else np.float32)
 
 
 def match(names: Mapping[str, Mapping[str, str]], ids: Sequence[str], flag: str, what: str) -> dict[str, str]:
@@ -100,17 +100,15 @@ def write_dataset(
 
     splits: name -> image id -> captions. names: what the features of an image may be called, see `match`. Images
     without features are left out, named, and listed in {split}_missing.txt; images in no split, which have no captions,
-    in without_captions.txt. Raises InputError where too few images have features, the name is taken, the disk has not
-    the room, or features are not sound.
+    in without_captions.txt. Raises InputError where too few images have features, the name is taken, or features are
+    not sound.
     """
     captioned = {image_id for captions in splits.values() for image_id in captions}
     without = sorted({image_id for wanted in names.values() for image_id in wanted}.difference(captioned))
     found = features.match(names)
-    used = [one for image_id, one in found.items() if image_id in captioned]
-    if not used:
+    if captioned.isdisjoint(found):
         raise InputError(f"--features: no image that has features has captions, {next(iter(found))} for one")
     with new_folder(folder, "--data_name") as temporary:
-        check_space(folder, features.summarise(used)[0], "the data set")
         without += sorted(set(features.ids).difference(found.values()))
         io.keep_encoder(features.folders, temporary)
         report = fill(temporary, folder, splits, found, features, {"without_captions.txt": ("no captions", without)})
@@ -130,9 +128,8 @@ def fill(
     found: image id -> id of its features; other images are left out. left_out: file -> what those in it lack, and their
     ids, of images that are in no split.
     """
-    _, dtype = features.summarise(
-        [found[image_id] for captions in splits.values() for image_id in captions if image_id in found]
-    )
+    used = [found[image_id] for captions in splits.values() for image_id in captions if image_id in found]
+    dtype = features.dtype_of(used)
     rows, lacking, counts, img_dim = [], {}, [], 0
     for split, captions in splits.items():
         there = [image_id for image_id in captions if image_id in found]

@@ -2,7 +2,7 @@
 
 They come from the Kaggle data set kuanghueilee/scan-features: Flickr30K and COCO in one archive, which is fetched whole
 by kagglehub (pip install kagglehub) into its own cache. --data_path gets links to the files there, wherever in the
-archive they are; KAGGLEHUB_CACHE names another place for it. After an interruption give the same command again.
+archive they are; KAGGLEHUB_CACHE names another place for it (while it is extracted it takes up to 111 GB). After an interruption give the same command again.
 """
 
 import argparse
@@ -11,10 +11,9 @@ import re
 from pathlib import Path
 
 from lib.cli import InputError, refusing
-from lib.files import check_space, writing_to
+from lib.files import writing_to
 
 HANDLE = "kuanghueilee/scan-features"
-NEEDED_BYTES = 111 * 10**9  # half of it the archive, hardly compressed, which stays until all of it is extracted
 
 FILE = re.compile(r"(train|dev|test|testall)_(ims\.npy|caps\.txt|ids\.txt)")
 FOLDER = re.compile("f30k|flickr(?!8)|coco")  # the last of these in a path says of which data set a file is
@@ -48,9 +47,6 @@ def _download() -> Path:
     """Fetch the archive, or what of it is not there yet. Returns its folder."""
     with refusing("no kagglehub: pip install kagglehub, and run this again"):
         import kagglehub  # here: an optional dependency
-    cache = Path(os.environ.get("KAGGLEHUB_CACHE") or Path.home() / ".cache" / "kagglehub")
-    if not (cache / "datasets" / HANDLE).exists():  # else a download goes on, or is complete
-        check_space(cache, NEEDED_BYTES, "the archive and its files (KAGGLEHUB_CACHE names another folder)")
     with refusing(
         f"the Kaggle data set {HANDLE} could not be downloaded; look at the network and at your Kaggle credentials "
         "(https://www.kaggle.com/settings, API; then ~/.kaggle/kaggle.json), and run this again: kagglehub goes on "

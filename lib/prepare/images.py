@@ -23,7 +23,7 @@ from lib.cli import InputError, with_bar
 from lib.data.batches import allocate, loader
 from lib.data.dataset import ENCODER
 from lib.data.images import NotAPicture, list_pictures, load_picture
-from lib.files import TEMPORARY, check_space, new_folder, read_lines
+from lib.files import TEMPORARY, new_folder, read_lines
 from lib.model.vision import Preprocessing, Regions, VisionModel, load_vision
 from lib.prepare import own
 from lib.prepare.assemble import Features, fill, match
@@ -116,7 +116,6 @@ def run(args: argparse.Namespace) -> None:
                 model = _load(args)
             record = {**model.record(), "folder": str(args.photos.resolve()), "categories": list(model.categories)}
             _describe(model, record["weights"], len(wanted))
-            check_space(folder, 4 * len(wanted) * (model.regions or args.regions) * model.width, "the data set, twice,")
             on_gpu, started = compute.device.type == "cuda" and any(model.preprocessing.size), time.time()
             size = args.batch_size or (BATCH_SIZE_OF_GPU if on_gpu else BATCH_SIZE)
             pictures = PictureBatches(args.photos, wanted, size, model.preprocessing)

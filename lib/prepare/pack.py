@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.cli import with_bar
 from lib.data.dataset import Split, read_ids
-from lib.files import check_space, new_folder
+from lib.files import new_folder
 from lib.prepare import io
 
 
@@ -23,8 +23,6 @@ def run(args: argparse.Namespace) -> None:
     target, rows = args.data_path / (args.to or f"{args.data_name}_packed"), []
     splits = [io.open_features(folder, name) for name in names]
     with new_folder(target, "--to") as temporary:
-        numbers = sum(int(split.features.starts[-1]) * split.features.img_dim for split in splits)
-        check_space(target, 2 * numbers, "the packed data set")
         io.keep_encoder([folder], temporary)
         for split in splits:
             io.write_split(temporary, split.name, _halve(split), np.float16)

@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.cli import InputError, progress_bar, reason
 from lib.data.dataset import read_ids
-from lib.files import check_space, new_folder
+from lib.files import new_folder
 from lib.prepare.io import BOX, Image, add_data_flags, check, describe, open_features, some, write_lines, write_split
 
 TYPES = (np.dtype("<f4"), np.dtype("<f8"), np.dtype("<f2"))  # of boxes and features, the usual one first
@@ -33,7 +33,6 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"{file}: no such file")
     with new_folder(folder, "--data_name") as temporary:
         size = sum(file.stat().st_size for file in args.files)
-        check_space(folder, size * 3 // 4, "the store")  # base64 takes 4 bytes for 3
         with progress_bar("read", size, unit="B") as bar:
             counts = write_split(temporary, "all", _read(args.files, bar.update, noted, args.skip_damaged))
         if damaged := noted["damaged"]:

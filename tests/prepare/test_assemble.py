@@ -24,7 +24,7 @@ def test_a_file_for_each_image_is_found(tmp_path, suffix, dtype):
     images = make_images(["a", "b", "17.jpg"], (2, 7, 3), dtype)
     features = Features([write_image_files(tmp_path / "files", images, suffix)])
     check(features, images, boxes=suffix == ".npz")
-    assert features.summarise(list(images)) == (12 * IMG_DIM * np.dtype(dtype).itemsize, dtype)
+    assert features.dtype_of(list(images)) == dtype
 
 
 @pytest.mark.parametrize("one_id_an_image", [True, False])
@@ -129,7 +129,7 @@ def test_sources_of_both_types_give_float32_and_boxes_are_written_where_all_have
     half = write_store(tmp_path / "half", dict(list(images.items())[2:]), boxes=False)
     features = Features([whole, half])
     for ids, dtype in (("ab", np.float32), ("cd", np.float16), ("ac", np.float32)):
-        assert features.summarise(list(ids)) == (2 * 4 * IMG_DIM * np.dtype(dtype).itemsize, dtype)
+        assert features.dtype_of(list(ids)) == dtype
         write_split(tmp_path, ids, map(features.read, ids), dtype)
         expected = np.stack([images[one][0] for one in ids])
         assert np.array_equal(np.load(tmp_path / f"{ids}_ims.npy"), expected)

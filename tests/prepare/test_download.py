@@ -41,7 +41,6 @@ def kaggle(monkeypatch, root):
     kaggle.dataset_download = dataset_download
     monkeypatch.setitem(sys.modules, "kagglehub", kaggle)
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(root.parents[4]))
-    monkeypatch.setattr(download, "NEEDED_BYTES", 10_000)
     return kaggle
 
 
@@ -157,13 +156,3 @@ def test_without_kagglehub_it_is_said_how_to_get_it(monkeypatch, run):
     code, _, error = run()
     assert code == 2
     assert "pip install kagglehub" in error
-
-
-def test_the_room_is_asked_for_before_a_download_begins(kaggle, run, root, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
-    code, _, error = run("--data_set", "f30k")
-    assert code == 2
-    assert "are free on that disk" in error
-    assert kaggle.asked == []
-    fill(root / "f30k_precomp", "f30k")
-    assert run("--data_set", "f30k")[0] == 0
