@@ -2,11 +2,11 @@
 
 They come from the Kaggle data set kuanghueilee/scan-features: Flickr30K and COCO in one archive, which is fetched whole
 by kagglehub (pip install kagglehub) into its own cache. --data_path gets links to the files there, wherever in the
-archive they are; KAGGLEHUB_CACHE names another place for it (while it is extracted it takes up to 111 GB). After an interruption give the same command again.
+archive they are; KAGGLEHUB_CACHE names another place for it. While the archive is extracted, that takes up to 111 GB.
+After an interruption give the same command again.
 """
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -74,12 +74,9 @@ def _find(data_set: str, root: Path) -> dict[str, Path]:
 
 
 def _link(files: dict[str, Path], folder: Path) -> None:
-    """Make links to files, but for those that are there. Raises InputError where something else has such a name."""
+    """Make links to files. What is there already stays."""
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for link, path in ((folder / name, path) for name, path in files.items()):
-            if link.is_symlink() and link.readlink() == path:
-                continue
-            if os.path.lexists(link):
-                raise InputError(f"{link} is there and is something else; move it away, or choose another --data_path")
-            link.symlink_to(path)
+            if not link.exists():
+                link.symlink_to(path)
