@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
 
 from lib.cli import InputError, with_bar
-from lib.config import ModelSettings
 from lib.data.dataset import Split, read_ids
 from lib.data.features import FeatureFile
 from lib.prepare.io import KNOWN_SPLITS, add_data_flags, find_splits, open_features, read_boxes, some, span, table
@@ -47,8 +45,6 @@ class Contents(NamedTuple):
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     add_data_flags(flags, "f30k_precomp")
-    whose = "text model whose vocabulary should know the captions (default: BERT-base, if it is in the cache)"
-    flags.add_argument("--bert", default="", help=whose)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,7 +56,6 @@ def run(args: argparse.Namespace) -> None:
     if len({each.split.features.img_dim for each in contents.values()}) > 1:
         sizes = ", ".join(f"{name} {each.split.features.img_dim}" for name, each in contents.items())
         found.faults.append(f"features of different size, no model takes both: {sizes}")
-    _check_words(args.bert, [each.split for each in contents.values()], found)
     for one, other in APART:
         if one in contents and other in contents:
             _check_apart(contents[one], contents[other], found)
@@ -90,18 +85,6 @@ def _check_split(folder: Path, name: str, found: Findings) -> Contents:
         found.faults.append(f"{name}_ids.txt: {some(twice, 'id')} more than once")
     only_numbers = ids == list(map(str, range(len(split.features))))
     return Contents(split, digests, [] if only_numbers else ids or [])
-
-
-def _check_words(bert: str, splits: list[Split], found: Findings) -> None:
-    """That a text model's vocabulary knows the captions."""
-    if not bert and not isinstance(try_to_load_from_cache(ModelSettings.bert, "vocab.txt"), str):
-        return
-    from lib.data.tokenizer import load_tokenizer  # imports transformers, which takes seconds
-
-    if tokenizer := found.read(load_tokenizer, bert or ModelSettings.bert):
-        for split in splits:
-            note = found.read(tokenizer.check_words, split.name, tokenizer.tokenize(split.captions))
-            found.notes.extend([note] * bool(note))
 
 
 def _check_features(split: Split, found: Findings) -> dict[bytes, int]:

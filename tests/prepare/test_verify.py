@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lib.data.dataset import open_split
-from tests.conftest import TINY_BERT
 from tests.prepare.samples import prepare, write_lines
 
 IMAGES = {"train": 12, "dev": 4, "testall": 6}
@@ -115,21 +114,6 @@ def test_what_is_odd_but_no_fault_is_a_note(folder, run):
     assert len(notes) == 2
     assert notes[0].startswith("train_caps.txt: repeated captions: 2")
     assert notes[1].startswith("dev: no dev_ids.txt")
-
-
-def test_captions_that_a_vocabulary_does_not_know(folder, run):
-    dog = "\u72d7"
-    write_lines(folder / "train_caps.txt", ["a dog"] * 60)
-    write_lines(folder / "dev_caps.txt", ["a dog"] * 19 + [f"a {dog}"])
-    write_lines(folder / "test_caps.txt", [dog] * 10)
-    write_lines(folder / "testall_caps.txt", ["a dog"] * 30)
-    out, error = run("--bert", TINY_BERT)
-    vocabulary = f"the vocabulary of {TINY_BERT} does not know"
-    (note,) = [note for note in findings(out, "note") if "vocabulary" in note]
-    assert note == f"dev: {vocabulary} 2 % of the captions' pieces ([UNK], first in caption 20)"
-    (fault,) = findings(out, "fault")
-    assert fault.startswith(f"test: {vocabulary} 100 % of the captions' pieces ([UNK], first in caption 1); choose")
-    assert error.endswith("1 fault\n")
 
 
 def test_a_picture_or_two_in_very_many_is_no_fault(folder, run):
