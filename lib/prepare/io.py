@@ -133,21 +133,18 @@ def open_features(folder: Path, name: str) -> Split:
 def read_boxes(split: Split, name: str = "boxes", width: int = BOX) -> np.ndarray | None:
     """Boxes (regions of all images, 4), or objects (..., 2), from {split}_{name}.npy; None where there is no such file.
 
-    Where each image stands five times in the file of features, its boxes may, too. Raises InputError where they are not
-    one for each region, or hold NaN.
+    Raises InputError where they are not one for each region, or hold NaN.
     """
     path, features = split.folder / f"{split.name}_{name}.npy", split.features
     if not path.is_file():
         return None
-    size = int(features.starts[-1]) * width
+    regions = int(features.starts[-1])
     with refusing(f"{path}: no {name} of these features; delete it, or make it again"):
         boxes = np.load(path, allow_pickle=False)
-        if boxes.shape[-1] != width or boxes.size not in (size, size * features.repeats):
-            raise ValueError(f"{width} numbers for each of {size // width} regions expected, shape {boxes.shape} found")
+        if boxes.shape[-1] != width or boxes.size != regions * width:
+            raise ValueError(f"{width} numbers for each of {regions} regions expected, shape {boxes.shape} found")
         if not np.isfinite(boxes).all():
             raise ValueError("NaN or infinite")
-    if boxes.size > size:
-        boxes = boxes.reshape(len(features), features.repeats, -1, width)[:, 0]
     return boxes.reshape(-1, width)
 
 

@@ -48,7 +48,7 @@ def write_store(folder: Path, images: Images, split: str = "all", repeats: int =
     np.save(folder / f"{split}_ims.npy", np.stack([features for features, _ in images.values()]).repeat(repeats, 0))
     write_lines(folder / f"{split}_ids.txt", [image_id for image_id in images for _ in range(repeats)])
     if boxes:
-        np.save(folder / f"{split}_boxes.npy", np.stack([b for _, b in images.values()]).repeat(repeats, 0))
+        np.save(folder / f"{split}_boxes.npy", np.stack([b for _, b in images.values()]))
     return folder
 
 
