@@ -45,10 +45,6 @@ class Features:
         self.ids, self.folders = list(self._readers), [path if path.is_dir() else path.parent for path in paths]
         self.notes: dict[str, set[str]] = defaultdict(set)  # what is worth a line, and of which ids
 
-    def match(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """Image id -> id of its features, see `match`."""
-        return match(names, self.ids, "--features", "features")
-
     def read(self, found: str) -> Image:
         """The image of one of `ids`. Raises InputError where it is not sound."""
         image = self._readers[found]()
@@ -85,8 +81,6 @@ def match(names: Mapping[str, Mapping[str, str]], ids: Sequence[str], flag: str,
         )
     image_id, example = next(iter(found.items()))
     print(f"matched by {how}: {len(found):,} of {len(images):,} images, {image_id} is {example}")
-    for other in [one for one, pairs in tried if len(pairs) == len(found) and pairs != found][:1]:
-        print(f"{other} would match as many images, with other {what}: look which is right")
     return found
 
 
@@ -105,7 +99,7 @@ def write_dataset(
     """
     captioned = {image_id for captions in splits.values() for image_id in captions}
     without = sorted({image_id for wanted in names.values() for image_id in wanted}.difference(captioned))
-    found = features.match(names)
+    found = match(names, features.ids, "--features", "features")
     if captioned.isdisjoint(found):
         raise InputError(f"--features: no image that has features has captions, {next(iter(found))} for one")
     with new_folder(folder, "--data_name") as temporary:
