@@ -74,12 +74,13 @@ def run(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_captions_of_every_kind_and_features_become_a_data_set_to_the_bit(tmp_path, run, suffix):
+def test_captions_and_features_become_a_data_set_to_the_bit(tmp_path, run):
     images = make_images([f"image {n}" for n in range(8)], (3, 10, 1))
     splits = dict(zip(images, ["train", "dev", "test", "train"] * 2, strict=True))
     rows = make_rows(splits=splits)
-    code, out, _ = run(write_as(tmp_path / f"c{suffix}", rows), write_image_files(tmp_path / "files", images, ".npz"))
+    code, out, _ = run(
+        write_captions(tmp_path / "c.jsonl", rows), write_image_files(tmp_path / "files", images, ".npz")
+    )
     assert code == 0
     for split in SPLITS:
         expected = {image_id: image for image_id, image in images.items() if splits[image_id] == split}
@@ -200,9 +201,7 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
         (".csv", CSV + b"b,A cat, a dog,dev\n", "line 3: more columns than the header; put captions into quotes"),
         (".csv", CSV + b'b,"A cat,dev\nc,A dog,dev\n', "line 4: unexpected end of data"),
         (".csv", CSV + b" ,A cat,dev\n", "line 3: image_id must be"),
-        (".csv", CSV + b"b, ,dev\n", "line 3: caption must be text"),
         (".csv", CSV + b"b,A cat,eval\n", "line 3: split 'eval' is none of train, restval, dev, val, validation, test"),
-        (".csv", CSV + b"b,A cat,\n", "line 3: every caption must have a split, or none"),
         (".csv", CSV + b"a,A cat,dev\n", "line 3: image a is in dev, but in train before"),
         (".csv", b"image_id,caption\n", "no captions in it"),
         (
@@ -228,17 +227,13 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
             b'{"dataset": "coco", "images": []}',
             "neither a list of captions nor COCO's captions; Karpathy's splits",
         ),
-        (".csv", "image_id,caption\n1,a\n".encode("utf-16"), "line 1 is not UTF-8"),
         (".jsonl", JSONL + b"b,A dog\n", "line 2: Expecting value"),
         (".jsonl", JSONL + b'["b", "A dog"]\n', 'line 2: expected {"image_id"'),
-        (".jsonl", JSONL + b'{"image_id": true, "caption": "A cat"}\n', "line 2: image_id must be"),
         (".jsonl", JSONL + b'{"image_id": 1, "caption": ["A cat", 3]}\n', "line 2: caption must be text, or a list"),
         (".jsonl", JSONL + b'{"image_id": 1, "caption": []}\n', "line 2: caption must be text, or a list"),
         (".jsonl", JSONL + b'{"image_id": 1, "caption": "\\ud800", "split": "dev"}\n', "surrogates"),
         (".jsonl", JSONL + b'{"image_id": "\\u001b[2J", "caption": "a"}\n', "line 2: image_id must be"),
         (".json", b'[{"image_id": 1, "caption": "a"}, 3]', "entry 1 (counted from 0): expected {"),
-        (".json", b"a", "not JSON"),
-        (".json", b"3", "neither a list of captions nor COCO's captions"),
         (".json", b'{"annotations": 3}', "not COCO's captions"),
         (".json", JSONL + JSONL, "not JSON; copy or download it again, or call it .jsonl if each line is an object"),
         (".jsonl", b'[\n{"image_id": 1, "caption": "a"}]', "line 1: Expecting value: line 1 column 2 (char 1); a list"),
