@@ -21,6 +21,7 @@ import train
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 TINY_BERT = GOLDEN / "tiny_bert"
+PUBLISHED = GOLDEN / "official_format_checkpoint.pth.tar"
 SUBJECTS = ("man", "child", "boy", "dog", "woman", "skateboarder")
 ACTIONS = ("holding a red ball", "near the park", "is jumping", "on a black bench", "and two dogs")
 

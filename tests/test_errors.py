@@ -14,12 +14,11 @@ import testall as testall_program
 import train as train_program
 from lib.checkpoints.native import BEST, LAST
 from lib.cli import QUOTED, reason
-from tests.conftest import GOLDEN, TINY_BERT
+from tests.conftest import PUBLISHED, TINY_BERT
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a warning would be a second line
 
 PROGRAMS = {"train": train_program, "test": test_program, "testall": testall_program, "eval": eval_program}
-PUBLISHED = GOLDEN / "official_format_checkpoint.pth.tar"
 
 
 @pytest.fixture

@@ -26,9 +26,7 @@ from lib.checkpoints.native import (
 )
 from lib.cli import InputError
 from lib.evaluation.report import describe_source
-from tests.conftest import GOLDEN
-
-PUBLISHED = GOLDEN / "official_format_checkpoint.pth.tar"
+from tests.conftest import PUBLISHED
 
 
 def same(one, other) -> bool:

@@ -18,9 +18,7 @@ from lib.cli import InputError
 from lib.losses import hinge
 from lib.training.optim import build_optimizer, set_learning_rate
 from tests.checkpoints.test_native import same
-from tests.conftest import GOLDEN, TINY_BERT
-
-PUBLISHED = GOLDEN / "official_format_checkpoint.pth.tar"
+from tests.conftest import PUBLISHED, TINY_BERT
 
 
 def published_model():

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from lib.cli import InputError
 from lib.prepare.__main__ import main
 from lib.prepare.io import open_features
 
@@ -89,15 +87,6 @@ def prepare(capsys, *argv: object) -> tuple[int, str, str]:
     captured = capsys.readouterr()
     assert (code, len(captured.err.splitlines())) in ((0, 0), (2, 1)), captured.err
     return code, captured.out, captured.err
-
-
-def refusal(function, *args: object) -> str:
-    """The message with which a call is refused, which is one line."""
-    with pytest.raises(InputError) as caught:
-        function(*args)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1, message
-    return message
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,8 @@ import pytest
 
 from lib.prepare.assemble import Features, match
 from lib.prepare.io import Image, write_split
-from tests.prepare.samples import IMG_DIM, make_images, refusal, write_image_files, write_store
+from tests.data.samples import refusal
+from tests.prepare.samples import IMG_DIM, make_images, write_image_files, write_store
 
 
 def check(features, images, boxes=True):

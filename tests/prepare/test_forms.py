@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lib.prepare.io import open_features
+from tests.conftest import ROOT
 from tests.prepare.samples import make_images, prepare, tsv_line, write_image_files, write_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 SECTION = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Forms of files")[1].split("\n## ")[0]
 ROWS = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in SECTION.splitlines() if line.startswith("| ")][1:]
 

@@ -16,18 +16,18 @@ import test
 import train
 from lib.data.dataset import open_split
 from lib.prepare.own import draw_splits, read_captions
+from tests.conftest import ROOT
+from tests.data.samples import refusal
 from tests.prepare.samples import (
     IMG_DIM,
     check_split,
     make_images,
     prepare,
-    refusal,
     write_captions,
     write_image_files,
     write_store,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "dev", "test")
 SPEED = re.compile(r"in [\d.]+ s, [\d.]+ a second, on cpu \(\d+ threads\)")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")

@@ -23,11 +23,10 @@ from lib.training.resume import Origin, refuse_changes
 from lib.training.run_folder import Progress
 from lib.training.signals import Signals
 from tests import mishap
-from tests.conftest import GOLDEN, ROOT, TINY_BERT
+from tests.conftest import PUBLISHED, ROOT, TINY_BERT
 from tests.ranks import run_ranks
 
 LOSS = re.compile(r"step (\d+) loss ([\d.]+) gradient ([\d.]+) rate ([\d.e-]+)")
-PUBLISHED = GOLDEN / "official_format_checkpoint.pth.tar"
 STEPS = 15  # of an epoch
 
 
