@@ -4,7 +4,7 @@
     python benchmarks/search.py --checkpoint RUN --data_name NAME    # what is lost by storing regions in fewer bytes
 
 Pictures are random unit vectors around 50,000 centres, their regions random unit vectors around those. Each query of a
-warm process encodes a caption of 3 to 20 words with BERT-base, and finds, reads and scores the candidates of a vector
+warm process encodes a caption of 3 to 20 words, and finds, reads and scores the candidates of a vector
 around a centre. Recall: which share of the vectors' exact nearest the approximate index finds. --folder needs some 19
 KB a picture of 36 regions; what is written there is deleted at the end.
 """
@@ -35,6 +35,10 @@ from lib.search.index import decode, encode  # noqa: E402
 
 CENTRES, NOISE = 50_000, 0.5  # of the vectors; length of the noise around a centre
 WARM = 100  # queries before the first that counts
+TEXT = {  # sizes of language models, where they differ from BERT-base
+    "base": {},
+    "small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+}
 PARTS = ("encode", "find", "read", "score")
 
 
@@ -44,6 +48,7 @@ def main() -> None:
     flags.add_argument("--regions", type=int, nargs="+", default=[36, 36, 4], help="of each number of pictures")
     flags.add_argument("--queries", type=int, default=200)
     flags.add_argument("--candidates", type=int, default=200)
+    flags.add_argument("--text", choices=TEXT, default="base", help="language model: of BERT-base's size, of MiniLM's")
     flags.add_argument("--folder", default=None, help="where there is room")
     flags.add_argument("--compress", default="", help="as of search.py")
     flags.set_defaults(embed_size=256)
@@ -67,7 +72,7 @@ def main() -> None:
 
 def write_model(settings, folder: Path) -> Path:
     """A checkpoint of random weights, its language model of BERT-base's size."""
-    bert = write_bert(folder, **common.bert_sizes(settings))
+    bert = write_bert(folder, **(common.bert_sizes(settings) or TEXT[settings.text]))
     flags = asdict(
         TrainSettings(bert=str(bert), bert_from_scratch=True, img_dim=8, embed_size=settings.embed_size, gate="open")
     )

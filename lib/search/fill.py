@@ -345,7 +345,7 @@ class Filling:
 
 def commit_size(pictures: int) -> int:
     """How many pictures are written at a time in a run of so many: what a kill may lose."""
-    return min(max(COMMIT, pictures // COMMITS), max(COMMIT, LARGEST))
+    return max(COMMIT, min(pictures // COMMITS, LARGEST))
 
 
 def tidy(table: Any) -> None:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,32 @@ def test_a_sentence_of_any_length_is_scored_as_everywhere(pixels, photos, tmp_pa
     assert len(lines) == 4
     assert str(photos) in lines[0]
     assert "dog " in lines[1]
+
+
+def test_a_large_index_is_searched_in_parts_and_its_small_files_are_joined(features, tmp_path, monkeypatch):
+    checkpoint, uri = write_model(tmp_path / "m.safetensors", features, img_dim=16), tmp_path / "index"
+    data = ["--data_path", features.parent, "--data_name", features.name, "--checkpoint", checkpoint]
+    assert run("index", *data, "--index", uri) == 0
+    for name, value in {
+        "BLOCK": 4,
+        "COMMIT": 4,
+        "FILES": 3,
+        "APPROXIMATE": 10,
+        "OLD": timedelta(milliseconds=100),
+    }.items():
+        monkeypatch.setattr(fill, name, value)
+    parts = tmp_path / "parts"
+    assert run("index", *data, "--index", parts) == 0
+    whole, searched = (Index.open(one, device="cpu") for one in (uri, parts))
+    assert not whole.pictures.list_indices()
+    (made,) = searched.pictures.list_indices()
+    assert searched.pictures.index_stats(made.name).num_unindexed_rows == 0
+    assert searched.pictures.stats()["fragment_stats"]["num_fragments"] == 1
+    monkeypatch.setattr(index, "PROBES", 1)
+    vector = whole.encode(QUERY)[2]
+    assert len(searched.nearest(searched.pictures, vector, 29, ["id"])) < 29  # one part of five
+    for found, same in zip(*(one.query(QUERY, candidates=30) for one in (whole, searched)), strict=True):
+        assert (found.id, found.score) == (same.id, pytest.approx(same.score, abs=2e-3))
 
 
 # Processes
