@@ -31,6 +31,9 @@ TURNS = {
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 SIDEWAYS = (5, 6, 7, 8)  # of these width and height change places
+# White, where pixels have more than 8 bits: the first of these that no pixel exceeds, else the brightest pixel.
+WHITE = {"I": (65535.0,), "F": (1.0, 255.0, 65535.0)}
+WHITE |= dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), (65535.0,))
 NAMED = 3  # pictures that an error message names
 LEAST_SIDE, FLIPPED = 0.6, 0.5  # of a picture's sides in training, share of the pictures
 CHANGES = 5  # numbers that change a picture at random
@@ -82,7 +85,12 @@ def _decode(
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of Pillow: about many pixels, refused below, and damaged EXIF
-            picture = source if isinstance(source, PIL.Image.Image) else stack.enter_context(PIL.Image.open(source))
+            if isinstance(source, PIL.Image.Image):
+                picture = source
+            elif os.path.exists(source) and not os.path.isfile(source):
+                raise NotAPicture("not a file")  # a pipe would be waited for
+            else:
+                picture = stack.enter_context(PIL.Image.open(source))
             if limit and picture.width * picture.height > limit:
                 raise PIL.Image.DecompressionBombError
             if picture.format == "TIFF":
@@ -96,6 +104,8 @@ def _decode(
             turn = TURNS.get(_orientation(picture))
             picture = _to_rgb(picture)
             return picture if turn is None else picture.transpose(turn), size
+    except NotAPicture:
+        raise
     except PIL.Image.DecompressionBombError:
         raise NotAPicture(f"more than {limit:,} pixels, as many as Pillow takes for an attack") from None
     except PIL.UnidentifiedImageError:
@@ -112,9 +122,10 @@ def _orientation(picture: PIL.Image.Image) -> int:
 
 
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits
-        pixels = np.asarray(picture, np.float32) / 257
-        picture = PIL.Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+    if picture.mode in WHITE:
+        pixels = np.nan_to_num(np.asarray(picture, np.float32))
+        white = next((one for one in WHITE[picture.mode] if one >= pixels.max()), pixels.max())
+        picture = PIL.Image.fromarray((pixels * (255 / white)).clip(0, 255).round().astype(np.uint8))
     if picture.getbands()[-1] in "Aa" or "transparency" in picture.info:
         white_paper = PIL.Image.new("RGBA", picture.size, "white")
         picture = PIL.Image.alpha_composite(white_paper, picture.convert("RGBA"))
@@ -150,9 +161,12 @@ def list_pictures(folder: Path) -> tuple[list[str], int]:
 
     A picture is what has a picture's ending; hidden files and folders do not count. Links to folders are followed.
     """
-    names, others = [], 0
+    names, others, seen = [], 0, set()
     for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [one for one in folders if one[0] != "."]
+        seen.add(os.path.realpath(where))
+        folders[:] = [
+            one for one in folders if one[0] != "." and os.path.realpath(os.path.join(where, one)) not in seen
+        ]
         pictures = [one for one in files if PICTURE.search(one) and one[0] != "."]
         names += [Path(where, one).relative_to(folder).as_posix() for one in pictures]
         others += len(files) - len(pictures)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from types import SimpleNamespace
@@ -96,6 +97,8 @@ KINDS = {
     "16-bit grey": (saved(PIL.Image.fromarray(GREY.astype(np.uint16) * 257)), GREY_RGB),
     "16-bit grey with a camera's byte order": (png_of_16_bits(GREY[..., None].astype(int) * 257), GREY_RGB),
     "16-bit RGB": (png_of_16_bits(PIXELS.astype(int) * 257), PIXELS),
+    "32-bit whole numbers": (saved(PIL.Image.fromarray(GREY.astype(np.int32) * 257), "TIFF"), GREY_RGB),
+    "floats from 0 to 1": (saved(PIL.Image.fromarray(GREY.astype(np.float32) / 255), "TIFF"), GREY_RGB),
 }  # fmt: skip
 
 
@@ -126,6 +129,9 @@ def test_a_truncated_picture_is_none(kind, tmp_path):
 
 
 def test_what_is_no_picture_says_why(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(NotAPicture, match="not a file"):
+        open_picture(tmp_path / "pipe.jpg")
     for name, content in {"empty.jpg": b"", "page.jpg": b"<html>not found</html>"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(NotAPicture, match="not a picture"):
@@ -168,11 +174,12 @@ def test_pictures_are_found_in_subfolders_and_other_files_are_counted(tmp_path):
     for name in ("b.JPG", "a/x.png", "a/10.webp", ".hidden.jpg", ".git/x.png", "Thumbs.db", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "round").symlink_to(tmp_path)
     names, others = list_pictures(tmp_path)
-    assert names == ["a/10.webp", "a/x.png", "b.JPG", "photos/link/10.webp", "photos/link/x.png"]
-    assert others == 4
+    assert names[:3] == ["a/10.webp", "a/x.png", "b.JPG"]
+    assert others >= 3
+    assert len(names) < 10
 
 
 @pytest.mark.parametrize(
