@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple, cast
 from urllib.request import Request, urlopen
 
@@ -498,10 +500,13 @@ def torchvision_weights(kind: str) -> dict[str, Tensor]:
     try:
         if not os.path.exists(cached):
             print(f"{kind}: the weights are not in the cache, fetching {weights.url}", flush=True)
-            urlopen(Request(weights.url, method="HEAD"), timeout=FIRST_ANSWER).close()  # which has no limit below
+            with ThreadPool(1) as thread:  # the name server, too, has its time limit
+                request = Request(weights.url, method="HEAD")
+                thread.apply_async(urlopen, (request,), {"timeout": FIRST_ANSWER}).get(FIRST_ANSWER).close()
         return _clean(weights.get_state_dict(progress=True, check_hash=True))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{weights.url} cannot be fetched ({error}); give a file of weights") from None
+    except (OSError, RuntimeError, TimeoutError) as error:
+        reason = str(error) or f"no answer within {FIRST_ANSWER} seconds"
+        raise ValueError(f"{weights.url} cannot be fetched ({reason}); give a file of weights") from None
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
