@@ -47,7 +47,7 @@ class Settings:
                 least, above = options.get("least", value), options.get("above", -math.inf)
                 _refuse(value < least, f"{given}must be at least {least}")
                 _refuse(value <= above, f"{given}must be above {above}")
-            if "part" in options and value:
+            if "part" in options and value != field.default:
                 try:
                     parse_part(options["part"], value)
                 except ValueError as error:

@@ -66,7 +66,7 @@ class GpoHead(GpoSimilarity):
     """The global head: a pair's score is X-Dim's plus a learned weight times the cosine of the pooled vectors.
 
     The encoders' outputs are wider for it, D + G: X-Dim takes the first D numbers of a region or word, normalised, and
-    the head pools the others as they are. (Pooled from the same D, both are worse: docs/training.md.)
+    the head pools the others as they are. (Pooled from the same D, both are worse: docs/log.md.)
 
     dims: G; 0: as X-Dim's. weight: at the start. loss: share of the loss of the cosines alone. distill: share of what
     they are taught of the combined scores' ranking (losses.rank_distillation), at this temperature.
@@ -82,6 +82,10 @@ class GpoHead(GpoSimilarity):
         temperature: float = 0.1,
     ):
         super().__init__(embed_size)
+        if min(weight, temperature) <= 0 or min(dims, loss, distill) < 0:
+            raise ValueError(
+                "--global_head gpo: weight and temperature must be above 0, dims, loss and distill at least 0"
+            )
         self.shared, self.dims = embed_size, dims or embed_size
         self.width = self.shared + self.dims
         self.log_weight = nn.Parameter(torch.tensor(math.log(weight)))

@@ -118,3 +118,5 @@ def test_every_model_has_one_vector_a_side_and_one_that_pools_takes_no_head():
     assert "global_head" not in registry.describe({})
     with pytest.raises(ValueError, match="--global_head: --similarity gpo is one vector a side itself"):
         registry.describe({"global_head": "gpo", "similarity": "gpo"})
+    with pytest.raises(ValueError, match="weight and temperature must be above 0"):
+        registry.build("global_head", {"name": "gpo", "options": {"weight": 0.0}}, 12)
