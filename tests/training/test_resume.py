@@ -128,9 +128,9 @@ def test_a_run_that_crashed_anywhere_ends_as_if_it_had_not(flags, whole, tmp_pat
     assert "all 2 epochs are done; a larger --num_epochs continues" in out
 
 
-def test_so_does_one_with_other_settings(flags, tmp_path, monkeypatch):
-    command = [*flags, "--mask_padding", "--no_imgnorm", "--no_txtnorm", "--workers", "2", "--device_features"]
-    command += ["--global_head", "gpo"]
+@pytest.mark.parametrize("more", [["--no_imgnorm", "--no_txtnorm"], ["--global_head", "gpo"]])
+def test_so_does_one_with_other_settings(flags, tmp_path, monkeypatch, more):
+    command = [*flags, *more, "--mask_padding", "--workers", "2", "--device_features"]
     assert train.main([*command, "--model_name", str(tmp_path / "whole")]) == 0
     crashed(monkeypatch, 23, [*command, "--model_name", str(tmp_path / "cut")])
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
