@@ -91,7 +91,7 @@ class GpoHead(GpoSimilarity):
         self.log_weight = nn.Parameter(torch.tensor(math.log(weight)))
         self.loss, self.distill, self.temperature = loss, distill, temperature
 
-    def others(self, rows: Tensor) -> Tensor:
+    def of_xdim(self, rows: Tensor) -> Tensor:
         """X-Dim's unit vectors (..., D) of regions or words (..., D + G)."""
         return l2_normalize(rows[..., : self.shared])
 

@@ -138,9 +138,9 @@ class XDimSimilarity(nn.Module):
         captions = words.split(lengths.tolist())
         return torch.stack([score_caption(regions, T, D, temperature, real, self.diagonal) for T in captions], dim=1)
 
-    def score_words(self, regions: Tensor, words: Tensor, real: Tensor | None = None) -> Tensor:
-        """Scores (I, W) of regions (I, R, D) and each word (W, D) of one caption."""
-        return score_words(regions, words, self.dependency(), self.log_temperature.exp(), real, self.diagonal)
+    def score_words(self, regions: Tensor, words: Tensor, D: Tensor | None, real: Tensor | None = None) -> Tensor:
+        """Scores (I, W) of regions (I, R, D) and each word (W, D) of one caption. D: what dependency() gives."""
+        return score_words(regions, words, D, self.log_temperature.exp(), real, self.diagonal)
 
     tiled = staticmethod(forward)  # what the tiled engine computes; a subclass with another forward() is not tiled
 

@@ -152,6 +152,11 @@ class Index:
     def _scorer(self) -> Any:
         return self.matcher.scorer()
 
+    @cached_property
+    def _dependency(self) -> Tensor | None:
+        """X-Dim's dependency matrix: with 1,024 dimensions it takes as long as all else of a word's scores."""
+        return self.matcher.model.similarity.dependency()
+
     @torch.inference_mode()
     def _score_words(self, text: str, words: Tensor, regions: Tensor, real: Tensor | None) -> list[list]:
         """For each picture (n) the words of a sentence with their scores; nothing where the similarity has none."""
@@ -160,8 +165,8 @@ class Index:
             return [[]] * len(regions)
         with self.matcher.compute.in_force():
             if head := self.matcher.model.global_head:
-                regions, words = head.others(regions), head.others(words)
-            scores = similarity.score_words(regions, words, real).cpu()[:, len(tokenizer.prefix) :]
+                regions, words = head.of_xdim(regions), head.of_xdim(words)
+            scores = similarity.score_words(regions, words, self._dependency, real).cpu()[:, len(tokenizer.prefix) :]
         numbers, spelled = tokenizer.spell(text)
         numbers = torch.tensor(numbers)[: scores.shape[1] - len(tokenizer.suffix)]  # as many as the text model takes
         sums = torch.zeros(len(regions), len(spelled)).index_add_(1, numbers, scores[:, : len(numbers)])

@@ -135,7 +135,8 @@ def test_with_all_pictures_as_candidates_the_answer_is_the_ranking_of_eval(featu
         words = searched.encode(QUERY)[0]
         rows = searched.pictures.search().where(f"id = '{first.id}'").to_arrow()
         with torch.inference_mode():
-            scores = searched.matcher.model.similarity.score_words(searched.read_regions(rows)[0], words)[0]
+            similarity = searched.matcher.model.similarity
+            scores = similarity.score_words(searched.read_regions(rows)[0], words, similarity.dependency())[0]
         assert first.score == pytest.approx(scores.mean().item(), abs=1e-5)
         pieces = tokenizer.tokenize([QUERY]).words
         for number, (_, of_word) in enumerate(first.words):

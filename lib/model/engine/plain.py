@@ -71,7 +71,7 @@ class CombinedEngine(PlainEngine):
     ) -> tuple[Tensor, Tensor]:
         """Combined scores (I, C) and the head's cosines (I, C)."""
         cosines = self.head(regions, words, lengths, real)
-        scores = self.engine(self.head.others(regions), self.head.others(words), lengths, real)
+        scores = self.engine(self.head.of_xdim(regions), self.head.of_xdim(words), lengths, real)
         return scores + self.head.weight * cosines, cosines
 
     def __call__(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
@@ -117,15 +117,15 @@ class UnitScorer:
 
     def captions(self, words: Tensor, lengths: Tensor) -> Any:
         """Captions as `all_pairs` takes them."""
-        return self.scorer.captions(self.head.others(words), lengths)
+        return self.scorer.captions(self.head.of_xdim(words), lengths)
 
     def all_pairs(self, regions: Tensor, captions: Any, real: Tensor | None = None) -> Tensor:
         """Scores (I, C)."""
-        return self.scorer.all_pairs(self.head.others(regions), captions, real)
+        return self.scorer.all_pairs(self.head.of_xdim(regions), captions, real)
 
     def pairs(self, regions: Tensor, words: Tensor, *others: Any) -> Tensor:
         """Scores (P,) of chosen pairs; arguments as PlainScorer.pairs takes them."""
-        return self.scorer.pairs(self.head.others(regions), self.head.others(words), *others)
+        return self.scorer.pairs(self.head.of_xdim(regions), self.head.of_xdim(words), *others)
 
 
 class PlainScorer:
