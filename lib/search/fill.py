@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from lib import collectives, distributed
 from lib.checkpoints.native import trained_encoder
@@ -29,6 +28,7 @@ from lib.data.dataset import Split, describe_encoder, is_same_encoder, read_enco
 from lib.data.images import NotAPicture, list_pictures, load_picture
 from lib.evaluation.evaluate import open_split_of
 from lib.evaluation.score import BLOCK, SEEN, Matcher, load
+from lib.model.vision import Regions
 from lib.prepare.io import read_boxes
 from lib.search.index import (
     ABOUT,
@@ -71,13 +71,6 @@ class Picture(NamedTuple):
     captions: Sequence[str] = ()
 
 
-class Regions(NamedTuple):
-    """Regions of a picture from a file of features."""
-
-    features: Tensor  # (R, img_dim)
-    boxes: Tensor | None  # (R, 4)
-
-
 class Source:
     """Where pictures come from: a folder of files, or a data set's split of pictures or of region features."""
 
@@ -95,8 +88,8 @@ class Source:
     def _regions(self, place: int) -> Regions:
         assert self.split
         features, rows = self.split.features, slice(*self.split.features.starts[place : place + 2])
-        read = torch.from_numpy(features.read(np.array([place])))
-        return Regions(read, None if self.boxes is None else torch.from_numpy(self.boxes[rows]))
+        boxes: Any = None if self.boxes is None else torch.from_numpy(self.boxes[rows])
+        return Regions(torch.from_numpy(features.read(np.array([place]))), boxes)
 
 
 def _load(path: str, preprocessing: Any) -> Any:
@@ -296,11 +289,12 @@ class Filling:
             regions = self.matcher.see(*zip(*regions, strict=True))
         block, vectors = embed(self.matcher, [one.features for one in regions])
         real = torch.ones(block.regions.shape[:2], dtype=torch.bool) if block.real is None else block.real.cpu()
-        own = block.regions[..., : self.index.about["dims"]].float().cpu()  # a head's dimensions are in the vector
-        embedded = [of_picture[some].numpy() for of_picture, some in zip(own, real, strict=True)]
+        about = self.index.about
+        of_xdim = block.regions[..., : about["dims"]].float().cpu()  # a head's dimensions are in the vector
+        embedded = [rows[some].numpy() for rows, some in zip(of_xdim, real, strict=True)]
         for (picture, _), one, own, vector in zip(readable, regions, embedded, vectors.cpu().numpy(), strict=True):
             boxes = None if one.boxes is None else one.boxes.float().cpu().numpy().tobytes()
-            stored = {"vector": vector, "regions": encode(own, self.index.about["regions"]), "boxes": boxes}
+            stored = {"vector": vector, "regions": encode(own, about["regions"]), "boxes": boxes}
             rows[PICTURES].append(_of_file(picture) | stored)
         captions = [(picture.id, caption) for picture, _ in readable for caption in picture.captions]
         of_captions = encode_captions(self.matcher, [caption for _, caption in captions])[2] if captions else []
@@ -312,7 +306,7 @@ class Filling:
         pictures, index = rows[PICTURES], self.index
         again = {row["id"] for row in pictures} & changed
         with written_whole(index.uri):
-            _add(self.index.unreadable, rows[UNREADABLE])
+            _add(index.unreadable, rows[UNREADABLE])
             _remove(index.pictures, "id", {row["id"] for row in rows[UNREADABLE]} & changed)
             _remove(index.captions, "picture", again)
             _add(index.captions, rows[CAPTIONS])
