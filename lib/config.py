@@ -275,6 +275,33 @@ class QuerySettings(SearchSettings):
         _refuse(bool(self.text) == bool(self.image), "give a sentence in quotes, or --image PICTURE: one of them")
 
 
+@dataclass
+class FigureSettings(Settings):
+    """figure"""
+
+    out: str = flag("", "file of the figure; its ending says of which kind")
+
+    endings = (".png", ".pdf", ".svg")
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = Path(self.out).suffix.lower() in self.endings
+        _refuse(not known, f"--out {self.out}: expected a file's name that ends in {' or '.join(self.endings)}")
+
+
+@dataclass
+class ShowSettings(FigureSettings, ComputeSettings):
+    """model"""
+
+    checkpoint: str = flag("", "run folder or checkpoint (default: newest best below runs/)")
+    bert: str = flag("", "text model's name or folder, for published checkpoints; others carry their own")
+
+
+@dataclass
+class DependenciesSettings(ShowSettings):
+    """Settings of show.py dependencies."""
+
+
 Chosen = TypeVar("Chosen", bound=Settings)
 
 

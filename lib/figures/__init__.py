@@ -1,0 +1,34 @@
+"""Figures: what is to be seen as arrays first, drawn by Matplotlib second, as files of their own."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lib.cli import InputError
+from lib.files import check_writable, replacing
+
+DPI = 150  # of pictures in pixels
+
+
+def import_matplotlib(out: str = "") -> Any:
+    """The module matplotlib.figure, before the work of a figure. out: the file that will hold it.
+
+    Raises InputError where Matplotlib is missing or the file cannot be written.
+    """
+    check_writable(out)
+    try:
+        return import_module("matplotlib.figure")
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error}: figures need Matplotlib, run: pip install matplotlib") from None
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches, whose panels are placed so that no texts overlap."""
+    return import_matplotlib().Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, out: str) -> None:
+    """Write a figure as what the file's ending says: .png, .pdf or .svg. Raises InputError."""
+    with replacing(out) as file:
+        figure.savefig(file, format=Path(out).suffix[1:].lower(), dpi=DPI)
+    print(out)
