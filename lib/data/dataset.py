@@ -4,6 +4,7 @@
                         {split}_caps.txt         UTF-8, one caption a line, five consecutive lines for each image, or
                         {split}_caps_counts.txt  says how many, one number a line
                         {split}_ids.txt          the images' ids, one a line (optional)
+                        {split}_boxes.npy        where each region lies in its picture, x1 y1 x2 y2 (optional)
                         encoder.json             the vision model that made the features (lib/prepare/images.py)
 
 GPO keeps the same files in data/f30k/precomp/ and data/coco/precomp/. The files that people download hold each image of
@@ -25,6 +26,7 @@ from lib.files import read_lines
 CAPTIONS_PER_IMAGE = 5  # where there is no file of counts
 FINGERPRINT_IMAGES = 64
 ENCODER = "encoder.json"
+BOX = 4  # numbers of a box: x1 y1 x2 y2 in pixels
 
 HOW_TO_GET_DATA = (
     "usually obtained from the Kaggle data set kuanghueilee/scan-features (see docs/data.md); "
@@ -181,6 +183,24 @@ def read_ids(split: Split) -> list[str] | None:
         if one != ids[number - number % repeats]:
             raise InputError(f"{path}: line {number + 1} differs, though five lines in a row belong to one image")
     return ids[::repeats]
+
+
+def read_boxes(split: Split, name: str = "boxes", width: int = BOX) -> np.ndarray | None:
+    """Boxes (regions of all images, 4), or objects (..., 2), from {split}_{name}.npy; None where there is no such file.
+
+    Raises InputError where they are not one for each region, or hold NaN.
+    """
+    path, features = split.folder / f"{split.name}_{name}.npy", split.features
+    if not path.is_file():
+        return None
+    regions = int(features.starts[-1])
+    with refusing(f"{path}: no {name} of these features; delete it, or make it again"):
+        boxes = np.load(path, allow_pickle=False)
+        if boxes.shape[-1] != width or boxes.size != regions * width:
+            raise ValueError(f"{width} numbers for each of {regions} regions expected, shape {boxes.shape} found")
+        if not np.isfinite(boxes).all():
+            raise ValueError("NaN or infinite")
+    return boxes.reshape(-1, width)
 
 
 def _read_counts(path: Path, images: int) -> np.ndarray:

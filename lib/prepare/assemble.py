@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lib.cli import InputError, refusing, with_bar
-from lib.data.dataset import read_ids
+from lib.data.dataset import read_boxes, read_ids
 from lib.data.images import WAYS, without_ending
 from lib.files import new_folder
 from lib.prepare import io
@@ -190,7 +190,7 @@ def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
 
 def _open_split(folder: Path, name: str) -> Iterator[tuple[str, Callable[[], Image]]]:
     split = io.open_features(folder, name)
-    ids, boxes, objects = read_ids(split), io.read_boxes(split), io.read_boxes(split, "objects", io.OBJECT)
+    ids, boxes, objects = read_ids(split), read_boxes(split), read_boxes(split, "objects", io.OBJECT)
     if ids is None:
         raise InputError(f"--features {split.features.path}: needs {name}_ids.txt beside it, an image id a line")
     read = partial(io.read_image, split, boxes, objects=objects)

@@ -11,13 +11,13 @@ from numpy.lib import format as npy
 from numpy.typing import DTypeLike
 
 from lib.cli import InputError, refusing
-from lib.data.dataset import CAPTIONS_PER_IMAGE, ENCODER, Split, find_folder, open_split
+from lib.data.dataset import BOX, CAPTIONS_PER_IMAGE, ENCODER, Split, find_folder, open_split
 from lib.data.features import FeatureFile
 
 KNOWN_SPLITS = ("train", "dev", "test", "testall")  # what training and evaluation open; these need captions
 FEATURES = "_ims.npy"
 HEADER_BYTES = 128  # of a .npy file, as NumPy pads it for up to three dimensions
-BOX, OBJECT = 4, 2  # numbers of a box: x1 y1 x2 y2, and of what a detector sees in it: label, score
+OBJECT = 2  # numbers of what a detector sees in a box: label, score
 NAMED = 5  # ids or rows that a message names
 
 
@@ -128,24 +128,6 @@ def open_features(folder: Path, name: str) -> Split:
         folder = folder.resolve()
         return open_split(str(folder.parent), folder.name, name)
     return Split(name, folder, FeatureFile(folder / f"{name}{FEATURES}"), [], np.zeros(0, np.int64))
-
-
-def read_boxes(split: Split, name: str = "boxes", width: int = BOX) -> np.ndarray | None:
-    """Boxes (regions of all images, 4), or objects (..., 2), from {split}_{name}.npy; None where there is no such file.
-
-    Raises InputError where they are not one for each region, or hold NaN.
-    """
-    path, features = split.folder / f"{split.name}_{name}.npy", split.features
-    if not path.is_file():
-        return None
-    regions = int(features.starts[-1])
-    with refusing(f"{path}: no {name} of these features; delete it, or make it again"):
-        boxes = np.load(path, allow_pickle=False)
-        if boxes.shape[-1] != width or boxes.size != regions * width:
-            raise ValueError(f"{width} numbers for each of {regions} regions expected, shape {boxes.shape} found")
-        if not np.isfinite(boxes).all():
-            raise ValueError("NaN or infinite")
-    return boxes.reshape(-1, width)
 
 
 def read_image(

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib.cli import InputError, with_bar
-from lib.data.dataset import Split, read_ids
+from lib.data.dataset import Split, read_boxes, read_ids
 from lib.data.features import FeatureFile
-from lib.prepare.io import KNOWN_SPLITS, add_data_flags, find_splits, open_features, read_boxes, some, span, table
+from lib.prepare.io import KNOWN_SPLITS, add_data_flags, find_splits, open_features, some, span, table
 
 # A collection of photographs may hold a few of them twice; where more images than this are alike, something is wrong.
 MAY_BE_ALIKE = 0.001

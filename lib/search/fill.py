@@ -24,12 +24,11 @@ from lib import collectives, distributed
 from lib.checkpoints.native import trained_encoder
 from lib.cli import InputError, one_line, progress_bar, reason
 from lib.config import IndexSettings
-from lib.data.dataset import Split, describe_encoder, is_same_encoder, read_encoder, read_ids
+from lib.data.dataset import Split, describe_encoder, is_same_encoder, read_boxes, read_encoder, read_ids
 from lib.data.images import NotAPicture, list_pictures, load_picture
 from lib.evaluation.evaluate import open_split_of
 from lib.evaluation.score import BLOCK, SEEN, Matcher, load
 from lib.model.vision import Regions
-from lib.prepare.io import read_boxes
 from lib.search.index import (
     ABOUT,
     CAPTIONS,

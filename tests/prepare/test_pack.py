@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from lib.data.dataset import read_ids
-from lib.prepare.io import open_features, read_boxes
+from lib.data.dataset import read_boxes, read_ids
+from lib.prepare.io import open_features
 from tests.prepare.samples import contents, prepare, write_lines
 
 REGIONS, IMG_DIM = 3, 4
