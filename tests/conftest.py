@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,10 +14,15 @@ from lib.cli import QUIET
 os.environ.update(QUIET)  # as in a program of its own: before anything imports transformers
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 import train
+from lib.checkpoints.native import new_model, write_weights
+from lib.config import TrainSettings
+from lib.runtime import versions
+from lib.training.run_folder import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -53,6 +59,31 @@ def write_data(
         ]
         (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
         (folder / f"{split}_ids.txt").write_text("".join(f"{i}\n" for i in range(count)))
+    return folder
+
+
+def write_model(path, data, **settings):
+    """A checkpoint of random weights."""
+    torch.manual_seed(settings.pop("seed", 0))
+    flags = TrainSettings(
+        **{"bert": str(TINY_BERT), "bert_from_scratch": True, "embed_size": 16, "device": "cpu"},
+        **{"data_path": str(data.parent), "data_name": data.name, **settings},
+    )
+    model, tokenizer, _ = new_model(asdict(flags))
+    content = {"model": model.state_dict(), "architecture": model.architecture, "tokenizer": tokenizer.specification}
+    content |= {"settings": asdict(flags), "progress": asdict(Progress()), "data": {}, "versions": versions()}
+    write_weights(path, content)
+    return path
+
+
+def write_pictures(folder, names):
+    """Pictures of random colours, each another one."""
+    for name in names:
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(list(name.encode()))
+        coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((40, 30)).save(path)
     return folder
 
 

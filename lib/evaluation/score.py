@@ -87,15 +87,7 @@ class Matcher:
         sentences = [] if isinstance(captions, str) or captions is None else [*captions]
         if not sentences or not all(isinstance(one, str) for one in sentences):
             raise InputError("captions: expected a list of one sentence or more")
-        listed: list[Any] = [*images] if isinstance(images, Iterable) and not isinstance(images, str) else []
-        if not listed:
-            raise InputError("images: expected a list of one path or PIL picture or more, or regions of as many images")
-        if all(isinstance(image, str | Path | PIL.Image.Image) for image in listed):
-            prepared = self._look_at(listed)
-        elif look_of(self.model):
-            raise InputError("images: this model starts from pixels: expected paths of pictures, or PIL pictures")
-        else:
-            prepared = self._check_regions(listed)
+        prepared = [features for features, _ in self.take(images)]
         size = min(batch_size, BLOCK)
         parts = (prepared[first : first + size] for first in range(0, len(prepared), size))
         batches = (self.batch(part) for part in parts)
@@ -117,12 +109,25 @@ class Matcher:
         with refusing(f"images: the model's regions were made by {record['encoder']}; {where}"):
             return load_recorded(record, self.image_weights).to(self.compute.device).eval()
 
-    def _look_at(self, images: Sequence[Any]) -> list[Tensor]:
-        """Of each picture what the model takes."""
+    def take(self, images: Iterable) -> list[tuple[Tensor, Tensor | None]]:
+        """Of each image what the model takes, and the boxes (R, 4) of its regions, None where features are given.
+
+        images: as `score` takes them. Raises InputError as it does.
+        """
+        listed: list[Any] = [*images] if isinstance(images, Iterable) and not isinstance(images, str) else []
+        if not listed:
+            raise InputError("images: expected a list of one path or PIL picture or more, or regions of as many images")
+        if all(isinstance(image, str | Path | PIL.Image.Image) for image in listed):
+            return [(one.features, one.boxes) for one in self._look_at(listed)]
+        if look_of(self.model):
+            raise InputError("images: this model starts from pixels: expected paths of pictures, or PIL pictures")
+        return [(features, None) for features in self._check_regions(listed)]
+
+    def _look_at(self, images: Sequence[Any]) -> list[Regions]:
         preprocessing, prepared = (self.model.vision or self.vision).preprocessing, []
         for part in with_bar([images[first : first + SEEN] for first in range(0, len(images), SEEN)], "pictures"):
             pixels, sizes = zip(*(_load(image, preprocessing) for image in part), strict=True)
-            prepared += [one.features for one in self.see(pixels, sizes)]
+            prepared += self.see(pixels, sizes)
         return prepared
 
     @torch.inference_mode()

@@ -80,6 +80,34 @@ class AdaptiveGate(nn.Module):
         }
 
 
+def attend(V: Tensor, T: Tensor, D: Tensor | None, temperature: Tensor, real: Tensor | None = None) -> Tensor:
+    """Attention A (I, W, R) of each word of a caption T (W, D) to the regions of images V (I, R, D); rows sum to 1.
+
+    Arguments as `score_words` takes them.
+    """
+    delta = T.new_ones(T.shape[-1]) if D is None else D.sum(dim=0)
+    Z = at_least_float32((T * delta) @ V.mT)  # (I, W, R) = T diag(delta) V^T
+    A = F.leaky_relu(Z.tanh(), 0.1)
+    A = temperature * A / (A.norm(dim=1, keepdim=True) + EPSILON)  # over the caption's words, for each region
+    if real is not None:
+        A = A.masked_fill(~real[:, None], -math.inf)  # after the product: the temperature's gradient would be NaN
+    return A.softmax(dim=-1)  # over the regions
+
+
+def score_groups(V: Tensor, T: Tensor, A: Tensor, D: Tensor | None, diagonal: bool = False) -> Tensor:
+    """What the group of each dimension adds to a word's similarity: U (I, W, D), of attention A (I, W, R).
+
+    Arguments as `score_words` takes them.
+    """
+    C = l2_normalize(A @ V)  # (I, W, D) attended image context of each word
+    S = C * T  # (I, W, D) correspondence of each dimension
+    if D is None:
+        return S
+    U = at_least_float32(S @ D.mT)  # (I, W, D); row d of D is the group of dimension d
+    norm = (S * D.norm(dim=0) if diagonal else U).norm(dim=-1, keepdim=True)
+    return U / (norm + EPSILON)
+
+
 def score_words(
     V: Tensor, T: Tensor, D: Tensor | None, temperature: Tensor, real: Tensor | None = None, diagonal: bool = False
 ) -> Tensor:
@@ -89,20 +117,8 @@ def score_words(
     False for padding regions, which must not be attended to. diagonal: the norm of S D^T by the diagonal of D^T D
     alone.
     """
-    delta = T.new_ones(T.shape[-1]) if D is None else D.sum(dim=0)
-    Z = at_least_float32((T * delta) @ V.mT)  # (I, W, R) = T diag(delta) V^T
-    A = F.leaky_relu(Z.tanh(), 0.1)
-    A = temperature * A / (A.norm(dim=1, keepdim=True) + EPSILON)  # over the caption's words, for each region
-    if real is not None:
-        A = A.masked_fill(~real[:, None], -math.inf)  # after the product: the temperature's gradient would be NaN
-    A = A.softmax(dim=-1)  # over the regions
-    C = l2_normalize(A @ V)  # (I, W, D) attended image context of each word
-    S = C * T  # (I, W, D) correspondence of each dimension
-    if D is None:
-        return S.sum(dim=-1)
-    if diagonal:
-        return (S * delta).sum(dim=-1) / ((S * D.norm(dim=0)).norm(dim=-1) + EPSILON)
-    return l2_normalize(S @ D.mT).sum(dim=-1)  # (I, W) sum of U's rows
+    A = attend(V, T, D, temperature, real)
+    return score_groups(V, T, A, D, diagonal).sum(dim=-1)
 
 
 def score_caption(V: Tensor, *others: Any) -> Tensor:
@@ -138,9 +154,14 @@ class XDimSimilarity(nn.Module):
         captions = words.split(lengths.tolist())
         return torch.stack([score_caption(regions, T, D, temperature, real, self.diagonal) for T in captions], dim=1)
 
-    def score_words(self, regions: Tensor, words: Tensor, D: Tensor | None, real: Tensor | None = None) -> Tensor:
-        """Scores (I, W) of regions (I, R, D) and each word (W, D) of one caption. D: what dependency() gives."""
-        return score_words(regions, words, D, self.log_temperature.exp(), real, self.diagonal)
+    def explain(
+        self, regions: Tensor, words: Tensor, D: Tensor | None, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention (I, W, R) of each word (W, D) of one caption to regions (I, R, D), and what the group of each
+        dimension adds to the word's score (I, W, D). D: what dependency() gives.
+        """
+        A = attend(regions, words, D, self.log_temperature.exp(), real)
+        return A, score_groups(regions, words, A, D, self.diagonal)
 
     tiled = staticmethod(forward)  # what the tiled engine computes; a subclass with another forward() is not tiled
 

@@ -24,6 +24,7 @@ from lib.checkpoints.native import digest
 from lib.cli import InputError, refusing
 from lib.config import QuerySettings
 from lib.data.images import NotAPicture, load_picture
+from lib.evaluation.attention import explain
 from lib.evaluation.score import Block, Matcher, load
 from lib.model.engine import CombinedScorer
 from lib.model.layers import pad_rows, real_rows, upload
@@ -157,23 +158,13 @@ class Index:
         """X-Dim's dependency matrix: with 1,024 dimensions it takes as long as all else of a word's scores."""
         return self.matcher.model.similarity.dependency()
 
-    @torch.inference_mode()
     def _score_words(self, text: str, words: Tensor, regions: Tensor, real: Tensor | None) -> list[list]:
         """For each picture (n) the words of a sentence with their scores; nothing where the similarity has none."""
-        similarity, tokenizer = self.matcher.model.similarity, self.matcher.tokenizer
-        if not hasattr(similarity, "score_words"):
+        if not hasattr(self.matcher.model.similarity, "explain"):
             return [[]] * len(regions)
-        with self.matcher.compute.in_force():
-            if head := self.matcher.model.global_head:
-                regions, words = head.of_xdim(regions), head.of_xdim(words)
-            scores = similarity.score_words(regions, words, self._dependency, real).cpu()[:, len(tokenizer.prefix) :]
-        numbers, spelled = tokenizer.spell(text)
-        numbers = torch.tensor(numbers)[: scores.shape[1] - len(tokenizer.suffix)]  # as many as the text model takes
-        sums = torch.zeros(len(regions), len(spelled)).index_add_(1, numbers, scores[:, : len(numbers)])
-        means = sums / torch.bincount(numbers, minlength=len(spelled))
-        return [
-            [(word, mean) for word, mean in zip(spelled, row, strict=True) if mean == mean] for row in means.tolist()
-        ]
+        added = [0.0] * len(regions)
+        found = explain(self.matcher, regions, real, words, text, added, self._dependency)
+        return [list(zip(one.words, one.scores.tolist(), strict=True)) for one in found]
 
 
 # The database

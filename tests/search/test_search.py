@@ -8,12 +8,10 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from filelock import FileLock
@@ -22,12 +20,10 @@ from torchvision.models import get_model
 import eval as eval_program
 import search
 from lib import load
-from lib.checkpoints.native import new_model, read_checkpoint, write_weights
-from lib.config import TrainSettings
+from lib.checkpoints.native import read_checkpoint
 from lib.evaluation.score import SEEN, Matcher
-from lib.runtime import versions
-from lib.training.run_folder import Progress
-from tests.conftest import TINY_BERT, write_data
+from lib.model.xdim import score_words
+from tests.conftest import write_data, write_model, write_pictures
 from tests.ranks import run_ranks
 
 pytest.importorskip("lancedb")
@@ -37,31 +33,6 @@ from lib.search.index import decode, encode
 
 DEVICE = ["--device", "cpu"]
 QUERY = "a red ball"
-
-
-def write_model(path, data, **settings):
-    """A checkpoint of random weights."""
-    torch.manual_seed(settings.pop("seed", 0))
-    flags = TrainSettings(
-        **{"bert": str(TINY_BERT), "bert_from_scratch": True, "embed_size": 16, "device": "cpu"},
-        **{"data_path": str(data.parent), "data_name": data.name, **settings},
-    )
-    model, tokenizer, _ = new_model(asdict(flags))
-    content = {"model": model.state_dict(), "architecture": model.architecture, "tokenizer": tokenizer.specification}
-    content |= {"settings": asdict(flags), "progress": asdict(Progress()), "data": {}, "versions": versions()}
-    write_weights(path, content)
-    return path
-
-
-def write_pictures(folder, names):
-    """Pictures of random colours, each another one."""
-    for name in names:
-        path = Path(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(list(name.encode()))
-        coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((40, 30)).save(path)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +106,8 @@ def test_with_all_pictures_as_candidates_the_answer_is_the_ranking_of_eval(featu
         words = searched.encode(QUERY)[0]
         rows = searched.pictures.search().where(f"id = '{first.id}'").to_arrow()
         with torch.inference_mode():
-            similarity = searched.matcher.model.similarity
-            scores = similarity.score_words(searched.read_regions(rows)[0], words, similarity.dependency())[0]
+            D, temperature = (similarity := searched.matcher.model.similarity).dependency(), similarity.log_temperature
+            scores = score_words(searched.read_regions(rows)[0], words, D, temperature.exp())[0]
         assert first.score == pytest.approx(scores.mean().item(), abs=1e-5)
         pieces = tokenizer.tokenize([QUERY]).words
         for number, (_, of_word) in enumerate(first.words):

@@ -1,0 +1,112 @@
+"""What a pair's score is made of: the regions that each word attends to, and what each group of dimensions adds.
+
+X-Dim's score is the mean over all pieces of a caption, special tokens too; a global head's share is added to it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.cli import InputError
+from lib.evaluation.score import Matcher
+
+
+class Attention(NamedTuple):
+    """A pair of an image and a caption, word by word."""
+
+    words: list[str]  # W of them, as the caption spells them
+    weights: np.ndarray  # (W, R): share of each region in a word's context; each row sums to 1
+    scores: np.ndarray  # (W,): each word's own score
+    score: float  # of the pair
+    groups: np.ndarray  # (D,): what the group of each dimension adds to X-Dim's score, which is their sum
+    boxes: np.ndarray | None = None  # (R, 4): x1 y1 x2 y2 in pixels of the upright picture
+
+
+@torch.inference_mode()
+def attention(matcher: Matcher, image: Any, caption: str, joined: bool = True) -> Attention:
+    """What a model looks at in an image for a caption, and how it comes to its score. Raises InputError.
+
+    image: a picture, its path or PIL's, or the features (R, img_dim) of its regions, whose boxes are not known then.
+    joined: see `explain`.
+    """
+    ((seen, boxes),) = matcher.take([image])
+    (block,) = matcher.embed_images([matcher.batch([seen])])
+    words, lengths = matcher.embed_captions(matcher.tokenizer.tokenize([caption]), 1)
+    added, head = 0.0, matcher.model.global_head
+    if head:
+        with matcher.compute.in_force():
+            added = (head.weight * head(block.regions, words, lengths, block.real)).item()
+    (found,) = explain(matcher, block.regions, block.real, words, caption, [added], joined=joined)
+    return found._replace(boxes=None if boxes is None else boxes.numpy())
+
+
+@torch.inference_mode()
+def explain(
+    matcher: Matcher,
+    regions: Tensor,
+    real: Tensor | None,
+    words: Tensor,
+    caption: str,
+    added: Sequence[float],
+    D: Tensor | None = None,
+    joined: bool = True,
+) -> list[Attention]:
+    """The same for images (I) that are embedded already and one caption.
+
+    regions: (I, R, D), or (I, R, D + G) of a model with a global head. real: (I, R), False for padding, None for all.
+    words: (W, D) or (W, D + G) embeddings of the caption's pieces. added: the head's share of each score. D: the
+    dependency matrix, where it is at hand. joined: a row for each word, the mean of its pieces, without special tokens
+    and what the text model does not take; else a row for each piece, named by its word, "" for a special token. Raises
+    InputError where the similarity attends to nothing.
+    """
+    similarity, head = matcher.model.similarity, matcher.model.global_head
+    if not hasattr(similarity, "explain"):
+        name = matcher.model.architecture["similarity"]["name"]
+        raise InputError(
+            f"--similarity {name}: compares one vector of an image and one of a caption, without attention"
+        )
+    with matcher.compute.in_force():
+        if head:
+            regions, words = head.of_xdim(regions), head.of_xdim(words)
+        D = similarity.dependency() if D is None else D
+        weights, groups = (one.float().cpu() for one in similarity.explain(regions, words, D, real))
+    scores, groups = groups.sum(dim=-1), groups.mean(dim=1)  # (I, W), (I, D)
+    totals = scores.mean(dim=1) + torch.tensor(added)
+    names, mean = _rows_of(matcher, caption, len(words), joined)
+    counts = [weights.shape[-1]] * len(weights) if real is None else real.sum(dim=1).tolist()
+    parts = zip(mean @ weights, scores @ mean.T, totals.tolist(), groups, counts, strict=True)
+    return [
+        Attention(names, rows[:, :count].numpy(), of_words.numpy(), total, of_groups.numpy())
+        for rows, of_words, total, of_groups, count in parts
+    ]
+
+
+def _rows_of(matcher: Matcher, caption: str, pieces: int, joined: bool) -> tuple[list[str], Tensor]:
+    """Names of rows, and the matrix (rows, pieces) that makes them as means of pieces; see `explain`."""
+    tokenizer = matcher.tokenizer
+    numbers, spelled = tokenizer.spell(caption)
+    before, after = len(tokenizer.prefix), len(tokenizer.suffix)
+    word_of = torch.tensor([-1] * before + numbers[: pieces - before - after] + [-1] * after)
+    if not joined:
+        return [spelled[word] if word >= 0 else "" for word in word_of.tolist()], torch.eye(pieces)
+    words = word_of[word_of >= 0].unique()
+    own = (word_of == words[:, None]).float()
+    return [spelled[word] for word in words.tolist()], own / own.sum(dim=1, keepdim=True)
+
+
+def partners(matcher: Matcher, dims: Sequence[int], number: int) -> list[list[tuple[int, float]]]:
+    """For each of some dimensions the others with the largest entries of its row of D, its group, and these entries.
+
+    Nothing where dimensions count as independent.
+    """
+    with torch.inference_mode():
+        D = matcher.model.similarity.dependency()
+    if D is None:
+        return [[] for _ in dims]
+    rows = D[list(dims)].float().cpu()
+    rows[torch.arange(len(rows)), list(dims)] = -1
+    best = rows.topk(min(number, len(D) - 1), dim=1)
+    return [list(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
