@@ -27,6 +27,8 @@ from lib.files import replacing
 from lib.model.registry import PAPERS_GATE, describe
 from lib.runtime import ROOT
 
+INSTALLED = Path(__file__).with_name("programs")  # of the package xdim, see setup.py
+TRAIN = (INSTALLED if INSTALLED.is_dir() else ROOT) / "train.py"
 SPEED = re.compile(r" ([\d.]+) pairs/s")
 
 
@@ -88,7 +90,7 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
 def _train(run: Run, flags: Sequence[str]) -> bool:
     """Train what is left of a run, in a process of its own; whether it has come to its end."""
     print(f"\n{run.variant}, seed {run.seed}", flush=True)
-    process = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, *run.flags()])
+    process = subprocess.run([sys.executable, str(TRAIN), *flags, *run.flags()])
     if process.returncode not in (0, TrainingStopped.exit_code):
         sys.exit(process.returncode)  # train.py has said why: wrong flags, or an interruption
     return process.returncode == 0
