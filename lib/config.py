@@ -112,6 +112,7 @@ class RunSettings(Settings):
 
     model_name: str = flag("", "run folder for checkpoints, run.json and run.log (default: runs/DATA_NAME)")
     logger_name: str = flag("", "folder for TensorBoard files (default: the run folder)")
+    track: str = flag("", "package that gets the metrics too: trackio or wandb", choices=("trackio", "wandb"))
     log_step: int = flag(100, "steps between two lines of the log, which come every 30 seconds at least", least=1)
     save_steps: int = flag(1000, "steps between two checkpoints in an epoch; 0 = only after each epoch", least=0)
     keep: int = flag(2, "newest checkpoints to keep, besides the best", least=1)

@@ -1,21 +1,31 @@
-"""What a run reports: lines on the terminal and in run.log, scalars in TensorBoard, warnings about its losses."""
+"""What a run reports: lines on the terminal and in run.log, what TensorBoard shows, warnings about its losses."""
 
 import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from lib.cli import LINE_INTERVAL, TrainingStopped, reason, refusing
+from lib.cli import LINE_INTERVAL, InputError, TrainingStopped, reason, refusing
+from lib.config import TrainSettings
 from lib.distributed import is_first
 from lib.training.run_folder import Progress
 
+TENSORBOARD = "TensorBoard's files"
+PROJECT = "x-dim"  # of the runs at a tracker
+RESULT = "dev/rsum"  # the scalar that TensorBoard shows beside hyperparameters, by its last value
+LARGEST = 512  # pixels of a matrix's side, so that files stay small
 READ_EVERY = 10  # steps
 COLLAPSED_STEPS = 25  # in a row, before the warning
 COLLAPSED = 0.1  # of the margin: a smaller spread of a batch's scores cannot tell pairs apart by a margin
@@ -27,27 +37,59 @@ COLLAPSE = (
 
 
 class RunLog:
-    """Prints lines beside the progress bar, keeps them in FOLDER/run.log and writes TensorBoard's scalars.
+    """Prints lines beside the progress bar, keeps them in FOLDER/run.log, and writes TensorBoard's files.
 
-    Only the job's first process writes files. A file that cannot be written is reported once; the run goes on.
+    Scalars go to the tracker of --track too. Only the job's first process writes. What cannot be written is reported
+    once; the run goes on.
     """
 
-    def __init__(self, folder: Path, tensorboard_folder: Path, step: int):
-        """step: finished steps; scalars of later ones, left by the run that is now resumed, are dropped."""
+    def __init__(self, folder: Path, tensorboard_folder: Path, step: int, settings: TrainSettings | None = None):
+        """step: finished steps; what TensorBoard has of later ones, left by the run that is now resumed, is dropped.
+
+        Raises InputError where the package of --track is missing.
+        """
         self._path, self._tensorboard_folder, self._step = folder / "run.log", tensorboard_folder, step
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None  # SummaryWriter
+        self._settings, self._end = settings, None  # the end: what tells TensorBoard that a run is done
+        self._tracker, self._tracked, self._track = None, None, f"--track {settings.track}" if settings else ""
         self._reported = set()
+        if settings and settings.track and is_first():
+            try:
+                self._tracker = import_module(settings.track)
+            except ImportError as error:
+                raise InputError(f"{self._track}: {error}; run: pip install {settings.track}") from None
 
     def __enter__(self) -> "RunLog":
+        settings = asdict(self._settings) if self._settings else {}
+        if self._tracker:
+            with refusing(f"{self._track}: cannot be started"):
+                resume = "allow" if self._step else "never"
+                name = self._path.parent.resolve().name
+                self._tracked = self._tracker.init(project=PROJECT, name=name, config=settings, resume=resume)
         if is_first():
             with refusing(f"--logger_name {self._tensorboard_folder}: cannot be written"):
                 purge = self._step + 1 if self._step else None
                 self._writer = SummaryWriter(self._tensorboard_folder, purge_step=purge)
+            if settings:
+                rows = [f"| {name} | `{value}` |" for name, value in settings.items()]
+                text = "\n".join(["| setting | value |", "|---|---|", *rows])
+                self._attempt(TENSORBOARD, self._writer.add_text, "settings", text, self._step)
+                *begin, self._end = hparams(settings, {RESULT: None})
+                self._summaries(*begin)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type | None, *_) -> None:
         if self._writer:
-            self._attempt("TensorBoard's files", self._writer.close)
+            if self._end and not error:
+                self._summaries(self._end)
+            self._attempt(TENSORBOARD, self._writer.close)
+        if self._tracked:
+            self._attempt(self._track, self._tracked.finish)
+
+    def _summaries(self, *summaries: Any) -> None:
+        """Write hyperparameters: `add_hparams` would make another run of them, in a folder below this one."""
+        for summary in summaries:
+            self._attempt(TENSORBOARD, self._writer._get_file_writer().add_summary, summary, self._step)
 
     def say(self, text: str) -> None:
         """Print lines and keep them."""
@@ -56,10 +98,18 @@ class RunLog:
             self._attempt(str(self._path), self._append, text)
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
-        """Write a step's values to TensorBoard as GROUP/NAME; NaN means that there is none."""
-        for name, value in values.items():
-            if self._writer and not math.isnan(value):
-                self._attempt("TensorBoard's files", self._writer.add_scalar, f"{group}/{name}", value, step)
+        """Write a step's values to TensorBoard and the tracker as GROUP/NAME; NaN means that there is none."""
+        named = {f"{group}/{name}": value for name, value in values.items() if not math.isnan(value)}
+        if self._writer:
+            for name, value in named.items():
+                self._attempt(TENSORBOARD, self._writer.add_scalar, name, value, step)
+        if self._tracked and named:
+            self._attempt(self._track, self._tracked.log, named, step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Write a picture to TensorBoard. pixels: uint8, (H, W) grey or (H, W, 3)."""
+        if self._writer:
+            self._attempt(TENSORBOARD, self._writer.add_image, name, pixels, step, None, "HWC"[: pixels.ndim])
 
     def _append(self, text: str) -> None:
         with open(self._path, "a", encoding="utf-8") as file:  # opened each time: its folder may be deleted meanwhile
@@ -68,10 +118,22 @@ class RunLog:
     def _attempt(self, what: str, write: Callable, *arguments: Any) -> None:
         try:
             write(*arguments)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # a tracker may raise anything
             if what not in self._reported:
                 self._reported.add(what)
                 print(f"warning: {what} cannot be written ({reason(error)}); the run goes on", file=sys.stderr)
+
+
+def draw_matrix(matrix: Tensor, white: float | None = None) -> np.ndarray:
+    """Grey pixels, uint8, of a matrix (D, D) of numbers from 0 on. white: the number drawn white; None: the largest.
+
+    Of a matrix of more than LARGEST rows each pixel is the largest of a square of entries: the few that are open among
+    many that are closed would fade in a mean.
+    """
+    square = -(-len(matrix) // LARGEST)
+    shown = F.max_pool2d(matrix[None].float(), square, ceil_mode=True)[0]
+    scale = 255 / (white or shown.max().clamp(min=torch.finfo(shown.dtype).tiny))
+    return (shown * scale).round().byte().cpu().numpy()
 
 
 class StepFigures:

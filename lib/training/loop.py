@@ -36,7 +36,7 @@ from lib.model.registry import find, is_from_pixels, parse_part
 from lib.model.xdim import XDim
 from lib.runtime import Compute, choose_compute, seed_everything
 from lib.training import resume
-from lib.training.log import RunLog, StepFigures
+from lib.training.log import RunLog, StepFigures, draw_matrix
 from lib.training.optim import ENCODER_FACTORS, build_optimizer, set_learning_rate, thawed_stages
 from lib.training.resume import Origin
 from lib.training.run_folder import Progress, RunFolder, command_to_resume
@@ -269,6 +269,19 @@ def evaluate_on_dev(run: Run) -> None:
     run.log.say(f"epoch {progress.epoch} dev: {report.line(metrics)}{best}; chance {chance:.1f}")
     recalls = {f"{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
     run.log.scalars(progress.step, "dev", {"rsum": metrics["rsum"], **recalls})
+    if distributed.is_first():
+        draw_epoch(run)
+
+
+@torch.no_grad()
+def draw_epoch(run: Run) -> None:
+    """TensorBoard's pictures: the dependency matrix and the gate's mask."""
+    similarity, step = run.model.similarity, run.progress.step
+    D = similarity.dependency() if hasattr(similarity, "dependency") else None
+    if D is not None:
+        run.log.picture(step, "gate/dependency", draw_matrix(D))
+    if D is not None and hasattr(similarity.gate, "mask"):
+        run.log.picture(step, "gate/mask", draw_matrix(similarity.gate.mask()[0], white=1.0))
 
 
 # Before the first step
@@ -279,8 +292,10 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     progress, processes = origin.progress if origin else Progress(), distributed.world_size()
     resume.refuse_disagreement(settings, progress)
     loss_of(settings, progress.epoch)  # refuses wrong options before anything is read
+    path, start = Path(settings.model_name), origin.path if origin else None
+    log = RunLog(path, Path(settings.logger_name), progress.step, settings)
     if origin is None:
-        resume.refuse_used_folder(Path(settings.model_name))
+        resume.refuse_used_folder(path)
     train_split, dev_split = open_train_and_dev(settings)
     pairs = len(train_split.captions)
     if not processes <= settings.batch_size <= pairs:
@@ -317,8 +332,6 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     if origin:
         resume.restore(origin, optimizer, compute.device)
 
-    path, start = Path(settings.model_name), origin.path if origin else None
-    log = RunLog(path, Path(settings.logger_name), progress.step)
     record = begin_record(asdict(settings), data, str(compute), start, progress.step)
     return Run(
         settings,

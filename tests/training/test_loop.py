@@ -1,16 +1,26 @@
 """A training as a whole, through train.py."""
 
+import io
 import json
 import re
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.api_pb2 import ListSessionGroupsRequest
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
 
 import train
-from lib.checkpoints.native import read_checkpoint
+from lib.checkpoints.native import build_model, read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.config import TrainSettings, parse
 from lib.data.dataset import open_split
@@ -215,6 +225,91 @@ def test_tensorboard_shows_losses_rates_gate_and_dev_recall(trained_run):
     }
     assert [event.step for event in events.Scalars("train/loss")] == [1, 5, 10, 15]
     assert events.Scalars("rate/bert")[0].value == pytest.approx(5e-5)
+
+
+def pictures(folder, name):
+    """Pictures (H, W, 3) of TensorBoard by step."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    images = events.Images(name) if name in events.Tags()["images"] else ()
+    return {one.step: np.array(PIL.Image.open(io.BytesIO(one.encoded_image_string))) for one in images}
+
+
+def test_tensorboard_shows_the_dependency_matrix_and_the_mask_as_they_are_after_each_epoch(trained_run):
+    model, _ = build_model(read_checkpoint(trained_run / "last.pt"))
+    D, M = (one.detach().numpy() for one in (model.similarity.dependency(), model.similarity.gate.mask()[0]))
+    for name, expected in (("dependency", D / D.max()), ("mask", M)):
+        ((step, found),) = pictures(trained_run, f"gate/{name}").items()
+        assert step == STEPS
+        assert np.abs(found - 255 * expected[..., None]).max() <= 0.5 + 1e-3
+    large = torch.zeros(1023, 1023)
+    large[7, 1022] = 0.25
+    drawn = log.draw_matrix(large)
+    assert (drawn.shape, drawn[3, 511], drawn.sum()) == ((512, 512), 255, 255)  # no entry is averaged away
+
+
+def test_tensorboard_lists_a_run_once_with_its_settings_and_its_final_rsum(trained_run):
+    """As its own page of hyperparameters asks for them."""
+    runs = EventMultiplexer().AddRunsFromDirectory(str(trained_run))
+    runs.Reload()
+    board = TBContext(data_provider=MultiplexerDataProvider(runs, str(trained_run)))
+    request = ListSessionGroupsRequest(allowed_statuses=[1], slice_size=9)  # 1: of runs that have ended well
+    (group,) = Handler(RequestContext(), Context(board), "", request).run().session_groups
+    assert group.hparams["margin"].number_value == pytest.approx(0.2)
+    (final,) = group.metric_values
+    assert final.value == pytest.approx(read_record(trained_run)["history"][-1]["dev"]["rsum"])
+    text = runs.Tensors(".", "settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| batch_size | `8` |\n" in text
+
+
+class Tracker(ModuleType):
+    """What trackio and wandb have in common."""
+
+    def __init__(self, breaks_after=10**9):
+        super().__init__("trackio")
+        self.calls, self.logged, self.breaks_after = [], [], breaks_after
+
+    def init(self, project, name, config, resume):
+        self.calls.append((project, name, config["batch_size"], resume))
+        return self
+
+    def log(self, values, step):
+        if len(self.logged) >= self.breaks_after:
+            raise ValueError("the server has gone")
+        self.logged += [(name, step, value) for name, value in values.items()]
+
+    def finish(self):
+        self.calls.append("finish")
+
+
+def test_a_tracker_gets_what_tensorboard_gets_also_of_a_resumed_run(tiny_flags, tmp_path, monkeypatch):
+    tracker, folder = Tracker(), tmp_path / "mine"
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    run(tiny_flags, folder, "--track", "trackio")
+    assert train.main(["--resume", str(folder), "--num_epochs", "2"]) == 0
+    began = ["x-dim", "mine", 8]
+    assert tracker.calls == [(*began, "never"), "finish", (*began, "allow"), "finish"]
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    written = {(name, one.step): one.value for name in events.Tags()["scalars"] for one in events.Scalars(name)}
+    assert {(name, step): pytest.approx(value) for name, step, value in tracker.logged} == written
+    assert len(tracker.logged) == len(written)
+
+
+def test_a_tracker_that_breaks_costs_the_run_nothing_and_one_that_is_missing_is_refused_at_once(
+    tiny_flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "trackio", Tracker(breaks_after=9))
+    with_it = run(tiny_flags, tmp_path / "broken", "--track", "trackio")
+    err = capsys.readouterr().err
+    assert err == "warning: --track trackio cannot be written (the server has gone); the run goes on\n"
+    assert with_it == run(tiny_flags, tmp_path / "without")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # cannot be imported
+    assert train.main([*tiny_flags, "--model_name", str(tmp_path / "none"), "--track", "wandb"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --track wandb: ")
+    assert err.endswith("; run: pip install wandb\n")
+    assert not (tmp_path / "none").exists()
 
 
 # When it goes wrong
