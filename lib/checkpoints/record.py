@@ -1,7 +1,7 @@
 """run.json, the record of a run beside its checkpoints: what was trained, on what data, with which versions, and how
 the best epoch was chosen.
 
-format      FORMAT
+format      FORMAT                      run       a number of its own, which a resumed run keeps
 settings    all settings                data      train and dev: folder, images, captions, fingerprint
 sessions    each start of the program: time, checkpoint it started from, step, device, job, versions
 progress    epoch, batch, step          history   each finished epoch: epoch, step, dev (its metrics)
@@ -11,6 +11,7 @@ chosen      split (always dev), epoch, rsum, checkpoint; null before the first e
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 from lib import distributed
 from lib.checkpoints.native import BEST
@@ -39,7 +40,7 @@ def begin_record(settings: dict, data: dict, device: str, started_from: Path | N
     """
     start = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from": started_from and str(started_from)}
     session = {**start, "step": step, "device": device, "job": distributed.job(), "versions": versions()}
-    return {"settings": settings, "data": data, "sessions": [session]}
+    return {"run": uuid4().hex, "settings": settings, "data": data, "sessions": [session]}
 
 
 def write_record(folder: Path, record: dict, progress: dict) -> None:

@@ -39,7 +39,7 @@ from lib.training import resume
 from lib.training.log import RunLog, StepFigures, draw_matrix
 from lib.training.optim import ENCODER_FACTORS, build_optimizer, set_learning_rate, thawed_stages
 from lib.training.resume import Origin
-from lib.training.run_folder import Progress, RunFolder, command_to_resume
+from lib.training.run_folder import Progress, RunFolder, command_to_resume, refuse_used
 from lib.training.signals import EndNow, Signals
 
 
@@ -295,7 +295,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     path, start = Path(settings.model_name), origin.path if origin else None
     log = RunLog(path, Path(settings.logger_name), progress.step, settings)
     if origin is None:
-        resume.refuse_used_folder(path)
+        refuse_used(path, progress, None, ())
     train_split, dev_split = open_train_and_dev(settings)
     pairs = len(train_split.captions)
     if not processes <= settings.batch_size <= pairs:

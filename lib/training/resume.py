@@ -16,7 +16,7 @@ from lib.config import ModelSettings, RecipeSettings, TrainSettings
 from lib.model.registry import is_from_pixels, parse_part
 from lib.runtime import random_state, restore_random_state, seed_everything
 from lib.training.optim import restore_optimizer
-from lib.training.run_folder import Progress, checkpoints, step_files, step_of
+from lib.training.run_folder import Progress, checkpoints, refuse_used
 
 OF_ONE_START = ("resume", "init_from", "allow_changes", "model_name", "logger_name")  # not taken from a checkpoint
 ARCHITECTURE = ModelSettings.__annotations__.keys() - {"bert", "bert_from_scratch", "image_weights", "mask_padding"}
@@ -152,23 +152,12 @@ def _choose_folder(folder: Path, origin: Origin) -> None:
     lies_in = origin.defaults.get("model_name", "")
     origin.in_place = bool(lies_in) and Path(lies_in).resolve() == folder.resolve()
     if not origin.in_place:
-        refuse_used_folder(folder)
+        refuse_used(folder, origin.progress, None, ())
         origin.progress.forget_best()
         if origin.exact:
             origin.notes.append(f"branches off {lies_in} into {folder}; the best epoch is counted from here on")
         return
-    sound = [path for path in step_files(folder) if path not in origin.damaged]
-    if later := [path for path in sound if step_of(path) > origin.progress.step]:
-        raise InputError(
-            f"--resume {origin.path}: {later[0]} is later; continue with --resume {folder}, "
-            "or branch off into a new folder with --model_name"
-        )
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """Raises InputError where the folder of a new run holds a run already."""
-    if checkpoints(folder):
-        raise InputError(f"--model_name {folder}: holds a run already; --resume {folder} continues it, or name another")
+    refuse_used(folder, origin.progress, origin.path, origin.damaged)
 
 
 def restore(origin: Origin, optimizer: torch.optim.AdamW, device: torch.device) -> None:

@@ -8,10 +8,11 @@ run.lock                 held while a process trains here
 """
 
 import os
+import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +21,14 @@ from filelock import FileLock, Timeout
 
 from lib import distributed
 from lib.checkpoints.native import BEST, LAST, OLD_BEST, find_checkpoint, verify, write_state, write_weights
-from lib.checkpoints.record import read_record, write_record
+from lib.checkpoints.record import RECORD, read_record, write_record
 from lib.cli import InputError, TrainingStopped, reason
 from lib.files import TEMPORARY, replacing, sync_folder
 
 LOCK = "run.lock"
 OTHERS = (LAST, BEST, OLD_BEST)
+STEP = re.compile(r"step-(\d{8,})\.pt")
+HALF = re.compile(rf"({STEP.pattern}|{'|'.join(map(re.escape, (LAST, BEST, RECORD)))})\.\d+{re.escape(TEMPORARY)}")
 DAMAGED = ".damaged"  # ending given to a checkpoint that cannot be read
 WAITS = (5, 20, 60)  # seconds before each further attempt at a save
 
@@ -61,13 +64,13 @@ class Progress:
 
 def step_files(folder: Path) -> list[Path]:
     """The numbered checkpoints, newest first."""
-    return sorted(folder.glob("step-*.pt"), key=step_of, reverse=True)
+    return sorted((path for path in folder.glob("step-*.pt") if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step in a numbered checkpoint's name; -1 if there is none."""
-    number = path.stem.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
+    """The step of a numbered checkpoint; -1 for what is none, whatever its name begins with."""
+    found = STEP.fullmatch(path.name)
+    return int(found[1]) if found and path.is_file() else -1
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -78,6 +81,21 @@ def checkpoints(folder: Path) -> list[Path]:
 def command_to_resume(folder: Path) -> str:
     """What to type to continue a run."""
     return f"python train.py --resume {shlex.quote(str(folder))}"
+
+
+def refuse_used(folder: Path, progress: Progress, resumed: Path | None, damaged: Container[Path]) -> None:
+    """Raises InputError where a folder holds another run, or later steps than those that the run goes on from.
+
+    resumed: the folder's own checkpoint from which it does, None for a new run. damaged: what does not count.
+    """
+    if resumed is None and checkpoints(folder):
+        raise InputError(f"--model_name {folder}: holds a run already; --resume {folder} continues it, or name another")
+    later = [path for path in step_files(folder) if path not in damaged and step_of(path) > progress.step]
+    if resumed and later:
+        raise InputError(
+            f"--resume {resumed}: {later[0]} is later; continue with --resume {folder}, "
+            "or branch off into a new folder with --model_name"
+        )
 
 
 class RunFolder:
@@ -91,21 +109,45 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         """Raises InputError where another process is training there, or the folder cannot be written."""
         if distributed.is_first():
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = FileLock(self.path / LOCK)
-                self._lock.acquire(blocking=False)  # released with the process, however it ends
-            except Timeout:
-                raise InputError(f"--model_name {self.path}: another process is training there") from None
-            except OSError as error:
-                raise InputError(f"--model_name {self.path}: cannot be written ({reason(error)})") from None
-            for path in self.path.glob(f"*{TEMPORARY}"):  # left by a kill
-                path.unlink(missing_ok=True)
+            self._take()
+            for path in self.path.glob(f"*{TEMPORARY}"):
+                if HALF.fullmatch(path.name) and path.is_file():  # left by a kill
+                    path.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_) -> None:
         if self._lock:
             self._lock.release()
+
+    def _take(self) -> None:
+        """Make the folder where it is missing, and hold its lock. Raises InputError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / LOCK)
+            lock.acquire(blocking=False)  # released with the process, however it ends
+        except Timeout:
+            raise InputError(f"--model_name {self.path}: another process is training there") from None
+        except OSError as error:
+            raise InputError(f"--model_name {self.path}: cannot be written ({reason(error)})") from None
+        self._lock, self._inode = lock, os.stat(self.path / LOCK).st_ino
+
+    def _is_own(self) -> bool:
+        """Whether the folder still has the lock that this process holds."""
+        try:
+            return os.stat(self.path / LOCK).st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    def _take_again(self) -> None:
+        """Make the folder again where somebody has deleted it. Raises TrainingStopped where another run is in it."""
+        try:
+            self._take()
+            there = (read_record(self.path) or {"run": self._record["run"]}).get("run")
+        except InputError as error:
+            raise TrainingStopped(f"{self.path} has been deleted, and is not this run's any more: {error}") from None
+        if there != self._record["run"]:
+            raise TrainingStopped(f"{self.path} has been deleted, and holds another run now: this one cannot be saved")
+        self._say(f"warning: {self.path} has been deleted and is made again")
 
     def begin(self, state: dict, progress: Progress, resumed: Path | None, damaged: dict[Path, str]) -> None:
         """Repair what a kill may have left, and write the first record, with the sessions of an earlier one.
@@ -115,12 +157,15 @@ class RunFolder:
         """
         if not distributed.is_first():
             return
+        refuse_used(self.path, progress, resumed, damaged)  # again: now nobody else can write here
         for path in damaged:
             with suppress(FileNotFoundError):
                 path.replace(path.with_name(path.name + DAMAGED))
         if resumed:
             try:
-                self._record["sessions"][:0] = (read_record(self.path) or {}).get("sessions", [])
+                before = read_record(self.path) or {}
+                self._record["sessions"][:0] = before.get("sessions", [])
+                self._record["run"] = before.get("run", self._record["run"])
             except InputError as error:
                 self._say(f"warning: {error}; it begins anew")
         if resumed and step_of(resumed) > 0:  # a kill may have come before the files that follow a step file
@@ -139,8 +184,8 @@ class RunFolder:
             return
         for wait in (*WAITS, None):
             try:
-                if not self.path.is_dir():
-                    self._say(f"warning: {self.path} has been deleted and is made again")
+                if not self._is_own():
+                    self._take_again()
                 return self._write(state, progress)
             except InputError as error:
                 if wait is None:
@@ -169,6 +214,8 @@ class RunFolder:
 
 def _link(file: Path, name: Path) -> None:
     """Give a file a second name in place of what had that name; a copy where there are no hard links."""
+    if name.exists() and name.samefile(file):
+        return  # os.replace would do nothing, and leave the temporary name
     link = name.with_name(f"{name.name}.{os.getpid()}{TEMPORARY}")
     try:
         os.link(file, link)

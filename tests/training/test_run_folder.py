@@ -30,7 +30,7 @@ def state(trained_run):
 
 def save(folder, state, step, best=False, said=None, keep=2):
     progress = Progress(epoch=step, step=step, best_rsum=1.0, best_epoch=step if best else 1)
-    with RunFolder(folder, keep, [].append if said is None else said.append, record={}) as run_folder:
+    with RunFolder(folder, keep, [].append if said is None else said.append, record={"run": "ours"}) as run_folder:
         run_folder.save({**state, "progress": vars(progress)}, progress)
 
 
@@ -62,6 +62,8 @@ def test_last_best_and_the_newest_by_number_are_kept(run, state):
 
 def test_last_takes_no_room_and_is_a_copy_where_there_are_no_hard_links(run, state, monkeypatch):
     assert os.path.samefile(run / "last.pt", run / "step-00000003.pt")
+    module._link(run / "step-00000003.pt", run / "last.pt")  # as a run does that is resumed there
+    assert not list(run.glob("*.tmp"))
     monkeypatch.setattr(os, "link", fail(errno.EPERM))
     save(run, state, 4, best=True)
     assert sound(run) == {"step-00000004.pt": 4, "step-00000003.pt": 3, "last.pt": 4, "model_best.safetensors": 4}
@@ -168,18 +170,47 @@ def test_a_fault_that_passes_costs_nothing(run, state, monkeypatch):
     assert "trying again in 0 seconds" in said[0]
 
 
-def test_a_folder_that_is_deleted_is_made_again(tmp_path, state):
+def test_a_folder_that_is_deleted_is_made_again_unless_another_run_has_it(tmp_path, state):
+    said, progress, folder = [], Progress(epoch=1, step=15, best_rsum=1.0, best_epoch=1), tmp_path / "run"
+    with RunFolder(folder, 2, said.append, record={"run": "ours"}) as run_folder:
+        run_folder.save(state, progress)
+        shutil.rmtree(folder)
+        run_folder.save(state, progress)
+        assert set(sound(folder)) == {"step-00000015.pt", "last.pt", "model_best.safetensors"}
+        assert said == [f"warning: {folder} has been deleted and is made again"]
+        shutil.rmtree(folder)
+        with RunFolder(folder, 2, said.append, record={"run": "theirs"}) as other:
+            other.save(state, Progress(step=3))
+            with pytest.raises(TrainingStopped, match="another process is training there"):
+                run_folder.save(state, progress)
+        with pytest.raises(TrainingStopped, match="holds another run now"):
+            run_folder.save(state, progress)
+    assert set(sound(folder)) == {"step-00000003.pt", "last.pt"}
+    assert read_record(folder)["run"] == "theirs"
+
+
+def test_files_that_the_run_does_not_write_are_left_alone(run, state):
     """What a kill left half written is removed at the start."""
-    said, progress = [], Progress(epoch=1, step=15, best_rsum=1.0, best_epoch=1)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last.pt.123.tmp").write_bytes(b"half")
-    with RunFolder(tmp_path / "run", 2, said.append, record={}) as run_folder:
-        assert not list((tmp_path / "run").glob("*.tmp"))
-        run_folder.save(state, progress)
-        shutil.rmtree(tmp_path / "run")
-        run_folder.save(state, progress)
-    assert set(sound(tmp_path / "run")) == {"step-00000015.pt", "last.pt", "model_best.safetensors"}
-    assert said == [f"warning: {tmp_path / 'run'} has been deleted and is made again"]
+    half = ["last.pt.123.tmp", "step-00000002.pt.7.tmp", "run.json.5.tmp", "model_best.safetensors.1.tmp"]
+    users = ["step-00000001-backup.pt", "step-1.pt", "notes.tmp", "last.pt.tmp", "step-00000001.pt.gz"]
+    for name in (*half, *users):
+        (run / name).write_bytes(b"of the user")
+    (run / "step-99999999.pt").mkdir()
+    before = set(sound(run))
+    for step in (4, 5, 6):
+        save(run, state, step)
+    written = {"step-00000005.pt", "step-00000006.pt", "last.pt", "model_best.safetensors", "run.json", "run.lock"}
+    assert {path.name for path in run.iterdir()} == {*users, "step-99999999.pt", *written}
+    assert before - set(sound(run)) == {"step-00000002.pt", "step-00000003.pt"}
+    assert sound(run)["last.pt"] == 6
+
+
+def test_a_run_does_not_start_where_another_one_has_been_or_gone_on_meanwhile(run, state):
+    progress, record = Progress(step=2), {"run": "ours", "sessions": []}
+    for resumed, words in ((None, "holds a run already"), (run / "step-00000002.pt", "step-00000003.pt is later")):
+        with RunFolder(run, 2, print, record) as folder, pytest.raises(InputError, match=words):
+            folder.begin(state, progress, resumed, {})
+    assert sound(run)["last.pt"] == 3
 
 
 def test_a_training_on_a_full_disk_stops_in_order_and_continues_when_there_is_room(
