@@ -5,14 +5,16 @@ Each command writes one file.
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lib.cli import InputError, check_packages, program
-from lib.config import DependenciesSettings, parse
+from lib.config import AttentionSettings, DependenciesSettings, parse
 
 ABOUT = {
+    "attention": "Draw what each word of a caption looks at in a picture, with the word's own score.",
     "dependencies": "Draw the dependency matrix, dependent dimensions side by side, its mask and thresholds.",
 }
-SETTINGS: dict[str, type] = {"dependencies": DependenciesSettings}
+SETTINGS: dict[str, type] = {"attention": AttentionSettings, "dependencies": DependenciesSettings}
 
 
 @program
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_packages()
     from lib.figures import model  # importing PyTorch takes seconds: not before the flags are right
 
-    draw = {"dependencies": model.show_dependencies}
+    draw: dict[str, Any] = {"attention": model.show_attention, "dependencies": model.show_dependencies}
     draw[argv[0]](settings)
 
 

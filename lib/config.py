@@ -303,6 +303,32 @@ class DependenciesSettings(ShowSettings):
     """Settings of show.py dependencies."""
 
 
+@dataclass
+class ShowDataSettings(ShowSettings):
+    """data set; default: the checkpoint's"""
+
+    data_path: str = flag("", "folder of the data sets")
+    data_name: str = flag("", "data set below DATA_PATH")
+    image_path: str = flag("", "folder of its pictures (default: where the data set says)")
+    split: str = flag("test", "split of the data set")
+
+
+@dataclass
+class AttentionSettings(ShowDataSettings):
+    """pair"""
+
+    image: str = flag("", "a picture's path, or the id or number of an image of the data set")
+    caption: str = flag("", "what is said of it, in quotes (default: the data set's first caption)")
+
+
+@dataclass
+class DimensionSettings(ShowDataSettings):
+    """what is asked"""
+
+    dimension: int = flag(0, "number of the dimension, from 0", positional=True, type=int, least=0)
+    pairs: int = flag(1000, "images with a caption of theirs that are looked at, evenly spaced", least=1)
+
+
 Chosen = TypeVar("Chosen", bound=Settings)
 
 

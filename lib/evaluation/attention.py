@@ -62,6 +62,26 @@ def explain(
     and what the text model does not take; else a row for each piece, named by its word, "" for a special token. Raises
     InputError where the similarity attends to nothing.
     """
+    weights, groups = explain_pieces(matcher, regions, real, words, D)
+    scores, groups = groups.sum(dim=-1), groups.mean(dim=1)  # (I, W), (I, D)
+    totals = scores.mean(dim=1) + torch.tensor(added)
+    names, mean = rows_of(matcher, caption, len(words), joined)
+    counts = [weights.shape[-1]] * len(weights) if real is None else real.sum(dim=1).tolist()
+    parts = zip(mean @ weights, scores @ mean.T, totals.tolist(), groups, counts, strict=True)
+    return [
+        Attention(names, rows[:, :count].numpy(), of_words.numpy(), total, of_groups.numpy())
+        for rows, of_words, total, of_groups, count in parts
+    ]
+
+
+@torch.inference_mode()
+def explain_pieces(
+    matcher: Matcher, regions: Tensor, real: Tensor | None, words: Tensor, D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention (I, W, R) of each piece of a caption, and what each dimension's group adds to its score (I, W, D).
+
+    On the CPU; arguments and errors as of `explain`.
+    """
     similarity, head = matcher.model.similarity, matcher.model.global_head
     if not hasattr(similarity, "explain"):
         name = matcher.model.architecture["similarity"]["name"]
@@ -72,19 +92,11 @@ def explain(
         if head:
             regions, words = head.of_xdim(regions), head.of_xdim(words)
         D = similarity.dependency() if D is None else D
-        weights, groups = (one.float().cpu() for one in similarity.explain(regions, words, D, real))
-    scores, groups = groups.sum(dim=-1), groups.mean(dim=1)  # (I, W), (I, D)
-    totals = scores.mean(dim=1) + torch.tensor(added)
-    names, mean = _rows_of(matcher, caption, len(words), joined)
-    counts = [weights.shape[-1]] * len(weights) if real is None else real.sum(dim=1).tolist()
-    parts = zip(mean @ weights, scores @ mean.T, totals.tolist(), groups, counts, strict=True)
-    return [
-        Attention(names, rows[:, :count].numpy(), of_words.numpy(), total, of_groups.numpy())
-        for rows, of_words, total, of_groups, count in parts
-    ]
+        weights, groups = similarity.explain(regions, words, D, real)
+        return weights.float().cpu(), groups.float().cpu()
 
 
-def _rows_of(matcher: Matcher, caption: str, pieces: int, joined: bool) -> tuple[list[str], Tensor]:
+def rows_of(matcher: Matcher, caption: str, pieces: int, joined: bool = True) -> tuple[list[str], Tensor]:
     """Names of rows, and the matrix (rows, pieces) that makes them as means of pieces; see `explain`."""
     tokenizer = matcher.tokenizer
     numbers, spelled = tokenizer.spell(caption)

@@ -24,7 +24,7 @@ def import_matplotlib(out: str = "") -> Any:
 
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of this size in inches, whose panels are placed so that no texts overlap."""
-    return import_matplotlib().Figure(figsize=(width, height), layout="constrained")
+    return import_matplotlib().Figure(figsize=(width, height), layout="compressed")
 
 
 def save_figure(figure: Any, out: str) -> None:

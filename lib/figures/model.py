@@ -1,27 +1,127 @@
-"""What a trained model does, as arrays and as figures: which of its dimensions depend on each other."""
+"""What a trained model does, first as arrays, then as figures: attention of words, dependencies of dimensions."""
 
 import inspect
+import textwrap
 from importlib import import_module
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 
 from lib.cli import InputError
-from lib.config import DependenciesSettings, ShowSettings
-from lib.evaluation.score import Matcher, load
+from lib.config import AttentionSettings, DependenciesSettings, ShowSettings
+from lib.data.dataset import read_boxes, read_ids
+from lib.data.images import find_pictures, open_picture
+from lib.evaluation.attention import Attention, attention
+from lib.evaluation.evaluate import open_split_of
+from lib.evaluation.score import Matcher, load, look_of
 from lib.figures import import_matplotlib, new_figure, save_figure
 
-COLOURS, BAR, BINS = "Blues", "steelblue", 30  # light to dark, in grey too
 SMALL = 11  # points
+PANEL, COLUMNS, LARGEST = 1.7, 6, 400  # width of a panel in inches, panels side by side, pixels of a picture's side
+HEAT, OPAQUE, DARKER = "YlOrRd_r", 0.8, 1.8  # dark to light, in grey too, on a picture that is darker than it is
+HOW_TO_READ = "Light: what the word looks at; boxes of regions that overlap add up. Below: the word's own score."
+COLOURS, BAR, BINS = "Blues", "steelblue", 30
 LEAST_MASK = 1e-4  # below which an entry of the mask is drawn as nothing
 NO_MASK = "this gate has no mask and no thresholds:\nevery dimension depends on all others"
+WORDS, REGIONS, PARTNERS = 14, 9, 6  # of a group
+OFTEN = 5  # times that a word must come among the captions, where some do
 
 
 def open_model(settings: ShowSettings) -> Matcher:
     """The model of --checkpoint. Raises InputError, also where the figure could not be written in the end."""
     import_matplotlib(settings.out)
     return load(settings.checkpoint, settings.bert, settings.device, settings.precision, settings.engine)
+
+
+# Attention
+
+
+class Pair(NamedTuple):
+    """An image, and what is said of it."""
+
+    image: Any  # as `attention` takes it
+    boxes: np.ndarray | None  # (R, 4) of its regions where these are given, in pixels
+    picture: Path
+    caption: str
+
+
+def find_pair(matcher: Matcher, settings: AttentionSettings) -> Pair:
+    """The picture --image, or the image of that id or number with what the data set stores of it. Raises InputError."""
+    if Path(settings.image).is_file():
+        if not settings.caption.strip():
+            raise InputError(f"--image {settings.image}: say with --caption what is to be looked for in it")
+        return Pair(settings.image, None, Path(settings.image), settings.caption)
+    split = open_split_of([matcher.content], settings)[0]
+    ids = read_ids(split) or [str(number) for number in range(len(split.features))]
+    if settings.image in ids:
+        place = ids.index(settings.image)
+    elif settings.image.isdecimal() and int(settings.image) < len(ids):
+        place = int(settings.image)
+    else:
+        what = f"neither a file nor an image of {split.folder} {split.name}, whose ids are like {ids[0]}"
+        raise InputError(f"--image {settings.image}: {what}")
+    caption = settings.caption or split.captions[np.searchsorted(split.image_of_caption, place)]
+    if look_of(matcher.model):
+        return Pair(split.features.paths[place], None, split.features.paths[place], caption)
+    if (boxes := read_boxes(split)) is None:
+        what = f"{split.folder} has no {split.name}_boxes.npy, which says where in a picture its regions are"
+        raise InputError(f"{what}; python -m lib.prepare tsv, own and images make it, SCAN's files are without")
+    (picture,) = find_pictures(split.folder, [ids[place]], settings.image_path)
+    first, last = split.features.starts[place : place + 2]
+    return Pair(split.features.read(np.array([place])), boxes[first:last], picture, caption)
+
+
+def paint(weights: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Weights (R,) of regions on their boxes (R, 4) in a picture's pixels: (height, width). What overlaps adds up."""
+    heat = np.zeros((height, width), np.float32)
+    for weight, (x1, y1, x2, y2) in zip(weights, np.rint(boxes).astype(int).clip(0), strict=True):
+        heat[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] += weight
+    return heat
+
+
+def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> Any:
+    """The picture, and for each word the same in grey with the word's attention painted on the regions' boxes.
+
+    found: with boxes in pixels of the picture.
+    """
+    assert found.boxes is not None
+    small = picture.copy()
+    small.thumbnail((LARGEST, LARGEST))
+    boxes = found.boxes * (small.width / picture.width)
+    heats = [paint(weights, boxes, small.height, small.width) for weights in found.weights]
+    most, columns = max(heat.max() for heat in heats), min(COLUMNS, len(heats) + 1)
+    rows = -(-(len(heats) + 1) // columns)
+    figure = new_figure(PANEL * columns + 1, rows * (PANEL * small.height / small.width + 0.5) + 0.8)
+    figure.suptitle(textwrap.fill(caption, 16 * columns), parse_math=False)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    labels = [("score of the pair", found.score), *zip(found.words, found.scores, strict=True)]
+    for axes, label in zip_longest(panels, labels):
+        axes.set(xticks=[], yticks=[], visible=label is not None)
+        axes.set_xlabel("{}\n{:.2f}".format(*label or ("", 0)), parse_math=False)
+    figure.supxlabel(HOW_TO_READ, fontsize=SMALL)
+    panels[0].imshow(small)
+    for axes, heat in zip(panels[1:], heats, strict=False):
+        axes.imshow(small.convert("L"), cmap="gray", vmin=0, vmax=DARKER * 255)
+        shown = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=most, alpha=np.minimum(heat / most, OPAQUE))
+    figure.colorbar(shown, ax=panels, label="share of the word's attention", aspect=40)
+    return figure
+
+
+def show_attention(settings: AttentionSettings) -> None:
+    """show.py attention."""
+    matcher = open_model(settings)
+    pair = find_pair(matcher, settings)
+    found, picture = attention(matcher, pair.image, pair.caption), open_picture(pair.picture)
+    if pair.boxes is not None:
+        found = found._replace(boxes=pair.boxes)
+        if (pair.boxes.max(axis=0)[2:] > np.array(picture.size) + 1).any():
+            what = "the boxes of its regions reach beyond it; they are of the same picture in another size"
+            raise InputError(f"{pair.picture}: {what}: name the folder of the pictures of that size, --image_path")
+    save_figure(draw_attention(found, picture, pair.caption), settings.out)
 
 
 # Dependencies

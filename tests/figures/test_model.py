@@ -3,16 +3,75 @@
 import numpy as np
 import pytest
 
+import eval as eval_program
 import show
 from lib import load
 from lib.cli import InputError
-from lib.config import DependenciesSettings, parse
+from lib.config import AttentionSettings, DependenciesSettings, parse
 
 pytest.importorskip("matplotlib")
 
 from lib.figures import model
+from tests.conftest import write_data, write_model, write_pictures
 
 DEVICE = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set of features with boxes, and its pictures of 40 x 30 pixels."""
+    folder = write_data(tmp_path_factory.mktemp("data") / "tiny_precomp", images={"test": 10})
+    corners = np.random.default_rng(0).integers(0, 30, (10, 6, 2, 2))
+    np.save(folder / "test_boxes.npy", np.concatenate([corners.min(2), corners.max(2) + 1], axis=2).astype(np.float32))
+    write_pictures(folder / "images", [f"{number}.png" for number in range(10)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data):
+    return write_model(data.parent / "model.safetensors", data, img_dim=16, seed=1)
+
+
+def run(command, checkpoint, out, *flags):
+    return show.main([command, "--checkpoint", str(checkpoint), "--out", str(out), *map(str, flags), *DEVICE])
+
+
+def test_an_image_of_a_data_set_has_evals_score_and_its_heat_is_the_weights_on_their_boxes(data, checkpoint, tmp_path):
+    sims = tmp_path / "sims.npy"
+    assert (
+        eval_program.main(["--checkpoint", str(checkpoint), "--save_sims", str(sims), "--workers", "0", *DEVICE]) == 0
+    )
+    caption = (data / "test_caps.txt").read_text().splitlines()[20]
+    assert run("attention", checkpoint, tmp_path / "a.svg", "--image", "4", "--caption", caption) == 0
+    matcher = load(checkpoint, device="cpu")
+    pair = model.find_pair(matcher, AttentionSettings(image="4", out="a.png"))
+    assert (pair.caption, pair.picture) == (caption, data / "images" / "4.png")
+    found = model.attention(matcher, pair.image, caption)._replace(boxes=pair.boxes)
+    assert found.score == pytest.approx(np.load(sims)[4, 20], abs=1e-5)
+    plain, *panels = model.draw_attention(found, model.open_picture(pair.picture), caption).axes
+    assert plain.get_xlabel().endswith(f"{found.score:.2f}")
+    left, top, right, bottom = np.load(data / "test_boxes.npy")[4].T[:, :, None, None]
+    y, x = np.mgrid[:30, :40] + 0.5  # centres of pixels
+    inside = (left < x) & (x < right) & (top < y) & (y < bottom)
+    for word, score, weights, panel in zip(found.words, found.scores, found.weights, panels, strict=False):
+        assert panel.get_xlabel() == f"{word}\n{score:.2f}"
+        np.testing.assert_allclose(panel.images[1].get_array(), np.tensordot(weights, inside, 1), atol=1e-6)
+
+
+def test_what_an_attention_lacks_is_said_in_one_line(data, checkpoint, tmp_path, capsys):
+    lacking = write_data(tmp_path / "plain", images={"test": 3})
+    flags = ["--data_path", tmp_path, "--data_name", "plain", "--image"]
+    for prepare, image, message in (
+        (lambda: None, "b.jpg", "neither a file nor an image of"),
+        (lambda: None, "1", "no test_boxes.npy"),
+        (lambda: np.save(lacking / "test_boxes.npy", np.ones((3, 6, 4))), "1", "say where they are with --image_path"),
+        (lambda: write_pictures(lacking / "images", ["1.png"]), data / "images" / "1.png", "say with --caption"),
+        (lambda: np.save(lacking / "test_boxes.npy", np.full((3, 6, 4), 90)), "1", "in another size"),
+    ):
+        prepare()
+        assert run("attention", checkpoint, tmp_path / "a.png", *flags, image) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_the_matrix_that_is_drawn_is_the_models_in_the_order_given(trained_run, tmp_path, capsys):
