@@ -14,10 +14,13 @@ Files of the published release are read into the same entries (published.py). Se
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from lib.checkpoints import published
-from lib.cli import InputError, refusing
+from lib.cli import InputError, reason, refusing
 from lib.config import TrainSettings
 from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
@@ -69,9 +72,29 @@ def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
     return path
 
 
+class Damaged(InputError):
+    """A file does not hold what was written: a checksum is wrong, or a part is missing."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what libraries raise for damaged bytes into Damaged. InputError where a file cannot be read at all."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in (None, errno.EINVAL):  # a place beyond the file's end
+            raise Damaged(f"{path}: {DAMAGED} ({reason(error)})") from None
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    except Exception as error:
+        why = reason(error).split(". ")[0]  # PyTorch goes on to advise loading without restriction
+        raise Damaged(f"{path}: {DAMAGED} ({why})") from None
+
+
 def verify(path: Path) -> None:
-    """Compare a checkpoint's checksums with its content. Raises InputError where it is damaged."""
-    with refusing(f"{path}: {DAMAGED}"):
+    """Compare a checkpoint's checksums with its content. Raises Damaged, or InputError where it cannot be read."""
+    with reading(path):
         if not _is_sound_archive(path):
             _read_safetensors(path)
 
@@ -80,13 +103,14 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """The entries of a checkpoint of any form, `path`, and `notes`: a list of sentences on what was not taken from it.
 
     mapped: tensors of torch files are read from the disk when they are used; the file must not change until then. No
-    code in the file is run. Raises InputError where it is damaged or not a checkpoint.
+    code in the file is run. Raises Damaged, or InputError where it cannot be read or is no checkpoint of these forms.
     """
-    with refusing(f"{path}: {DAMAGED}"):
+    with reading(path):
         if _is_sound_archive(path):
             with torch.serialization.safe_globals(PLAIN):
                 if others := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-                    raise ValueError(f"holds {others[0]}; torch.load it where you trust it, torch.save plain types")
+                    how = "torch.load it where you trust it, torch.save plain types"
+                    raise InputError(f"{path}: holds {others[0]}; {how}")
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         else:
             content = _read_safetensors(path)
@@ -100,7 +124,7 @@ def _is_sound_archive(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"\x80\x02\x8a\n":
-        raise ValueError("no checksums, as before PyTorch 1.6; torch.load it and torch.save it again")
+        raise InputError(f"{path}: no checksums, as before PyTorch 1.6; torch.load it and torch.save it again")
     if start != b"PK\x03\x04":
         return False
     with zipfile.ZipFile(path) as archive:
@@ -114,7 +138,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         metadata = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if "about" not in metadata:
-        raise ValueError("its metadata do not say what model its weights belong to")
+        raise InputError(f"{path}: its metadata do not say what model its weights belong to")
     if metadata.get("sha256") != digest(metadata["about"], weights):
         raise ValueError("its checksum is wrong")
     return {**json.loads(metadata["about"]), "model": weights, "sha256": metadata["sha256"]}

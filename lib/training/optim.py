@@ -12,6 +12,7 @@ ALL_STAGES = 1_000
 ENCODER_FACTORS = {"torchvision": 0.01, "hf": 0.1}  # of the learning rate, for a vision model
 DECAY_FACTOR = 0.1  # of the learning rate, from epoch --lr_update on
 # On a CPU at BERT-base's size fused is 7 times faster than foreach.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 IMPLEMENTATION: dict[str, Any] = {"fused": True, "foreach": None}
 
 
@@ -32,9 +33,27 @@ def build_optimizer(model: XDim, learning_rate: float, encoder_lr: float = 0.0) 
 
 
 def restore_optimizer(optimizer: torch.optim.AdamW, state: dict) -> None:
-    """Load a checkpoint's state, also one that another implementation of AdamW wrote."""
-    groups = [{**group, **IMPLEMENTATION} for group in state["param_groups"]]  # load_state_dict takes it from the state
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    """Load a checkpoint's moments and steps; what the groups' numbers are is not the checkpoint's to say.
+
+    Raises ValueError where they are not those of the parameters: fused AdamW would read beyond their memory.
+    """
+    groups, moments = optimizer.state_dict()["param_groups"], state["state"]
+    sizes, wanted = ([len(group["params"]) for group in each] for each in (state["param_groups"], groups))
+    if sizes != wanted:
+        raise ValueError(f"groups of {sizes} parameters, expected {wanted}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if strangers := moments.keys() - set(range(len(parameters))):
+        raise ValueError(f"moments of a parameter {next(iter(strangers))}, which there is not")
+    for number, entry in moments.items():
+        like = parameters[number]
+        tensors = [entry[name] for name in MOMENTS] + [torch.as_tensor(entry["step"])]
+        for tensor, shape in zip(tensors, (like.shape, like.shape, ()), strict=True):
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise ValueError(
+                    f"moments of parameter {number} of shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+                )
+    kept = {number: {name: entry[name] for name in (*MOMENTS, "step")} for number, entry in moments.items()}
+    optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
 
 def set_learning_rate(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lib import distributed
-from lib.checkpoints.native import find_checkpoint, read_checkpoint, with_vision
+from lib.checkpoints.native import Damaged, find_checkpoint, read_checkpoint, with_vision
 from lib.checkpoints.record import RECORD, read_record
 from lib.cli import InputError, reason
 from lib.config import ModelSettings, RecipeSettings, TrainSettings
@@ -72,12 +72,12 @@ def find_own_checkpoint(settings: TrainSettings) -> Origin | None:
 
 
 def _newest_sound(folder: Path) -> Origin:
-    """The newest checkpoint of a run folder that can be read. Raises InputError where there is none."""
+    """The newest checkpoint of a run folder that is not damaged. Raises InputError where none is, or cannot be read."""
     damaged: dict[Path, str] = {}
     for path in checkpoints(folder):
         try:
             origin = _checkpoint(path)
-        except InputError as error:
+        except Damaged as error:
             damaged[path] = str(error)
             continue
         origin.damaged = damaged
@@ -174,7 +174,7 @@ def restore(origin: Origin, optimizer: torch.optim.AdamW, device: torch.device) 
         then, now = len(states), distributed.world_size()
         if then == now or distributed.is_first():
             restore_random_state(states[distributed.rank()], device)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{origin.path}: its optimiser or random state does not fit ({reason(error)})") from None
     if then != now:
         origin.notes.append(

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lib import distributed
-from lib.checkpoints.native import BEST, LAST, OLD_BEST, find_checkpoint, verify, write_state, write_weights
+from lib.checkpoints.native import BEST, LAST, OLD_BEST, Damaged, find_checkpoint, verify, write_state, write_weights
 from lib.checkpoints.record import RECORD, read_record, write_record
 from lib.cli import InputError, TrainingStopped, reason
 from lib.files import TEMPORARY, replacing, sync_folder
@@ -172,8 +172,10 @@ class RunFolder:
             self._write_after(resumed, state, progress)
         if progress.best_epoch:
             try:
+                if not any((self.path / name).is_file() for name in (BEST, OLD_BEST)):
+                    raise Damaged(f"{self.path / BEST} is missing")
                 verify(find_checkpoint(str(self.path)))
-            except InputError as error:
+            except Damaged as error:
                 self._say(f"warning: {error}; the best epoch, {progress.best_epoch}, is lost and counts anew")
                 progress.forget_best()
         write_record(self.path, self._record, asdict(progress))

@@ -72,3 +72,28 @@ def test_a_restored_optimiser_continues_to_the_bit_and_one_that_was_not_fused_wi
     tolerance = {"rtol": 0, "atol": 0} if fused else {"rtol": 1e-5, "atol": 1e-7}
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda state: state["state"][0].pop("exp_avg_sq"),
+        lambda state: state["state"][0].update(step=torch.zeros(2)),
+        lambda state: state["state"][0].update(exp_avg="moment"),
+        lambda state: state["state"].update({10_000: state["state"][0]}),
+        lambda state: state["param_groups"][0]["params"].pop(),
+    ],
+)
+def test_a_state_that_does_not_fit_the_parameters_is_refused_and_its_groups_numbers_are_not_taken(model, change):
+    optimizer = build_optimizer(model, RATE)
+    take_steps(model, optimizer, 0, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group.update(amsgrad=True, lr="fast", weight_decay=1e9)
+    restored = build_optimizer(model, RATE)
+    restore_optimizer(restored, copy.deepcopy(state))
+    assert all(group["amsgrad"] is False and group["weight_decay"] == 1e-4 for group in restored.param_groups)
+    change(state)
+    with pytest.raises((ValueError, LookupError, AttributeError, TypeError)):
+        restore_optimizer(restored, state)

@@ -1,5 +1,6 @@
 """A run that was interrupted anywhere and resumed equals one that was not; what may change meanwhile is said."""
 
+import errno
 import multiprocessing
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import train
+from lib.checkpoints import native
 from lib.checkpoints.native import BEST, build_model, read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.cli import InputError
@@ -256,6 +258,37 @@ def test_the_newest_sound_checkpoint_is_used_and_damage_is_said(whole, cut, caps
     (cut / "step-00000030.pt").write_bytes(b"PK nothing")
     assert train.main(["--resume", str(cut)]) == 2
     assert f"error: {cut}: none of its 1 checkpoints can be read; " in capsys.readouterr().err
+
+
+def test_a_newest_checkpoint_that_cannot_be_read_now_ends_the_program_and_stays(cut, capsys, monkeypatch):
+    """It is not damaged: what another version has written, and what may not be opened."""
+    newest = cut / "step-00000030.pt"
+    names = run_folder_module.checkpoints(cut)
+    content = torch.load(newest, weights_only=True)
+    (cut / "last.pt").unlink()
+    torch.save({**content, "format": "x-dim checkpoint 9"}, newest)
+    os.link(newest, cut / "last.pt")
+    assert train.main(["--resume", str(cut)]) == 2
+    assert "from another version" in capsys.readouterr().err
+    torch.save(content, newest)
+    monkeypatch.setattr(native, "open", forbidden(newest), raising=False)
+    assert train.main(["--resume", str(cut)]) == 2
+    assert f"error: {newest}: cannot be read (Permission denied)" in capsys.readouterr().err
+    monkeypatch.setattr(native, "open", forbidden(cut / BEST), raising=False)
+    assert train.main(["--resume", str(cut), "--num_epochs", "3"]) == 2
+    assert f"error: {cut / BEST}: cannot be read (Permission denied)" in capsys.readouterr().err
+    assert run_folder_module.checkpoints(cut) == names
+
+
+def forbidden(path):
+    """A function open() that may not open one file: root may open all."""
+
+    def opening(file, *args):
+        if file == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return open(file, *args)
+
+    return opening
 
 
 def test_a_lost_best_checkpoint_counts_anew(cut, capsys):
