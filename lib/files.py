@@ -3,7 +3,8 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -15,20 +16,29 @@ TEMPORARY = ".tmp"  # ending of a file that is being written; one that stays beh
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing that is moved to `path` when all of it is on the disk.
+    """Open a temporary file for writing that is moved to `path`, or to what it links to, when all of it is on the disk.
 
-    After an error `path` is as it was. Raises InputError if the folder cannot be written or the disk is full.
+    What is no regular file (a pipe, /dev/stdout) stays and is written to at the end. After an error `path` is as it
+    was. Raises InputError if the folder cannot be written or the disk is full.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    special, path = _is_special(path), Path(path)
+    final = path if special else Path(os.path.realpath(path))
+    temporary = final.with_name(f"{final.name}.{os.getpid()}{TEMPORARY}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if special:
+            with tempfile.TemporaryFile() as file:
+                yield file
+                file.seek(0)
+                with open(path, "ab") as target:
+                    shutil.copyfileobj(file, target)
+            return
+        final.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        os.replace(temporary, final)
+        sync_folder(final.parent)
     except (OSError, RuntimeError) as error:
         cause = _system_error(error)
         if cause is None:
@@ -38,6 +48,11 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _is_special(path: str | Path) -> bool:
+    """Whether a path names something that is no regular file, or one by its descriptor."""
+    return os.path.exists(path) and (not os.path.isfile(path) or str(path).startswith(("/dev/", "/proc/")))
 
 
 @contextmanager
@@ -98,15 +113,26 @@ def check_writable(path: str) -> None:
     """Raises InputError if a file cannot be written, before the work whose result it will hold. Empty: no file."""
     if not path:
         return
-    temporary = Path(f"{path}.{os.getpid()}{TEMPORARY}")
+    temporary = Path(f"{os.path.realpath(path)}.{os.getpid()}{TEMPORARY}")
     try:
         if Path(path).is_dir():
             raise IsADirectoryError("Is a directory")
+        if _is_special(path):
+            return
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()
     except OSError as error:
         raise InputError(f"{path} could not be written: {reason(error)}") from None
+
+
+def refuse_inputs(outputs: Iterable[str], inputs: Iterable[str | Path]) -> None:
+    """Raises InputError where a file to be written is one that the same command reads."""
+    there = [path for path in outputs if path and os.path.isfile(path)]
+    for path in inputs if there else ():
+        for output in there:
+            if os.path.exists(path) and os.path.samefile(path, output):
+                raise InputError(f"{output}: would replace {path}, which this command reads; name another file")
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,9 @@
 """Wrong input to the programs: exit code 2 and one line on stderr that names the file or flag, never a traceback."""
 
 import gc
+import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import testall as testall_program
 import train as train_program
 from lib.checkpoints.native import BEST, LAST
 from lib.cli import QUOTED, reason
+from lib.files import check_writable, replacing
 from tests.conftest import PUBLISHED, TINY_BERT
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a warning would be a second line
@@ -262,6 +266,34 @@ def test_results_that_cannot_be_written(refused_evaluation, tmp_path, flag, plac
     (tmp_path / "folder").mkdir()
     assert f"{tmp_path / place} could not be written" in refused_evaluation(flag, tmp_path / place)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_results_do_not_replace_what_is_read(refused_evaluation, trained_run, tiny_data, tmp_path):
+    best, features = tmp_path / "best", Path(*tiny_data) / "test_ims.npy"
+    best.symlink_to(trained_run / BEST)
+    for flag, path in (("--json", trained_run / BEST), ("--save_sims", features), ("--ranks", best)):
+        before = path.read_bytes()
+        assert f"{path}: would replace " in refused_evaluation(flag, path)
+        assert path.read_bytes() == before
+
+
+def test_links_are_followed_and_pipes_and_devices_are_written_to(tmp_path):
+    target, link, pipe = tmp_path / "folder" / "target", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    for path in (link, pipe, "/dev/null"):
+        check_writable(str(path))
+        with replacing(path) as file:
+            np.save(file, np.arange(3))
+    reader.join()
+    assert got == [target.read_bytes()]
+    assert link.is_symlink()
+    assert np.load(link).tolist() == [0, 1, 2]
+    assert not Path("/dev/null").is_file()
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 # What libraries say

@@ -19,7 +19,7 @@ from lib.data.images import open_pictures
 from lib.data.tokenizer import TokenizedCaptions
 from lib.evaluation import coco, metrics, rankings, report, score
 from lib.evaluation.metrics import Part, Ranks
-from lib.files import check_writable, replacing
+from lib.files import check_writable, refuse_inputs, replacing
 from lib.model.registry import PAPERS_GATE, is_from_pixels
 from lib.runtime import ROOT, Compute, choose_compute
 
@@ -222,6 +222,9 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
         with clock("load"):
             contents = [source.content for source in sources if source.content]
             split, data_name = open_split_of(contents, settings)
+            outputs = [getattr(settings, name, "") for name in ("json", "ranks", "save_sims")]
+            read = [source.content.get("path", source.path) for source in sources]
+            refuse_inputs(outputs, [*read, *split.folder.iterdir()])
             parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
             size = {"images": len(split.features), "captions": len(split.captions)}
             about = {"data": str(split.folder), "split": split.name, **size}
