@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lib.cli import InputError
 from lib.distributed import heartbeat, rank, world_size
 from lib.model.layers import Shard
 
@@ -61,6 +62,27 @@ def from_first(value: Any) -> Any:
         heartbeat()
         dist.broadcast_object_list(given, device=torch.device("cpu"))
     return given[0]
+
+
+def all_gather(own: Any) -> list:
+    """What each process gives, anything that can be pickled, on all processes."""
+    gathered = [own] * world_size()
+    if world_size() > 1:
+        heartbeat()
+        dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def refuse_disagreement(own: dict[str, Any]) -> None:
+    """Raises InputError on all processes where they differ in what each has found, by name. All call this together."""
+    first, *others = all_gather(own)
+    for number, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise InputError(
+                    f"{name}: {value!r} of rank 0 but {other[name]!r} of rank {number}; start all processes with the "
+                    "same flags, on the same data, and with a run folder that all of them see"
+                )
 
 
 class _GatherInputs(torch.autograd.Function):

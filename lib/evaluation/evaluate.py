@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lib import distributed
+from lib import collectives, distributed
 from lib.checkpoints.native import trained_encoder
 from lib.cli import InputError, reason
 from lib.config import SAVED_SCORES, EvaluationSettings, SplitSettings
@@ -225,6 +225,8 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
             outputs = [getattr(settings, name, "") for name in ("json", "ranks", "save_sims")]
             read = [source.content.get("path", source.path) for source in sources]
             refuse_inputs(outputs, [*read, *split.folder.iterdir()])
+            read_alike = {"the data": split.fingerprint(), "the weights": [one.get("sha256") for one in contents]}
+            collectives.refuse_disagreement(read_alike if distributed.world_size() > 1 else {})
             parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
             size = {"images": len(split.features), "captions": len(split.captions)}
             about = {"data": str(split.folder), "split": split.name, **size}

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -297,6 +298,8 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
     if origin is None:
         refuse_used(path, progress, None, ())
     train_split, dev_split = open_train_and_dev(settings)
+    data = {split.name: describe_data(split) for split in (train_split, dev_split)}
+    collectives.refuse_disagreement({f"the data of {name}": one["fingerprint"] for name, one in data.items()})
     pairs = len(train_split.captions)
     if not processes <= settings.batch_size <= pairs:
         limit = f"fewer pairs than the {processes} processes"
@@ -304,7 +307,6 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
             fits = max(2, processes, 2 ** int(math.log2(pairs) - 3))  # about ten steps an epoch
             limit = f"larger than the {pairs} pairs of train; --batch_size {fits} fits"
         raise InputError(f"--batch_size {settings.batch_size}: {limit}")
-    data = {split.name: describe_data(split) for split in (train_split, dev_split)}
     if origin:
         resume.refuse_changed_data(origin, data, settings.allow_changes)
     settings.mask_padding |= train_split.features.varies
@@ -316,6 +318,7 @@ def prepare(settings: TrainSettings, compute: Compute, origin: Origin | None) ->
         else:
             model, tokenizer, note = new_model(asdict(settings))
             print(note)
+    collectives.refuse_disagreement({"the vocabulary of --bert": zlib.crc32(tokenizer.specification.encode())})
     model.image_encoder.mask_padding = settings.mask_padding
     if "mask_padding" in (options := model.architecture["image_encoder"]["options"]):
         options["mask_padding"] = settings.mask_padding

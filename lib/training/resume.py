@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from lib import distributed
+from lib import collectives, distributed
 from lib.checkpoints.native import Damaged, find_checkpoint, read_checkpoint, with_vision
 from lib.checkpoints.record import RECORD, read_record
 from lib.cli import InputError, reason
@@ -185,7 +184,7 @@ def restore(origin: Origin, optimizer: torch.optim.AdamW, device: torch.device) 
 
 def all_random_states(device: torch.device) -> dict:
     """The first process's state of all generators; `others` lists those of the other processes."""
-    first, *others = _all_gather(random_state(device))
+    first, *others = collectives.all_gather(random_state(device))
     return {**first, "others": others} if others else first
 
 
@@ -202,19 +201,4 @@ def seed_process(seed: int, step: int) -> None:
 def refuse_disagreement(settings: TrainSettings, progress: Progress) -> None:
     """Raises InputError where the processes were started with different flags, or found different checkpoints."""
     own = {f"--{name}": value for name, value in asdict(settings).items() if name not in OF_A_NODE}
-    first, *others = _all_gather({**own, "step of the checkpoint": progress.step})
-    for rank, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other[name] != value:
-                raise InputError(
-                    f"{name}: {value!r} of rank 0 but {other[name]!r} of rank {rank}; start all processes with the "
-                    "same flags, and a run folder that all of them see"
-                )
-
-
-def _all_gather(own: dict) -> list[dict]:
-    if distributed.world_size() == 1:
-        return [own]
-    gathered = [{}] * distributed.world_size()
-    dist.all_gather_object(gathered, own)
-    return gathered
+    collectives.refuse_disagreement({**own, "step of the checkpoint": progress.step})

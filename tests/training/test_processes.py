@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as eval_program
 import train
 from lib import distributed
 from lib.checkpoints.native import BEST, read_checkpoint
@@ -16,7 +18,7 @@ from lib.distributed import is_restarted, job, rank, world_size
 from lib.model.engine import autograd
 from lib.training import loop
 from tests import mishap
-from tests.conftest import ROOT, bert_without_dropout
+from tests.conftest import ROOT, TINY_BERT, bert_without_dropout
 from tests.ranks import run_ranks
 
 EXACT = 1e-8
@@ -163,6 +165,40 @@ def test_processes_with_different_flags_and_fewer_pairs_than_processes_are_refus
     ranks = run_ranks(run_program, 3, [*flags, "--batch_size", "2"])
     assert [rank.value for rank in ranks] == [2, 2, 2]
     assert "--batch_size 2: fewer pairs than the 3 processes" in ranks[0].err
+
+
+def on_own_data(flags, paths, program):
+    return (train if program == "train" else eval_program).main([*flags, "--data_path", paths[distributed.rank()]])
+
+
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_processes_that_see_different_data_are_refused(tiny_flags, tiny_data, trained_run, tmp_path, program):
+    other = tmp_path / tiny_data[1]
+    shutil.copytree(Path(*tiny_data), other)
+    for split in ("train", "test"):
+        captions = (other / f"{split}_caps.txt").read_text()
+        (other / f"{split}_caps.txt").write_text(captions.replace("ball", "bell", 1))
+    flags = [*tiny_flags, "--model_name", str(tmp_path / "run")]
+    if program == "eval":
+        flags = ["--checkpoint", str(trained_run), "--data_name", tiny_data[1], "--workers", "0", "--device", "cpu"]
+    ranks = run_ranks(on_own_data, 2, flags, [tiny_data[0], str(tmp_path)], program)
+    assert [rank.value for rank in ranks] == [2, 2]
+    assert re.match(r"error: rank 0: the data.*: '\w+' of rank 0 but '\w+' of rank 1; start all", ranks[0].err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_different_vocabularies_are_refused(tiny_flags, tmp_path):
+    bert = shutil.copytree(TINY_BERT, tmp_path / "bert")
+    words = (bert / "vocab.txt").read_text().split("\n")
+    words[-3], words[-2] = words[-2], words[-3]
+    (bert / "vocab.txt").write_text("\n".join(words))
+    ranks = run_ranks(with_own_bert, 2, [*tiny_flags, "--model_name", str(tmp_path / "run")], str(bert))
+    assert [rank.value for rank in ranks] == [2, 2]
+    assert "the vocabulary of --bert: " in ranks[0].err
+
+
+def with_own_bert(flags, bert):
+    return train.main([*flags, "--bert", bert] if distributed.rank() else flags)
 
 
 # Mishaps
