@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
@@ -163,6 +163,7 @@ def _connect(hosts: bool = False) -> "Store":
 # Hanging processes
 
 _heartbeats = 0  # of this process
+at_heartbeat: Callable[[], None] | None = None  # called at each, from where an exception may end the work
 _busy = threading.Event()  # set while this process does something long without heartbeats, a download say
 
 
@@ -170,6 +171,8 @@ def heartbeat() -> None:
     """Tell the watchdog that this process makes progress: an item of a progress bar is done, a collective begins."""
     global _heartbeats
     _heartbeats += 1
+    if at_heartbeat:
+        at_heartbeat()
 
 
 def _watch(stopped: threading.Event) -> None:

@@ -58,15 +58,22 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A part of the run, such as an evaluation, that a signal leaves at once by raising EndNow.
+        """A part of the run, such as an evaluation, that a signal leaves at the next heartbeat by raising EndNow.
 
-        In a job of several processes only at its beginning: a process that left alone would let the others wait.
+        In a job of several processes only at its beginning: a process that left alone would let the others wait. Not
+        from the signal's handler: an exception within a lock or a fork is lost, or leaves them half done.
         """
-        self._at_once = True
         if self.agree():
             raise EndNow
-        yield
-        self._at_once = False
+        self._at_once, distributed.at_heartbeat = True, self._leave if distributed.world_size() == 1 else None
+        try:
+            yield
+        finally:
+            self._at_once, distributed.at_heartbeat = False, None
+
+    def _leave(self) -> None:
+        if self.noted:
+            raise EndNow
 
     def _answer(self, received: int) -> None:
         """Answer the first signal from another thread: handlers wait until the main one's operation of PyTorch ends."""
@@ -88,5 +95,3 @@ class Signals:
         if distributed.world_size() > 1:
             return
         self._restore()
-        if self._at_once:
-            raise EndNow

@@ -17,13 +17,13 @@ import train
 from lib.checkpoints import native
 from lib.checkpoints.native import BEST, build_model, read_checkpoint
 from lib.checkpoints.record import read_record
-from lib.cli import InputError
+from lib.cli import InputError, with_bar
 from lib.config import TrainSettings
 from lib.training import loop
 from lib.training import run_folder as run_folder_module
 from lib.training.resume import Origin, refuse_changes
 from lib.training.run_folder import Progress
-from lib.training.signals import Signals
+from lib.training.signals import EndNow, Signals
 from tests import mishap
 from tests.conftest import PUBLISHED, ROOT, TINY_BERT
 from tests.ranks import run_ranks
@@ -174,6 +174,21 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_continue(
     assert read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["batch"] == done
     assert train.main(resume.split()[2:]) == 0
     assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_a_signal_in_an_evaluation_raises_nothing_where_it_comes_but_ends_it_at_the_next_block():
+    went_on = []
+
+    def blocks():
+        os.kill(os.getpid(), signal.SIGTERM)  # within a lock or a fork, say
+        went_on.append(True)
+        yield 1
+
+    with Signals(Progress()) as signals:
+        with pytest.raises(EndNow), signals.at_once():
+            list(with_bar(blocks(), "blocks"))
+        assert went_on
+        assert list(with_bar([1], "blocks")) == [1]
 
 
 def test_a_second_signal_ends_the_process_as_usual():
