@@ -18,6 +18,7 @@ from lib.model.registry import PAPERS_GATE, PARTS, parse_part
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 ENGINES = ("tiled", "plain")
+HUB_NAME = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAME@REVISION of the Hugging Face hub
 SAVED_SCORES = ".npy"  # ending of a file of scores, which can be given instead of a checkpoint
 
 
@@ -327,6 +328,24 @@ class DimensionSettings(ShowDataSettings):
 
     dimension: int = flag(0, "number of the dimension, from 0", positional=True, type=int, least=0)
     pairs: int = flag(1000, "images with a caption of theirs that are looked at, evenly spaced", least=1)
+
+
+@dataclass
+class ShareSettings(Settings):
+    """what is sent, and where"""
+
+    run: str = flag("", "run folder (its best epoch) or checkpoint", positional=True)
+    name: str = flag("", "OWNER/NAME on the Hugging Face hub", positional=True)
+    private: bool = flag(False, "the repository is private where it is made now")
+    dry_run: str = flag("", "write what would be sent to this new folder, and send nothing")
+    results: str = flag("", "evaluation for the model card, by eval.py --json (default: test.json in the run folder)")
+    licence: str = flag("", "licence of the weights, as the hub names it: mit, apache-2.0, cc-by-nc-4.0 ...")
+
+    def __post_init__(self):
+        super().__post_init__()
+        named = HUB_NAME.fullmatch(self.name)
+        _refuse(not named or named[3], f"{self.name}: expected OWNER/NAME, your name on the hub and the model's")
+        _refuse(not re.fullmatch(r"[\w.-]*", self.licence), f"--licence {self.licence}: expected a name such as mit")
 
 
 Chosen = TypeVar("Chosen", bound=Settings)

@@ -74,6 +74,7 @@ def test_the_installed_form_scores_as_lib_does_and_each_loads_what_the_other_wro
     torch.save(regions, tmp_path / "regions.pt")
     scores = load(trained_run, device="cpu").score(regions, ["a dog", "two men"])
     assert run(installed, tmp_path, "-c", SCORE, trained_run, tmp_path / "regions.pt") == f"{scores.tolist()}\n"
-    run(installed, tmp_path, installed / "bin" / "xdim-convert", trained_run, "written.safetensors")
-    again = load(tmp_path / "written.safetensors", device="cpu").score(regions, ["a dog", "two men"])
+    run(installed, tmp_path, installed / "bin" / "xdim-share", "push", trained_run, "user/a", "--dry_run", "written")
+    assert "xdim-train --data_name" in (tmp_path / "written" / "README.md").read_text()
+    again = load(tmp_path / "written", device="cpu").score(regions, ["a dog", "two men"])
     assert torch.equal(again, scores)

@@ -18,6 +18,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +28,16 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from torch import Tensor
 
 from lib.checkpoints import published
 from lib.cli import InputError, reason, refusing
-from lib.config import TrainSettings
+from lib.config import HUB_NAME, TrainSettings
 from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
-from lib.model.backbone import build_backbone, fetch, load_backbone, read_config
+from lib.model.backbone import HUB_SECONDS, ask_hub, build_backbone, fetch, load_backbone, read_config
 from lib.model.registry import describe, is_from_pixels
 from lib.model.vision import VisionModel, load_recorded, load_vision
 from lib.model.xdim import XDim
@@ -51,12 +54,19 @@ SCALAR: Any = np.float64().__reduce__()[0]  # what makes a NumPy number of its b
 NUMBERS = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"]
 PLAIN = [argparse.Namespace, np.dtype, *NUMBERS, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]  # beside tensors
 DAMAGED = "damaged, or not a checkpoint"
+ENDINGS = (".safetensors", ".pt", ".pth", ".tar")  # of files that are checkpoints, not of names on the hub
+HUB_ERRORS = {
+    RepositoryNotFoundError: "no such model, or one that needs a token: hf auth login, or HF_TOKEN",
+    RevisionNotFoundError: "no such revision",
+    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
+}
 MOST_LISTED = 20  # of the weights that do not fit
 
 
 def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
     """The file that `checkpoint` means: itself, the best of a run folder, or if empty the newest best below `runs`.
 
+    Where there is no such path, OWNER/NAME or OWNER/NAME@REVISION is a model of the Hugging Face hub, fetched once.
     Raises InputError where there is none.
     """
     path = Path(checkpoint or runs)
@@ -67,9 +77,51 @@ def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
         raise InputError(f"no {BEST} below {runs}/: train first (sh train_demo.sh), or name a file with --checkpoint")
     if (path / LAST).is_file():
         raise InputError(f"{path / BEST}: no such checkpoint, no epoch has ended; {path / LAST} is the newest one")
-    if not path.is_file():
-        raise InputError(f"{path / BEST if path.is_dir() else path}: no such checkpoint")
-    return path
+    if path.is_file():
+        return path
+    name = HUB_NAME.fullmatch(checkpoint)
+    if name and not os.path.isdir(name[1]) and not checkpoint.endswith(ENDINGS):
+        return _from_hub(checkpoint, f"{name[1]}/{name[2]}", name[3] or "main")
+    raise InputError(f"{path / BEST if path.is_dir() else path}: no such checkpoint")
+
+
+def _from_hub(given: str, name: str, revision: str) -> Path:
+    """The weights of a model of the Hugging Face hub, in its library's cache: the newest of the revision.
+
+    Where the hub does not answer they are those that were fetched before. Raises InputError where there are none.
+    """
+    kept = None
+    try:
+        cached = try_to_load_from_cache(name, BEST, revision=revision)
+        kept = Path(cached) if isinstance(cached, str) else None
+        if kept and kept.parent.name == revision:  # a commit, which does not change
+            return kept
+        about = ask_hub(HfApi().model_info, name, revision=revision, files_metadata=True)
+    except Exception as error:
+        if not kept:
+            what = f"{given}: no such file or folder here, nor had from the Hugging Face hub"
+            raise InputError(f"{what} ({hub_says(error)})") from None
+        print(f"{known_as(kept)}: as fetched before, without the Hugging Face hub ({hub_says(error)})", flush=True)
+        return kept
+    sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
+    if BEST not in sizes:
+        raise InputError(f"{given}: not a model of this project, there is no {BEST} among its files on the hub")
+    if not isinstance(try_to_load_from_cache(name, BEST, revision=about.sha), str):
+        print(f"{name}@{about.sha}: {sizes[BEST] / 1e6:.1f} MB are fetched from {HfApi().endpoint}", flush=True)
+    with refusing(f"{given}: could not be fetched from the Hugging Face hub"):
+        return Path(hf_hub_download(name, BEST, revision=revision, etag_timeout=HUB_SECONDS))
+
+
+def hub_says(error: Exception) -> str:
+    """Why the hub did not give what was asked, in a few words."""
+    words = (words for kind, words in HUB_ERRORS.items() if isinstance(error, kind))
+    return next(words, "") or reason(error).split(". ")[0]
+
+
+def known_as(path: Path) -> str:
+    """A path as given; of a file in the hub's cache OWNER/NAME@COMMIT, which find_checkpoint takes on any machine."""
+    found = re.search(r"/models--([^/]+)/snapshots/(\w{40})/", path.as_posix())
+    return f"{found[1].replace('--', '/')}@{found[2]}" if found else str(path)
 
 
 class Damaged(InputError):
@@ -116,7 +168,7 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
             content = _read_safetensors(path)
     content = published.convert(content) if published.is_published(content) else _current(content, path)
     settings, notes = _known_settings(content["settings"])
-    return {**content, "path": str(path), "settings": settings, "notes": notes}
+    return {**content, "path": known_as(path), "settings": settings, "notes": notes}
 
 
 def _is_sound_archive(path: Path) -> bool:

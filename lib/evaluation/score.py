@@ -218,7 +218,7 @@ def load(
     model, tokenizer = build_model(content, bert)
     model.use_engine(engine := engine or content["settings"].get("engine") or "tiled")
     notes = content["notes"] + ["scored by the plain formula (--engine plain)"] * (engine == "plain")
-    content = {**content, "path": path, "model": None, "notes": notes}
+    content = {**content, "model": None, "notes": notes}
     return Matcher(model, tokenizer, compute, content, image_weights)
 
 

@@ -7,6 +7,7 @@ uses them, and parameters without gradients stop a training on several processes
 import inspect
 import json
 import os
+from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -52,12 +53,17 @@ def fetch(name: str, weights: bool = False, beside: set[str] = VOCABULARIES) -> 
 
 def _download(name: str, weights: bool, what: str) -> str:
     print(f"{name}: {what} are not in the cache; the Hugging Face hub has {HUB_SECONDS} seconds to answer", flush=True)
-    with ThreadPool(1) as thread:  # each address of the hub, and the name server, has a time limit of its own
-        about = thread.apply_async(HfApi().model_info, (name,), {"timeout": HUB_SECONDS}).get(HUB_SECONDS)
+    about = ask_hub(HfApi().model_info, name)
     files = {one.rfilename for one in about.siblings or ()}
     kinds = [kind for kind in WEIGHTS if weights and files.intersection((kind, f"{kind}.index.json"))]
     patterns = [kind.replace(".", "*.") + "*" for kind in kinds[:1]]  # the index and the parts, too
     return snapshot_download(name, allow_patterns=[*SMALL_FILES, *patterns], etag_timeout=HUB_SECONDS)
+
+
+def ask_hub(question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a method of HfApi gives within HUB_SECONDS. Raises TimeoutError, or what huggingface_hub raises."""
+    with ThreadPool(1) as thread:  # each address of the hub, and the name server, has a time limit of its own
+        return thread.apply_async(question, arguments, options).get(HUB_SECONDS)
 
 
 def read_config(name: str, tower: str = "text_config", beside: set[str] = VOCABULARIES) -> dict:

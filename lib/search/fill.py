@@ -211,9 +211,10 @@ def make_tables(settings: IndexSettings, matcher: Matcher, source: Source) -> No
             made, now = (describe_encoder(one) for one in (about["encoder"], encoder))
             raise InputError(f"--index {uri}: was made of regions by {made}, these are by {now}; take another index")
         return
+    path = Path(matcher.content["path"])
     about = {
         **{"format": FORMAT, "model": fingerprint(matcher), "encoder": encoder, "source": source.name},
-        **{"checkpoint": str(Path(matcher.content["path"]).resolve()), "bert": settings.bert},
+        **{"checkpoint": str(path.resolve() if path.exists() else path), "bert": settings.bert},  # a hub's name stays
         **{"dims": matcher.model.architecture["embed_size"], "regions": settings.compress or "float16"},
         "vector": vector_of(matcher),
     }

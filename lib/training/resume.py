@@ -106,7 +106,8 @@ def _checkpoint(path: Path) -> Origin:
 
 def _weights(path: Path, settings: TrainSettings) -> Origin:
     """Any checkpoint, of which a new run takes the weights, on any data."""
-    content, notes = read_checkpoint(path), [f"all weights start from {path}"]
+    content = read_checkpoint(path)
+    notes = [f"all weights start from {content['path']}"]
     defaults = {name: value for name, value in content["settings"].items() if name in ARCHITECTURE}
     wanted = parse_part("image_encoder", settings.image_encoder)
     if is_from_pixels(wanted) and not is_from_pixels(content["architecture"]["image_encoder"]):
