@@ -4,17 +4,23 @@ Each command writes one file.
 """
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from lib.cli import InputError, check_packages, program
-from lib.config import AttentionSettings, DependenciesSettings, parse
+from lib.config import AttentionSettings, CurvesSettings, DependenciesSettings, GallerySettings, parse
 
 ABOUT = {
     "attention": "Draw what each word of a caption looks at in a picture, with the word's own score.",
     "dependencies": "Draw the dependency matrix, dependent dimensions side by side, its mask and thresholds.",
+    "retrieval": "Write a page of queries with the pictures or captions found for them, the failures first.",
+    "training": "Draw the loss, dev's rSum and the gate's sparsity of one or several runs.",
 }
-SETTINGS: dict[str, type] = {"attention": AttentionSettings, "dependencies": DependenciesSettings}
+SETTINGS: dict[str, type] = {
+    "attention": AttentionSettings,
+    "dependencies": DependenciesSettings,
+    "retrieval": GallerySettings,
+    "training": CurvesSettings,
+}
 
 
 @program
@@ -28,9 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"expected show.py {', '.join(ABOUT)} ... (see show.py --help)")
     settings = parse(SETTINGS[argv[0]], ABOUT[argv[0]], argv[1:], command=f"show.py {argv[0]}")
     check_packages()
-    from lib.figures import model  # importing PyTorch takes seconds: not before the flags are right
+    from lib.figures import model, results  # importing PyTorch takes seconds: not before the flags are right
 
-    draw: dict[str, Any] = {"attention": model.show_attention, "dependencies": model.show_dependencies}
+    draw: dict[str, Callable] = {
+        "attention": model.show_attention,
+        "dependencies": model.show_dependencies,
+        "retrieval": results.show_gallery,
+        "training": results.show_curves,
+    }
     draw[argv[0]](settings)
 
 

@@ -283,12 +283,12 @@ class FigureSettings(Settings):
 
     out: str = flag("", "file of the figure; its ending says of which kind")
 
-    endings = (".png", ".pdf", ".svg")
+    endings = ".png .pdf .svg"
 
     def __post_init__(self):
         super().__post_init__()
-        known = Path(self.out).suffix.lower() in self.endings
-        _refuse(not known, f"--out {self.out}: expected a file's name that ends in {' or '.join(self.endings)}")
+        known = Path(self.out).suffix.lower() in self.endings.split()
+        _refuse(not known, f"--out {self.out}: expected a file's name that ends in {' or '.join(self.endings.split())}")
 
 
 @dataclass
@@ -346,6 +346,31 @@ class ShareSettings(Settings):
         named = HUB_NAME.fullmatch(self.name)
         _refuse(not named or named[3], f"{self.name}: expected OWNER/NAME, your name on the hub and the model's")
         _refuse(not re.fullmatch(r"[\w.-]*", self.licence), f"--licence {self.licence}: expected a name such as mit")
+
+
+@dataclass
+class GallerySettings(FigureSettings, SplitSettings):
+    """gallery"""
+
+    checkpoint: str = flag(
+        "",
+        "checkpoint, run folder (its best), published file or saved scores (.npy) (default: newest best below runs/)",
+    )
+    queries: int = flag(200, "queries each way, the worst first; the others are left out", least=1)
+
+    endings = ".html"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse(self.fold5, "--fold5: a gallery ranks among all images of the split, leave it out")
+        _refuse(self.json, "--json: eval.py --ranks FILE writes all queries as JSON, leave it out")
+
+
+@dataclass
+class CurvesSettings(FigureSettings):
+    """runs"""
+
+    run: tuple[str, ...] = flag((), "run folders", positional=True, nargs="+")
 
 
 Chosen = TypeVar("Chosen", bound=Settings)
