@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import errno
 import functools
 import multiprocessing.util
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from typing import Any, NoReturn, TypeVar
 
@@ -127,6 +128,32 @@ class _Lines:
 # Programs
 
 
+class Lasting:
+    """A stream for output that becomes silent where it cannot be written: its reader has gone, its disk is full."""
+
+    def __init__(self, stream: Any, say: Callable[[str], None]):
+        """say: gets the reason, once."""
+        self._stream, self._say = stream, say
+
+    def write(self, text: str) -> int:
+        """Write at once: what waits in a buffer would fail later, elsewhere."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            silence(self._stream)
+            self._say(reason(error))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def silence(stream: Any) -> None:
+    """Let what is written to a stream, and what still waits in its buffer, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """Adds the default to a flag's help unless it is off or empty."""
 
@@ -174,6 +201,7 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
         atexit.register(_end_workers)  # runs before the handler of multiprocessing.util, which was registered earlier
         try:
             main(argv)
+            sys.stdout.flush()
         except (InputError, TrainingStopped, PeerLost) as error:
             if isinstance(error, PeerLost):
                 time.sleep(distributed.EXIT_WAIT)  # torchrun ends this process, and names the one that failed
@@ -190,8 +218,15 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
             distributed.print_error(f"error: out of memory ({reason(error)}); {advice}")
             return 1
         except BrokenPipeError:  # the reader of our output (`| head`) has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence(sys.stdout)
             return 1
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            silence(sys.stdout)
+            with suppress(OSError):  # stderr may go there too
+                distributed.print_error(f"error: {error.filename or 'the output'} cannot be written: {reason(error)}")
+            return 2
         except KeyboardInterrupt:
             if distributed.is_first():
                 print("interrupted", file=sys.stderr)

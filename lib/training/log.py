@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from lib.cli import LINE_INTERVAL, InputError, TrainingStopped, reason, refusing
+from lib.cli import LINE_INTERVAL, InputError, Lasting, TrainingStopped, reason, refusing
 from lib.config import TrainSettings
 from lib.distributed import is_first
 from lib.training.run_folder import Progress
@@ -61,6 +61,8 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         settings = asdict(self._settings) if self._settings else {}
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (Lasting(stream, self._note_silence) for stream in self._streams)
         if self._tracker:
             with refusing(f"{self._track}: cannot be started"):
                 resume = "allow" if self._step else "never"
@@ -85,6 +87,12 @@ class RunLog:
             self._attempt(TENSORBOARD, self._writer.close)
         if self._tracked:
             self._attempt(self._track, self._tracked.finish)
+        sys.stdout, sys.stderr = self._streams
+
+    def _note_silence(self, why: str) -> None:
+        """Say in run.log that the terminal, or what stands for it, gets nothing more."""
+        if is_first():
+            self._attempt(str(self._path), self._append, f"warning: output cannot be printed ({why}); the run goes on")
 
     def _summaries(self, *summaries: Any) -> None:
         """Write hyperparameters: `add_hparams` would make another run of them, in a folder below this one."""

@@ -5,7 +5,10 @@ import contextlib
 import errno
 import os
 import resource
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from lib.checkpoints.record import read_record
 from lib.cli import InputError, TrainingStopped
 from lib.training import run_folder as module
 from lib.training.run_folder import Progress, RunFolder, checkpoints, command_to_resume
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +239,21 @@ def test_a_training_on_a_full_disk_stops_in_order_and_continues_when_there_is_ro
     assert set(sound(folder)) == {"step-00000004.pt", "last.pt"}
     assert train.main(["--resume", str(folder)]) == 0
     assert read_checkpoint(folder / "last.pt")["progress"]["epoch"] == 1
+
+
+def test_output_that_cannot_be_printed_costs_a_run_nothing_and_is_one_line_at_the_start(tiny_flags, tmp_path):
+    def run(where, *more):
+        command = [sys.executable, "-u", "train.py", *tiny_flags, "--model_name", str(tmp_path / "run"), *more]
+        line = f"{shlex.join(command)} {where}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    assert run("> /dev/full") == (2, "error: the output cannot be written: No space left on device\n")
+    assert run("2>&1 | head -n 3", "--log_step", "1") == (0, "")
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert log.count("warning: output cannot be printed (Broken pipe); the run goes on") == 1
+    assert "best dev rSum" in log
+    assert sound(tmp_path / "run")["last.pt"] == 15
 
 
 def test_a_log_that_cannot_be_written_costs_the_run_nothing(tiny_flags, tmp_path, monkeypatch, capsys):
