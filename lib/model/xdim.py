@@ -38,7 +38,7 @@ class AdaptiveGate(nn.Module):
     def __init__(self, embed_size: int, start: float = 2.5):
         super().__init__()
         self.joint_logits = nn.Parameter(torch.randn(embed_size, embed_size))  # E
-        self.threshold_scale = nn.Parameter(torch.normal(start, 0.1, (embed_size,)))  # lambda
+        self.threshold_scale = nn.Parameter(torch.empty(embed_size).normal_(start, 0.1))  # lambda
         self.log_sharpness = nn.Parameter(torch.tensor(4.0))
 
     def mask(self) -> tuple[Tensor, Tensor]:

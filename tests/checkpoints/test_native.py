@@ -183,6 +183,12 @@ def test_weights_that_are_missing_surplus_or_misshapen_are_listed(altered, chang
     assert words in refused(lambda path: build_model(read_checkpoint(path)), path)
 
 
+def test_a_model_of_a_size_that_no_memory_holds_is_refused_before_it_takes_any(altered):
+    path = altered(lambda content: content["architecture"].update(embed_size=10**9))
+    with pytest.raises(InputError, match=r"its weights do not fit the model .* expected \(1000000000, "):
+        build_model(read_checkpoint(path))
+
+
 @pytest.mark.parametrize(("kept", "words"), [(5, "it knows special tokens only"), (128, "a vocabulary of 128 entries")])
 def test_a_tokenizer_that_is_not_the_embedding_tables_is_neither_used_nor_converted(altered, capfd, kept, words):
     def cut(content):
