@@ -82,7 +82,8 @@ class Tokenizer:
         """Split captions into words, and words into pieces; a special token's name in a caption is text."""
         ids, words, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int16)], [0]
         for start in with_bar(range(0, len(captions), AT_ONCE), "tokens"):
-            encodings = self._backend.encode_batch(captions[start : start + AT_ONCE], add_special_tokens=False)
+            with refusing("captions: one is no valid Unicode text"):
+                encodings = self._backend.encode_batch(captions[start : start + AT_ONCE], add_special_tokens=False)
             ids.append(np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32))
             words.append(np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int16))
             lengths += map(len, encodings)

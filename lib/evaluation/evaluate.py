@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib import collectives, distributed
 from lib.checkpoints.native import trained_encoder
-from lib.cli import InputError, reason
+from lib.cli import InputError, reason, refusing
 from lib.config import SAVED_SCORES, EvaluationSettings, SplitSettings
 from lib.data.dataset import Split, describe_encoder, find_folder, is_same_encoder, open_split, read_encoder
 from lib.data.images import open_pictures
@@ -151,7 +151,8 @@ class Source:
             with job.clock("load"):
                 scores = np.full((len(job.split.features), len(job.split.captions)), -np.inf, np.float32)
                 for part, saved in zip(self.saved_parts, self.saved, strict=True):
-                    scores[part] = saved
+                    with refusing(f"{self.path}: scores beyond float32; divide them all by a number"):
+                        scores[part] = np.errstate(over="raise")(np.asarray)(saved, np.float32)
                 return scores
         embeddings, scorer, pooling = self.embed(job), self.matcher.scorer(), self.matcher.model.pooling
         del self.matcher  # the encoders' memory is free for the scores

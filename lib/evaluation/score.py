@@ -147,6 +147,9 @@ class Matcher:
         img_dim = self.model.image_encoder.img_dim
         try:
             images = [torch.as_tensor(image) for image in listed]
+            if any(image.is_complex() or image.dtype == torch.bool for image in images):
+                raise TypeError("complex or bool")
+            images = [image if image.dtype == torch.float16 else image.float() for image in images]
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"images: expected (images, regions, {img_dim}) numbers ({reason(error)})") from None
         if any(image.ndim != 2 or image.shape[1] != img_dim or not len(image) for image in images):

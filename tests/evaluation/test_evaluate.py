@@ -202,6 +202,9 @@ def test_a_part_of_an_evaluation_ends_when_the_device_has_done_its_work(monkeypa
         (None, ["a ball"], "expected a list of one path"),
         ("a.jpg", ["a ball"], "expected a list of one path"),
         ([{}], ["a ball"], "expected \\(images, regions, 16\\) numbers"),
+        (np.zeros((1, 3, 16), complex), ["a ball"], "numbers \\(complex or bool\\)"),
+        (np.full((1, 3, 16), 1e300), ["a ball"], "infinite"),
+        (np.zeros((2, 6, 16), np.float32), ["a \ud800 ball"], "no valid Unicode"),
         (["a.jpg"], ["a ball"], "nothing says which program made the regions .* arrays \\(images, regions, 16\\)"),
     ],
 )
@@ -450,6 +453,7 @@ def complaint_of(argv, capsys):
         (np.zeros((10, 49), np.float32), r"10 x 49 scores, but \S+ test has 10 images and 50 captions"),
         (np.zeros((0, 0), np.float32), "0 x 0 scores, but"),
         (np.zeros((0, 10, 50), np.float32), "0 x 10 x 50 scores, but"),
+        (np.full((10, 50), 1e300), "scores beyond float32"),
         (np.zeros((10, 50), np.int64), "expected floating-point numbers, images x captions, found int64 of 10 x 50"),
         (np.zeros((5, 2, 10), np.float32), "5 x 2 x 10 scores, of 5 folds without .* give --fold5, or use testall.py"),
         (
