@@ -22,6 +22,11 @@ from lib.distributed import PeerLost
 QUOTED = 200  # characters of a foreign text that an error message quotes
 # Our own messages say what is fetched and what is wrong; the libraries' would come beside them, of unused weights too.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+# Errors of the system that no check foresees everywhere, and what to do.
+OF_THE_SYSTEM = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG), ""
+)
+OF_THE_SYSTEM |= {errno.EMFILE: "; raise the limit (ulimit -n 1024), or give --workers 0"}
 LINE_INTERVAL = 30.0  # seconds between two lines of progress where stderr is no terminal
 
 Item = TypeVar("Item")
@@ -196,6 +201,9 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        if problem := distributed.misdescribed():
+            print(f"error: {problem}", file=sys.stderr)
+            return 2
         distributed.keep_quiet()
         os.environ.update({**QUIET, **os.environ})
         atexit.register(_end_workers)  # runs before the handler of multiprocessing.util, which was registered earlier
@@ -212,20 +220,20 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
                 print(stopped, file=sys.stderr)
             return stopped.exit_code
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator: " not in str(error):
+            if not (advice := _advise(error)):
                 raise
-            advice = "take a smaller --batch_size, in training rather a smaller --micro_batch, or --precision bf16"
-            distributed.print_error(f"error: out of memory ({reason(error)}); {advice}")
+            distributed.print_error(f"error: {advice}")
             return 1
         except BrokenPipeError:  # the reader of our output (`| head`) has gone
             silence(sys.stdout)
             return 1
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in OF_THE_SYSTEM:
                 raise
             silence(sys.stdout)
-            with suppress(OSError):  # stderr may go there too
-                distributed.print_error(f"error: {error.filename or 'the output'} cannot be written: {reason(error)}")
+            what = error.filename or ("the output" if error.errno == errno.ENOSPC else "the system")
+            with suppress(OSError):  # stderr may be full too
+                distributed.print_error(f"error: {what}: {reason(error)}{OF_THE_SYSTEM[error.errno]}")
             return 2
         except KeyboardInterrupt:
             if distributed.is_first():
@@ -242,6 +250,19 @@ def _end_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+def _advise(error: RuntimeError) -> str:
+    """What has happened and what to do, where PyTorch says that the machine has come to a limit; else empty."""
+    said = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in said:
+        advice = "take a smaller --batch_size, in training rather a smaller --micro_batch, or --precision bf16"
+        return f"out of memory ({reason(error)}); {advice}"
+    if "Too many open files" in said:
+        return f"too many open files{OF_THE_SYSTEM[errno.EMFILE]}"
+    if "DataLoader worker" in said:
+        return f"a process that reads data has ended ({reason(error)}); where memory is short, take fewer --workers"
+    return ""
 
 
 def _without_traceback(error: Exception) -> str:

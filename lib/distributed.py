@@ -70,6 +70,21 @@ def job() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} {agent}"
 
 
+def misdescribed() -> str:
+    """What is wrong with the variables by which a launcher describes a job; empty where nothing is."""
+    if "RANK" not in os.environ:
+        return ""
+    wanted = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"]
+    given = {name: os.environ[name] for name in wanted if name in os.environ}
+    for name, value in given.items():
+        if not value.isdecimal():
+            return f"the variable {name} is {value!r}, not a number; torchrun sets it"
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if world_size() > 1 and name not in os.environ:
+            return f"the variables RANK and WORLD_SIZE are set, but not {name}: start with torchrun, or unset RANK"
+    return ""
+
+
 def keep_quiet() -> None:
     """Let all processes but the first print errors only. To be called before PyTorch is imported."""
     if world_size() > 1:
@@ -157,7 +172,12 @@ def _connect(hosts: bool = False) -> "Store":
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"attempt {attempt}", TCPStore(address, port, is_master=hosts, timeout=TORCH_TIMEOUT))
+    try:
+        store = TCPStore(address, port, is_master=hosts, timeout=TORCH_TIMEOUT)
+    except RuntimeError as error:
+        why = "the port is taken" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        raise PeerLost(f"MASTER_ADDR {address}, MASTER_PORT {port}: the processes cannot meet there ({why})") from None
+    return PrefixStore(f"attempt {attempt}", store)
 
 
 # Hanging processes

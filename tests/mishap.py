@@ -3,6 +3,7 @@
 In a step the last rank is killed, hangs, gets a signal, runs out of memory or finds wrong data; not after a restart.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ MISHAPS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGTERM to the group": lambda: os.killpg(0, signal.SIGTERM),
+    "worker killed": lambda: [process.kill() for process in multiprocessing.active_children()],
     "hanging": lambda: time.sleep(600),
     "out of memory": lambda: fail(OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
     "wrong input": lambda: fail(InputError("x.npy: NaN or infinite features")),

@@ -2,6 +2,9 @@
 
 import gc
 import os
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import train as train_program
 from lib.checkpoints.native import BEST, LAST
 from lib.cli import QUOTED, reason
 from lib.files import check_writable, replacing
-from tests.conftest import PUBLISHED, TINY_BERT
+from tests.conftest import PUBLISHED, ROOT, TINY_BERT
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a warning would be a second line
 
@@ -294,6 +297,44 @@ def test_links_are_followed_and_pipes_and_devices_are_written_to(tmp_path):
     assert np.load(link).tolist() == [0, 1, 2]
     assert not Path("/dev/null").is_file()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+# The system
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "the variable RANK is 'first', not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "the variable WORLD_SIZE is 'x', not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "but not MASTER_ADDR: start with torchrun, or unset RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "TAKEN"}, "the port is taken"),
+    ],
+)
+def test_variables_that_describe_no_job(tiny_flags, tmp_path, variables, words):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        environment = {**os.environ, **{name: value.replace("TAKEN", port) for name, value in variables.items()}}
+        command = [sys.executable, "train.py", *tiny_flags, "--model_name", str(tmp_path / "run")]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_names_that_are_too_long_or_of_another_encoding(refusal, program, tiny_flags):
+    for name in ("x" * 300, b"\xff\xfe".decode(errors="surrogateescape")):
+        flags = [*tiny_flags, "--init_from", name] if program == "train" else ["--checkpoint", name]
+        assert "error: " in refusal(program, *flags)
+
+
+def test_too_few_files_that_may_be_open(trained_run, tmp_path):
+    line = f"ulimit -n 16; exec {sys.executable} test.py --checkpoint {trained_run} --workers 2"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert done.stderr.splitlines()[-1].endswith("raise the limit (ulimit -n 1024), or give --workers 0")
+    assert "Traceback" not in done.stderr
 
 
 # What libraries say

@@ -1,6 +1,7 @@
 """Training: an epoch, a step, dev and a save in the order things happen; what comes before the first step is below."""
 
 import math
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
@@ -150,7 +151,14 @@ def batches_left(run: Run) -> Iterator[Batch]:
     batches = EpochBatches(*run.train, run.tokenizer, size, settings.seed, progress.epoch, own, half, indexed, look)
     left = loader(Subset(batches, range(progress.batch, len(batches))), settings.workers, run.compute.device)
     shown = with_bar(left, f"epoch {progress.epoch + 1}") if sys.stderr.isatty() else left  # else lines say as much
-    return on_device(shown, run.compute.device, run.resident)
+    try:
+        for batch in on_device(shown, run.compute.device, run.resident):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise in the middle of a step
+            yield batch
+    except RuntimeError:  # a worker was killed; the next batch is waited for in vain
+        if distributed.world_size() == 1:
+            save(run)
+        raise
 
 
 def train_step(run: Run, batch: Batch, loss_function: Loss, warmth: float = 1.0) -> Tensor:
@@ -235,9 +243,9 @@ def save(run: Run) -> None:
     run.figures.read()  # raises TrainingStopped where the loss is NaN
     random_state = resume.all_random_states(run.compute.device)  # asks all processes
     run.folder.save({**state_of(run), "random_state": random_state}, run.progress)
-    if signal := run.signals.agree():
+    if received := run.signals.agree():
         command = command_to_resume(run.folder.path)
-        raise Interrupted(f"{signal.name}: saved after step {run.progress.step}; continue with: {command}", signal)
+        raise Interrupted(f"{received.name}: saved after step {run.progress.step}; continue with: {command}", received)
 
 
 def state_of(run: Run) -> dict:

@@ -218,6 +218,18 @@ def test_loader_workers_leave_signals_to_the_main_process(flags, tmp_path):
     assert "SIGTERM: saved after step 6; continue with: " in outcome.err
 
 
+def test_a_loader_worker_that_is_killed_is_one_line_and_the_step_before_is_saved(flags, whole, tmp_path):
+    """As the system does where memory is short."""
+    command = [*flags, "--workers", "1", "--save_steps", "0", "--model_name", str(tmp_path / "run")]
+    (outcome,) = run_ranks(mishap.main, 1, "worker killed", 6, command)
+    assert outcome.value == 1
+    assert outcome.err.startswith("error: a process that reads data has ended (DataLoader worker")
+    assert outcome.err.count("\n") == 1
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] >= 6
+    assert train.main(["--resume", str(tmp_path / "run"), "--workers", "0"]) == 0
+    assert_equal_runs(tmp_path / "run", whole)
+
+
 def test_a_signal_is_answered_while_the_main_thread_is_within_an_operation():
     """Here one that ends with the process alone; PyTorch's let other threads run too."""
     program = (

@@ -248,7 +248,7 @@ def test_output_that_cannot_be_printed_costs_a_run_nothing_and_is_one_line_at_th
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
         return done.returncode, done.stderr
 
-    assert run("> /dev/full") == (2, "error: the output cannot be written: No space left on device\n")
+    assert run("> /dev/full") == (2, "error: the output: No space left on device\n")
     assert run("2>&1 | head -n 3", "--log_step", "1") == (0, "")
     log = (tmp_path / "run" / "run.log").read_text()
     assert log.count("warning: output cannot be printed (Broken pipe); the run goes on") == 1
