@@ -278,6 +278,14 @@ class QuerySettings(SearchSettings):
 
 
 @dataclass
+class ServeSettings(SearchSettings):
+    """page"""
+
+    port: int = flag(7860, "where the page is, http://HOST:PORT; 0 = one that is free", least=0)
+    host: str = flag("127.0.0.1", "address that is listened to; 0.0.0.0: whoever reaches this machine may search")
+
+
+@dataclass
 class FigureSettings(Settings):
     """figure"""
 

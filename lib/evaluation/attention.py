@@ -109,6 +109,14 @@ def rows_of(matcher: Matcher, caption: str, pieces: int, joined: bool = True) ->
     return [spelled[word] for word in words.tolist()], own / own.sum(dim=1, keepdim=True)
 
 
+def paint(weights: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Weights (R,) of regions on their boxes (R, 4) in a picture's pixels: (height, width). What overlaps adds up."""
+    heat = np.zeros((height, width), np.float32)
+    for weight, (x1, y1, x2, y2) in zip(weights, np.rint(boxes).astype(int).clip(0), strict=True):
+        heat[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] += weight
+    return heat
+
+
 def partners(matcher: Matcher, dims: Sequence[int], number: int) -> list[list[tuple[int, float]]]:
     """For each of some dimensions the others with the largest entries of its row of D, its group, and these entries.
 

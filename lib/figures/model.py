@@ -15,7 +15,7 @@ from lib.cli import InputError
 from lib.config import AttentionSettings, DependenciesSettings, ShowSettings
 from lib.data.dataset import read_boxes, read_ids
 from lib.data.images import find_pictures, open_picture
-from lib.evaluation.attention import Attention, attention
+from lib.evaluation.attention import Attention, attention, paint
 from lib.evaluation.evaluate import open_split_of
 from lib.evaluation.score import Matcher, load, look_of
 from lib.figures import import_matplotlib, new_figure, save_figure
@@ -73,14 +73,6 @@ def find_pair(matcher: Matcher, settings: AttentionSettings) -> Pair:
     (picture,) = find_pictures(split.folder, [ids[place]], settings.image_path)
     first, last = split.features.starts[place : place + 2]
     return Pair(split.features.read(np.array([place])), boxes[first:last], picture, caption)
-
-
-def paint(weights: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Weights (R,) of regions on their boxes (R, 4) in a picture's pixels: (height, width). What overlaps adds up."""
-    heat = np.zeros((height, width), np.float32)
-    for weight, (x1, y1, x2, y2) in zip(weights, np.rint(boxes).astype(int).clip(0), strict=True):
-        heat[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] += weight
-    return heat
 
 
 def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> Any:

@@ -42,6 +42,7 @@ from lib.search.index import (
     encode,
     encode_captions,
     fingerprint,
+    quote,
     read_about,
     see_with,
     vector_of,
@@ -395,7 +396,7 @@ def _columns(table: Any, *names: str) -> list[list]:
 
 
 def _remove(table: Any, column: str, ids: Collection[str]) -> None:
-    quoted = ["'" + one.replace("'", "''") + "'" for one in ids]
+    quoted = [quote(one) for one in ids]
     for first in range(0, len(quoted), AT_ONCE):
         table.delete(f"{column} IN ({', '.join(quoted[first : first + AT_ONCE])})")
 

@@ -9,6 +9,7 @@ A query reads only: any number of processes may ask while one fills (fill.py). E
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from lib.checkpoints.native import digest
 from lib.cli import InputError, refusing
-from lib.config import QuerySettings
+from lib.config import QuerySettings, SearchSettings
 from lib.data.images import NotAPicture, load_picture
-from lib.evaluation.attention import explain
+from lib.evaluation.attention import Attention, explain
 from lib.evaluation.score import Block, Matcher, load
 from lib.model.engine import CombinedScorer
 from lib.model.layers import pad_rows, real_rows, upload
@@ -35,6 +36,7 @@ PICTURES, CAPTIONS, UNREADABLE = "pictures", "captions", "unreadable"
 FRESH = timedelta(seconds=1)  # after which a query looks for what others have written meanwhile
 PROBES = 50  # parts of the approximate index that are searched; of a million pictures it has a thousand
 GROUP = 128  # captions encoded at a time
+Times = dict[str, float] | None  # when each part of a query ended, by time.perf_counter(); filled by the query
 LEAST = 1e-12  # below which a region's largest number counts as nothing
 
 
@@ -70,31 +72,60 @@ class Index:
         given = {"bert": about["bert"], "precision": "", "engine": "", "image_weights": "", **options}
         return cls(uri, load(checkpoint or about["checkpoint"], device=device, **given))
 
+    @classmethod
+    def of(cls, settings: SearchSettings) -> "Index":
+        """Open the index that a program is given. Raises InputError, also where no pictures are in it."""
+        given = {name: getattr(settings, name) for name in ("checkpoint", "device", "precision", "engine")}
+        given |= {name: value for name in ("bert", "image_weights") if (value := getattr(settings, name))}
+        index = cls.open(settings.index, **given)
+        if not len(index):
+            raise InputError(f"--index {settings.index}: no pictures in it")
+        return index
+
     def __len__(self) -> int:
         return self.pictures.count_rows()
 
-    def query(self, text: str, top: int = 10, candidates: int = 200) -> list[Found]:
+    def query(self, text: str, top: int = 10, candidates: int = 200, times: Times = None) -> list[Found]:
         """The best pictures for a sentence, best first, by the exact scores of the nearest `candidates`.
 
         A word's score is the mean of its pieces'; the score of X-Dim is the mean over all pieces, special tokens too.
         """
+        times = {} if times is None else times
         words, lengths, vector = self.encode(text)
+        times["encode"] = time.perf_counter()
         rows = self.nearest(self.pictures, vector, max(top, candidates), ["id", "path", "regions", "boxes"])
+        times["find"] = time.perf_counter()
         if not len(rows):
             return []
         regions, real = self.read_regions(rows)
+        times["read"] = time.perf_counter()
         scores = self.score(words, lengths, regions, real, 1 - torch.tensor(rows["_distance"].to_numpy()))
         ids = rows["id"].to_pylist()
         order = sorted(range(len(ids)), key=lambda k: (-scores[k], ids[k]))[:top]
         best = torch.tensor(order)
         of_words = self._score_words(text, words, regions[best], None if real is None else real[best])
+        times["rank"] = time.perf_counter()
         answers = zip(rows.take(order).to_pylist(), order, of_words, strict=True)
         return [
             Found(row["id"], row["path"], float(scores[k]), each, boxes=_to_boxes(row["boxes"]))
             for row, k, each in answers
         ]
 
-    def query_picture(self, picture: Any, top: int = 10) -> tuple[list[Found], list[Found]]:
+    def explain(self, id: str, text: str) -> Attention:
+        """What the score of a picture and a sentence is made of, from the regions that the index holds.
+
+        Raises InputError where the picture is no longer in it, or the similarity attends to nothing.
+        """
+        with refusing(f"--index {self.uri}: cannot be read"):
+            row = self.pictures.search().where(f"id = {quote(id)}").select(["vector", "regions", "boxes"]).to_arrow()
+        if not len(row):
+            raise InputError(f"--index {self.uri}: {id} is no longer in it")
+        (words, lengths, vector), (regions, real) = self.encode(text), self.read_regions(row)
+        score = self.score(words, lengths, regions, real, vector.cpu() @ torch.tensor(row["vector"][0].as_py()))
+        (found,) = explain(self.matcher, regions, real, words, text, [0.0])
+        return found._replace(score=score.item(), boxes=_to_boxes(row["boxes"][0].as_py()))
+
+    def query_picture(self, picture: Any, top: int = 10, times: Times = None) -> tuple[list[Found], list[Found]]:
         """The pictures and the captions nearest to a picture (a path, or PIL's), by the cosine of their vectors.
 
         X-Dim scores pictures against words only, so that nothing is ranked again. Raises InputError.
@@ -103,15 +134,16 @@ class Index:
             pixels, size = load_picture(picture, see_with(self.matcher).preprocessing)
         except NotAPicture as error:
             raise InputError(f"{picture}: {error}") from None
+        times = {} if times is None else times
         (seen,) = self.matcher.see([pixels], [size])
         vector = embed(self.matcher, [seen.features])[1]
+        times["encode"] = time.perf_counter()
         answers = []
         for table, own in ((self.pictures, ["id", "path"]), (self.captions, ["picture", "caption"])):
             rows = self.nearest(table, vector, top, own).to_pylist()
             of_rows = [(row.get("id") or row["picture"], row.get("path", ""), 1 - row["_distance"]) for row in rows]
-            answers.append(
-                [Found(*one, caption=row.get("caption", "")) for one, row in zip(of_rows, rows, strict=True)]
-            )
+            answers.append([Found(*one, (), row.get("caption", "")) for one, row in zip(of_rows, rows, strict=True)])
+        times["find"] = time.perf_counter()
         return answers[0], answers[1]
 
     # The parts of a query
@@ -266,6 +298,11 @@ def _buffers(column: Any) -> list[memoryview]:
     return [memoryview(one.as_buffer()) for one in column]
 
 
+def quote(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def _to_boxes(data: bytes | None) -> np.ndarray | None:
     return None if data is None else np.frombuffer(data, np.float32).reshape(-1, 4)
 
@@ -275,11 +312,7 @@ def _to_boxes(data: bytes | None) -> np.ndarray | None:
 
 def answer(settings: QuerySettings) -> str:
     """What search.py query prints. Raises InputError."""
-    given = {name: getattr(settings, name) for name in ("checkpoint", "device", "precision", "engine")}
-    given |= {name: value for name in ("bert", "image_weights") if (value := getattr(settings, name))}
-    index = Index.open(settings.index, **given)
-    if not len(index):
-        raise InputError(f"--index {settings.index}: no pictures in it")
+    index = Index.of(settings)
     if settings.image:
         pictures, captions = index.query_picture(settings.image, settings.top)
     else:

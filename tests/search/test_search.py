@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from torchvision.models import get_model
 
 import eval as eval_program
 import search
@@ -45,16 +44,6 @@ def features(tmp_path_factory):
     np.save(folder / "test_offsets.npy", np.cumsum([0, *counts]))
     np.save(folder / "test_boxes.npy", rng.uniform(size=(counts.sum(), 4)).astype(np.float32))
     return folder
-
-
-@pytest.fixture(scope="module")
-def pixels(tmp_path_factory):
-    """A model that starts from pixels."""
-    folder = tmp_path_factory.mktemp("pixels")
-    torch.manual_seed(0)
-    torch.save(get_model("squeezenet1_1", weights=None).state_dict(), folder / "weights.pth")
-    vision = {"image_encoder": "torchvision:squeezenet1_1,regions=4", "image_weights": str(folder / "weights.pth")}
-    return write_model(folder / "model.safetensors", folder, image_size=64, **vision)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +89,12 @@ def test_with_all_pictures_as_candidates_the_answer_is_the_ranking_of_eval(featu
         assert (np.diff(scores) <= 2 * tolerance).all()
         if form == "float32":
             assert [one.id for one in found] == [ids[k] for k in np.argsort(-expected[:, caption], kind="stable")]
+    for one in searched.query(QUERY, top=3):
+        seen = searched.explain(one.id, QUERY)
+        assert seen.score == pytest.approx(one.score, abs=1e-5)
+        assert seen.words == [word for word, _ in one.words]
+        assert seen.scores == pytest.approx([score for _, score in one.words], abs=1e-5)
+        np.testing.assert_array_equal(seen.boxes, one.boxes)
     if not head:  # X-Dim alone: its score is the mean over all pieces
         (first, *_), tokenizer = searched.query(QUERY, top=1), searched.matcher.tokenizer
         assert [word for word, _ in first.words] == QUERY.split()
