@@ -103,6 +103,7 @@ def test_what_is_sent_loads_back_equal_to_the_bit_and_names_no_folder_nor_user(r
     assert sent["model"].keys() == own["model"].keys()
     assert all(torch.equal(weight, own["model"][name]) for name, weight in sent["model"].items())
     assert torch.equal(score(written), score(run))
+    assert [sent["data"]["train"]["encoder"][name] for name in ("weights_file", "folder")] == ["", ""]
     config = json.loads(files["config.json"])
     assert config["architecture"] == sent["architecture"]
     assert (config["regions_by"]["encoder"], config["regions_by"]["weights"]) == ("hf:vit", ENCODER["weights"])
