@@ -72,7 +72,12 @@ def one_line(text: str) -> str:
     line = next(iter(text.strip().splitlines()), "")
     if len(line) > QUOTED:
         line = line[: QUOTED - 3] + "..."
-    return "".join(character if character.isprintable() else "?" for character in line)
+    return printable(line)
+
+
+def printable(text: str) -> str:
+    """A foreign text with "?" for what a terminal might take for a command."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def check_packages() -> None:

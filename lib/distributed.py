@@ -223,7 +223,7 @@ def _describe_hang(counts: list[int]) -> str:
     if rank() != (waiting or hanging)[0]:
         return ""
     who = f"rank {', '.join(map(str, hanging))} hangs" if waiting else "all processes hang"
-    return f"{who}: no process of the job has made progress for {HANG_TIMEOUT:.0f} seconds; the last checkpoint stays"
+    return f"{who}: no process of the job has made progress for {HANG_TIMEOUT:.0f} seconds; what was saved stays"
 
 
 def _exit(message: str) -> NoReturn:

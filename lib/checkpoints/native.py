@@ -33,7 +33,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from torch import Tensor
 
 from lib.checkpoints import published
-from lib.cli import InputError, reason, refusing
+from lib.cli import QUOTED, InputError, reason, refusing
 from lib.config import HUB_NAME, TrainSettings
 from lib.data.tokenizer import Tokenizer, complete, load_tokenizer
 from lib.files import replacing
@@ -168,6 +168,8 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
             content = _read_safetensors(path)
     content = published.convert(content) if published.is_published(content) else _current(content, path)
     settings, notes = _known_settings(content["settings"])
+    with refusing(f"{path}: holds what no version of this program writes"):
+        _check_values({} if "published" in content else settings, content["progress"])
     return {**content, "path": known_as(path), "settings": settings, "notes": notes}
 
 
@@ -225,6 +227,21 @@ def _with_text(architecture: dict, config: dict, pad_id: int | None) -> dict:
     text = architecture["text_encoder"]
     options = {**text["options"], "config": config, "pad_id": pad_id}
     return {**architecture, "text_encoder": {**text, "options": options}}
+
+
+def _check_values(settings: dict, progress: dict) -> None:
+    """Raises what Python does, or ValueError, where a setting is none that a flag gives, or progress is no numbers."""
+    for name, value in settings.items():
+        field = TrainSettings.__dataclass_fields__[name]
+        kinds = {type(field.default), int} if type(field.default) is float else {type(field.default)}
+        if type(value) not in kinds or (value and value not in field.metadata.get("choices", [value])):
+            raise ValueError(f"{name}={value!a}")
+    names = ("epoch", "batch", "step", "best_epoch", "best_rsum")
+    numbers = [progress[name] for name in names]
+    numbers += [number for one in progress["history"] for number in (one["epoch"], one["step"], one["dev"]["rsum"])]
+    for number in numbers:
+        if type(number) not in (int, float) or not abs(number) < 2**63:
+            raise ValueError(f"progress {number!a}"[:QUOTED])
 
 
 def _known_settings(settings: dict) -> tuple[dict, list[str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.checkpoints.record import quote, read_record
-from lib.cli import InputError
+from lib.cli import InputError, printable
 from lib.data.dataset import Split
 from lib.evaluation.metrics import LEVEL, RECALL_AT, RECALLS, WAYS
 from lib.files import read_lines
@@ -88,7 +88,7 @@ def describe_source(path: str, content: dict, label: str) -> str:
         lines += [f"{'run':<12}{quote(record)}"] if record else []
     except InputError as error:
         lines.append(f"{'run':<12}{error}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def find_caveats(content: dict, split: Split, data_name: str) -> list[tuple[str, str]]:
@@ -99,8 +99,8 @@ def find_caveats(content: dict, split: Split, data_name: str) -> list[tuple[str,
     """
     data, settings = content.get("data") or {}, content.get("settings", {})
     train, dev = (data.get(name, {}) for name in ("train", "dev"))
-    trained = train.get("folder") or settings.get("data_name")
-    if trained is None:
+    trained = printable(str(train.get("folder") or settings.get("data_name") or ""))
+    if not trained:
         return []
     files = [(known, split.folder / f"{name}_caps.txt") for name, known in (("train", train), ("dev", dev))]
     equal = [

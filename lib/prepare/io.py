@@ -94,8 +94,8 @@ def write_lines(path: Path, lines: Iterable[object]) -> None:
 def check(image: Image, before: tuple[int, int], dtype: np.dtype) -> None:
     """Raises InputError where an image cannot be written. before: shape of the image before, (0, 0) for the first."""
     features, boxes, problem = image.features, image.boxes, ""
-    if not image.id.isprintable() or not image.id.strip():
-        problem = "an image id must be printable text"
+    if not image.id.isprintable() or image.id != (image.id.strip() or None):
+        problem = f"the image id {image.id!a} must be printable text without blanks around it"
     elif features.ndim != 2 or features.dtype.kind != "f" or not features.size:
         problem = f"expected floats of shape (regions, img_dim), found {features.dtype} {features.shape}"
     elif features.shape[1] != (before[1] or features.shape[1]):

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -138,6 +139,32 @@ def test_a_setting_that_this_version_does_not_know_is_ignored_with_a_note(altere
     assert content["notes"] == ["settings that this version does not know are ignored: no_such='x', wide=2"]
     assert "no_such" not in content["settings"]
     assert "\nnote        settings that this version does not know" in describe_source("", content, "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("settings", {"precision": "fp8"}),
+        ("settings", {"engine": "fast"}),
+        ("settings", {"margin": "0.2"}),
+        ("settings", {"batch_size": True}),
+        ("progress", {"step": 10**400}),
+        ("progress", {"best_rsum": float("nan")}),
+        ("progress", {"history": [{"epoch": 1, "step": 1, "dev": {}}]}),
+    ],
+)
+def test_values_that_no_flag_and_no_training_gives_are_refused(altered, part, values):
+    path = altered(lambda content: content[part].update(values))
+    assert "holds what no version of this program writes" in refused(read_checkpoint, path)
+
+
+def test_what_a_heading_quotes_of_a_file_gives_the_terminal_no_commands(altered):
+    content = read_checkpoint(altered(lambda content: content["settings"].update({"\x1b[2J": 1})))
+    record = content["path"].replace("altered.pt", "run.json")
+    Path(record).write_text('{"format": "x-dim run 1", "chosen": {"rsum": 1e999, "split": "\\u001b[2J"}}')
+    heading = describe_source("", content, "checkpoint")
+    assert "damaged, it does not say how the checkpoint was chosen" in heading
+    assert all(line.isprintable() for line in heading.splitlines())
 
 
 def test_a_checkpoint_of_the_version_before_is_read_as_todays(content, tmp_path):

@@ -94,6 +94,8 @@ SOUND = tsv_line("7", ONES, BOXES)
         (tsv_line("7", ONES, BOXES + np.inf), "without NaN"),
         (tsv_line("7", np.ones((2, 3)), BOXES), "features of 3 numbers, but the images before have 5"),
         (tsv_line("\x1b[2J", ONES, BOXES), "printable"),
+        (tsv_line(" ", ONES, BOXES), "without blanks around it"),
+        (tsv_line(" 1x", ONES, BOXES), "without blanks around it"),
         (SOUND[:60], "the file ends in this line: copy or download it again"),
     ],
 )

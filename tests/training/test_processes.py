@@ -245,7 +245,7 @@ def test_a_restart_does_not_continue_another_jobs_run(unlucky, monkeypatch, caps
 def test_a_process_that_hangs_is_named_and_the_job_ends(unlucky):
     ranks = run_ranks(mishap.main, 3, "hanging", 7, unlucky, check=False)
     assert {rank.exitcode for rank in ranks} == {1}
-    said = "error: rank 2 hangs: no process of the job has made progress for 4 seconds; the last checkpoint stays\n"
+    said = "error: rank 2 hangs: no process of the job has made progress for 4 seconds; what was saved stays\n"
     assert "".join(rank.err for rank in ranks) == said
 
 
