@@ -141,6 +141,13 @@ def test_a_setting_that_this_version_does_not_know_is_ignored_with_a_note(altere
     assert "\nnote        settings that this version does not know" in describe_source("", content, "checkpoint")
 
 
+def test_a_history_of_20000_epochs_is_read_again(content, tmp_path):
+    history = [{"epoch": k, "step": 100 * k, "dev": {"rsum": 123.456789, "i2t": {}, "t2i": {}}} for k in range(20_000)]
+    progress = {**content["progress"], "history": history}
+    write_weights(tmp_path / "long.safetensors", {**content, "progress": progress})
+    assert read_checkpoint(tmp_path / "long.safetensors")["progress"] == progress
+
+
 @pytest.mark.parametrize(
     ("part", "values"),
     [
