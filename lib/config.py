@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -406,6 +407,22 @@ def parse(
     values = vars(parser.parse_args(argv))
     values.pop("precomp_enc_type", None)
     return settings(**values)
+
+
+def parse_command(program: str, commands: dict[str, tuple[type[Settings], str]], argv: Sequence[str] | None) -> Any:
+    """The settings of `PROGRAM COMMAND flags`, as `parse` reads them. commands: settings and a line about each.
+
+    The class of what is returned says which command was given. Raises InputError where it is none of them.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        lines = [f"{program} {name:<13} {about}" for name, (_, about) in commands.items()]
+        print("\n".join([*lines, f"{program} COMMAND --help: its flags"]))
+        sys.exit(0)
+    if not argv or argv[0] not in commands:
+        raise InputError(f"expected {program} {' or '.join(commands)}, and flags (see {program} --help)")
+    settings, about = commands[argv[0]]
+    return parse(settings, about, argv[1:], command=f"{program} {argv[0]}")
 
 
 def _add_flag(arguments: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
