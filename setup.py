@@ -44,7 +44,7 @@ class Refusing(editable_wheel):
 
 setup(
     packages=["xdim", *(f"xdim.{name}" for name in find_packages("lib")), "xdim.programs"],
-    package_data={"xdim": ["model_card.md"]},
+    package_data={"xdim": ["model_card.md", "figures/gallery.html"]},
     package_dir={"xdim": "lib", "xdim.programs": "."},
     entry_points={
         "console_scripts": [

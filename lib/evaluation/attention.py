@@ -4,14 +4,31 @@ X-Dim's score is the mean over all pieces of a caption, special tokens too; a gl
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 import torch
 from torch import Tensor
 
 from lib.cli import InputError
+from lib.data.dataset import Split, read_boxes, read_ids
+from lib.data.images import NotAPicture, find_pictures, open_picture
 from lib.evaluation.score import Matcher
+
+SIDE, COLUMNS, DRAWN = 160, 6, 23  # pixels of a panel's side, panels side by side, words that are drawn
+DARK, LINE = 0.3, 15  # what is left of a picture's light where nobody looks; pixels of a line of text
+
+
+class Pair(NamedTuple):
+    """An image, and what is said of it."""
+
+    image: Any  # as `attention` takes it
+    picture: PIL.Image.Image
+    boxes: np.ndarray  # (R, 4) of its regions, in the picture's pixels
+    caption: str
 
 
 class Attention(NamedTuple):
@@ -130,3 +147,55 @@ def partners(matcher: Matcher, dims: Sequence[int], number: int) -> list[list[tu
     rows[torch.arange(len(rows)), list(dims)] = -1
     best = rows.topk(min(number, len(D) - 1), dim=1)
     return [list(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+# Of a data set, as pictures
+
+
+def find_pairs(matcher: Matcher, split: Split, images: Sequence[int], image_path: str = "") -> list[Pair]:
+    """Images of a split, by their numbers, each with its first caption.
+
+    Raises InputError where there are no pictures, or no boxes of their regions.
+    """
+    captions = [split.captions[place] for place in np.searchsorted(split.image_of_caption, images)]
+    if vision := matcher.model.vision:
+        pictures = [_open(split.features.paths[image]) for image in images]
+        boxes = [vision.boxes.cpu().numpy() * np.tile(picture.size, 2) for picture in pictures]
+        return [Pair(*pair) for pair in zip(pictures, pictures, boxes, captions, strict=True)]
+    if (stored := read_boxes(split)) is None:
+        what = f"{split.folder} has no {split.name}_boxes.npy, which says where in a picture its regions are"
+        raise InputError(f"{what}; python -m lib.prepare tsv and images write it, SCAN's files are without")
+    ids, starts, pairs = read_ids(split) or list(map(str, range(len(split.features)))), split.features.starts, []
+    paths = find_pictures(split.folder, [ids[image] for image in images], image_path)
+    for image, path, caption in zip(images, paths, captions, strict=True):
+        picture, boxes = _open(path), stored[starts[image] : starts[image + 1]]
+        if (boxes[:, 2:] > np.array(picture.size) + 1).any():
+            what = "the boxes of its regions reach beyond it, they are of another size of this picture"
+            raise InputError(f"{path}: {what}; say with --image_path where the pictures of that size are")
+        pairs.append(Pair(split.features.read(np.array([image])), picture, boxes, caption))
+    return pairs
+
+
+def _open(path: str | Path) -> PIL.Image.Image:
+    try:
+        return open_picture(path)
+    except NotAPicture as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def draw_words(pair: Pair, found: Attention) -> PIL.Image.Image:
+    """The picture, small, and again for each word, lit where the word looks; below it the word and its score."""
+    small = pair.picture.copy()
+    small.thumbnail((SIDE, SIDE))
+    pixels, boxes, (width, height) = np.asarray(small), pair.boxes * (small.width / pair.picture.width), small.size
+    heats = [paint(weights, boxes, height, width)[:, :, None] for weights in found.weights[:DRAWN]]
+    lit = [pixels, *(pixels * (DARK + (1 - DARK) * heat / heat.max()) for heat in heats)]
+    texts = ["score", found.score], *zip(found.words, found.scores, strict=True)
+    columns = min(COLUMNS, len(lit))
+    sheet = PIL.Image.new("RGB", (columns * SIDE, -(-len(lit) // columns) * (height + LINE)), "white")
+    pen = PIL.ImageDraw.Draw(sheet)
+    for number, (panel, (word, score)) in enumerate(zip(lit, texts, strict=False)):
+        x, y = number % columns * SIDE, number // columns * (height + LINE)
+        sheet.paste(PIL.Image.fromarray(panel.astype(np.uint8)), (x, y))
+        pen.text((x + 2, y + height), f"{word} {score:.2f}", "black", font_size=12)
+    return sheet

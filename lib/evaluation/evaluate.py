@@ -223,7 +223,7 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
         with clock("load"):
             contents = [source.content for source in sources if source.content]
             split, data_name = open_split_of(contents, settings)
-            outputs = [getattr(settings, name, "") for name in ("json", "ranks", "save_sims")]
+            outputs = [getattr(settings, name, "") for name in ("json", "ranks", "save_sims", "out")]
             read = [source.content.get("path", source.path) for source in sources]
             refuse_inputs(outputs, [*read, *split.folder.iterdir()])
             read_alike = {"the data": split.fingerprint(), "the weights": [one.get("sha256") for one in contents]}

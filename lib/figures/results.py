@@ -31,6 +31,7 @@ SIDE = 160  # pixels of a picture's longer side
 WAYS = {"t2i": "text to image", "i2t": "image to text"}
 STYLES = ("-", "--", ":", "-.")  # of curves, so that they differ in grey too
 TICK = "\N{CHECK MARK}"
+PAGE = Path(__file__).with_name("gallery.html")  # with places for title, about, cards, pictures
 
 
 # Gallery
@@ -116,7 +117,9 @@ def show_gallery(settings: GallerySettings) -> None:
     names = read_ids(split) or [f"image {number}" for number in range(1, len(split.features) + 1)]
     cards = [_card(one, split.captions, names, pictures) for one in sorted(shown, key=lambda one: -one.rank)]
     lines = "\n".join(f"<p>{escape(line)}</p>" for line in [*about, note] if line)
-    page = PAGE.substitute(title=escape(row), about=lines, cards="\n".join(cards), pictures=json.dumps(pictures))
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+        title=escape(row), about=lines, cards="\n".join(cards), pictures=json.dumps(pictures)
+    )
     with replacing(settings.out) as file:
         file.write(page.encode())
     print(settings.out)
@@ -146,61 +149,6 @@ def _card(found: Found, captions: Sequence[str], names: Sequence[str], pictures:
         f"<div><h2>rank {found.rank:,}</h2><p>{WAYS[found.way]}</p>{asked(found.query)}</div>"
         f"<ol>{''.join(answers)}</ol></article>"
     )
-
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>$title: what was found</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>
-body { font: 15px/1.4 sans-serif; margin: 0; color: #111; background: #fff }
-header, article { padding: 10px 20px }
-header p { margin: 2px 0 }
-nav { position: sticky; top: 0; background: #fff; padding: 8px 20px; border-bottom: 1px solid #999 }
-nav span { margin-right: 18px }
-button, input { font: inherit; padding: 3px 10px; border: 1px solid #777; background: #fff; color: #111 }
-button[aria-pressed=true] { background: #111; color: #fff }
-article { display: grid; grid-template-columns: 190px 1fr; gap: 16px; border-bottom: 1px solid #ccc }
-article[hidden] { display: none }
-article div p, li p { margin: 0 0 4px; color: #444 }
-h1 { font-size: 22px; margin: 4px 0 } h2 { font-size: 17px; margin: 0 }
-article span { display: block; width: 160px; overflow: hidden; text-overflow: ellipsis; font-size: 11px }
-ol { display: flex; flex-wrap: wrap; gap: 4px; margin: 0; padding: 0; list-style: none }
-li { border: 1px solid #bbb; margin: 4px; padding: 4px; min-width: 160px }
-li.right { border: 5px solid #00508c; margin: 0 }
-li.right b { color: #00508c }
-li.behind { margin-left: 16px }
-.i2t ol { display: block } .i2t li { margin: 4px } .i2t li.right { margin: 0 } .i2t li p { display: inline }
-.none { display: block; width: 158px; padding: 40px 0; border: 1px dashed #777; text-align: center }
-</style></head><body>
-<header><h1>$title: what was found for each query</h1>$about
-<p>With each answer: its rank and score. A thick frame and a tick mark right ones; where none is among the first five,
-the best of them stands behind.</p></header>
-<nav><span><button value="0">all</button> <button value="1">not first</button> <button value="5">not in 5</button>
-<button value="10">not in 10</button></span> <span><button value="">both ways</button>
-<button value="t2i">text to image</button> <button value="i2t">image to text</button></span>
-<input type="search" placeholder="words in queries and answers" size="30"> <output></output></nav>
-<main>$cards</main>
-<script>
-const pictures = $pictures
-for (const image of document.querySelectorAll("img"))
-  image.src = "data:image/jpeg;base64," + pictures[image.dataset.picture]
-const groups = [...document.querySelectorAll("nav span")].map(group => [...group.children])
-const cards = [...document.querySelectorAll("article")], words = document.querySelector("input")
-function filter() {
-  const [above, way] = groups.map(group => group.find(one => one.ariaPressed == "true").value)
-  for (const card of cards) card.hidden = !(+card.dataset.rank > +above && card.className.includes(way)
-    && card.textContent.toLowerCase().includes(words.value.toLowerCase()))
-  document.querySelector("output").value = cards.filter(card => !card.hidden).length + " of " + cards.length + " shown"
-}
-for (const group of groups) for (const button of group) {
-  button.ariaPressed = button == group[0]
-  button.onclick = () => { for (const one of group) one.ariaPressed = one == button; filter() }
-}
-words.oninput = filter
-filter()
-</script></body></html>
-""")
 
 
 # Curves
@@ -248,10 +196,13 @@ def draw_curves(curves: dict[str, Curves]) -> Any:
     """Loss, rSum on dev and sparsity of runs, by their names, one below the other; what no run has is left out."""
     panels = {"loss": "Loss in training", "rsum": "rSum on dev", "sparsity": "Share of the gate's mask that is closed"}
     panels = {name: title for name, title in panels.items() if any(len(getattr(one, name)) for one in curves.values())}
+    if not panels:
+        raise InputError(
+            f"{', '.join(curves)}: nothing to draw yet: no epoch is done, and there are no TensorBoard files"
+        )
     figure = new_figure(8, 1.2 + 2.4 * len(panels))
-    for axes, (name, title) in zip(
-        figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels.items(), strict=True
-    ):
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, title) in zip(rows, panels.items(), strict=True):
         for number, (run, one) in enumerate(curves.items()):
             marker = "o" if name == "rsum" else ""
             axes.plot(*getattr(one, name).T, label=run, color=f"C{number}", linestyle=STYLES[number % 4], marker=marker)

@@ -1,5 +1,6 @@
 """What a run reports: lines on the terminal and in run.log, what TensorBoard shows, warnings about its losses."""
 
+import io
 import math
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -75,55 +78,63 @@ class RunLog:
             if settings:
                 rows = [f"| {name} | `{value}` |" for name, value in settings.items()]
                 text = "\n".join(["| setting | value |", "|---|---|", *rows])
-                self._attempt(TENSORBOARD, self._writer.add_text, "settings", text, self._step)
-                *begin, self._end = hparams(settings, {RESULT: None})
-                self._summaries(*begin)
+                self.attempt(TENSORBOARD, self._writer.add_text, "settings", text, self._step)
+                *begin, self._end = hparams(settings, {RESULT: None})  # `add_hparams` would make another run of them
+                self._summaries(self._step, *begin)
         return self
 
     def __exit__(self, error: type | None, *_) -> None:
         if self._writer:
             if self._end and not error:
-                self._summaries(self._end)
-            self._attempt(TENSORBOARD, self._writer.close)
+                self._summaries(self._step, self._end)
+            self.attempt(TENSORBOARD, self._writer.close)
         if self._tracked:
-            self._attempt(self._track, self._tracked.finish)
+            self.attempt(self._track, self._tracked.finish)
         sys.stdout, sys.stderr = self._streams
 
     def _note_silence(self, why: str) -> None:
         """Say in run.log that the terminal, or what stands for it, gets nothing more."""
         if is_first():
-            self._attempt(str(self._path), self._append, f"warning: output cannot be printed ({why}); the run goes on")
+            self.attempt(str(self._path), self._append, f"warning: output cannot be printed ({why}); the run goes on")
 
-    def _summaries(self, *summaries: Any) -> None:
-        """Write hyperparameters: `add_hparams` would make another run of them, in a folder below this one."""
-        for summary in summaries:
-            self._attempt(TENSORBOARD, self._writer._get_file_writer().add_summary, summary, self._step)
+    def _summaries(self, step: int, *summaries: Any) -> None:
+        """Write to TensorBoard what it has no method for."""
+        for summary in summaries if self._writer else ():
+            self.attempt(TENSORBOARD, self._writer._get_file_writer().add_summary, summary, step)
 
     def say(self, text: str) -> None:
         """Print lines and keep them."""
         tqdm.write(text)
         if is_first():
-            self._attempt(str(self._path), self._append, text)
+            self.attempt(str(self._path), self._append, text)
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         """Write a step's values to TensorBoard and the tracker as GROUP/NAME; NaN means that there is none."""
         named = {f"{group}/{name}": value for name, value in values.items() if not math.isnan(value)}
         if self._writer:
             for name, value in named.items():
-                self._attempt(TENSORBOARD, self._writer.add_scalar, name, value, step)
+                self.attempt(TENSORBOARD, self._writer.add_scalar, name, value, step)
         if self._tracked and named:
-            self._attempt(self._track, self._tracked.log, named, step)
+            self.attempt(self._track, self._tracked.log, named, step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Write a picture to TensorBoard. pixels: uint8, (H, W) grey or (H, W, 3)."""
+    def matrix(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Write grey pixels (H, W), uint8, to TensorBoard as they are."""
         if self._writer:
-            self._attempt(TENSORBOARD, self._writer.add_image, name, pixels, step, None, "HWC"[: pixels.ndim])
+            self.attempt(TENSORBOARD, self._writer.add_image, name, pixels, step, None, "HW")
+
+    def photograph(self, step: int, name: str, picture: PIL.Image.Image) -> None:
+        """Write a picture to TensorBoard as a JPEG, a tenth of what `add_image` would write."""
+        picture.save(file := io.BytesIO(), "JPEG", quality=80)
+        size = {"height": picture.height, "width": picture.width, "colorspace": 3}
+        image = Summary.Image(encoded_image_string=file.getvalue(), **size)
+        self._summaries(step, Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def _append(self, text: str) -> None:
         with open(self._path, "a", encoding="utf-8") as file:  # opened each time: its folder may be deleted meanwhile
             file.write(text + "\n")
 
-    def _attempt(self, what: str, write: Callable, *arguments: Any) -> None:
+    def attempt(self, what: str, write: Callable, *arguments: Any) -> None:
+        """Call what writes, and report once where it fails."""
         try:
             write(*arguments)
         except Exception as error:  # a tracker may raise anything

@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +29,7 @@ from lib.data.features import DeviceFeatures
 from lib.data.images import open_pictures
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.evaluation import report
+from lib.evaluation.attention import Pair, attention, draw_words, find_pairs
 from lib.evaluation.evaluate import measure_split
 from lib.evaluation.metrics import chance_metrics
 from lib.evaluation.score import Matcher, look_of
@@ -43,6 +45,8 @@ from lib.training.optim import ENCODER_FACTORS, build_optimizer, set_learning_ra
 from lib.training.resume import Origin
 from lib.training.run_folder import Progress, RunFolder, command_to_resume, refuse_used
 from lib.training.signals import EndNow, Signals
+
+PAIRS = 4  # of dev, whose attention TensorBoard shows
 
 
 @dataclass
@@ -64,6 +68,7 @@ class Run:
     log: RunLog
     figures: StepFigures
     signals: Signals
+    pairs: list[Pair] | None = None  # of dev, whose attention TensorBoard shows; None before the first epoch's end
 
 
 def train(settings: TrainSettings, origin: Origin | None = None) -> None:
@@ -279,18 +284,37 @@ def evaluate_on_dev(run: Run) -> None:
     recalls = {f"{way}_{name}": metrics[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")}
     run.log.scalars(progress.step, "dev", {"rsum": metrics["rsum"], **recalls})
     if distributed.is_first():
-        draw_epoch(run)
+        run.log.attempt("TensorBoard's pictures", draw_epoch, run, matcher)
 
 
 @torch.no_grad()
-def draw_epoch(run: Run) -> None:
-    """TensorBoard's pictures: the dependency matrix and the gate's mask."""
+def draw_epoch(run: Run, matcher: Matcher) -> None:
+    """TensorBoard's pictures: the dependency matrix, the gate's mask, and what words of some pairs of dev look at."""
     similarity, step = run.model.similarity, run.progress.step
     D = similarity.dependency() if hasattr(similarity, "dependency") else None
     if D is not None:
-        run.log.picture(step, "gate/dependency", draw_matrix(D))
+        run.log.matrix(step, "gate/dependency", draw_matrix(D))
     if D is not None and hasattr(similarity.gate, "mask"):
-        run.log.picture(step, "gate/mask", draw_matrix(similarity.gate.mask()[0], white=1.0))
+        run.log.matrix(step, "gate/mask", draw_matrix(similarity.gate.mask()[0], white=1.0))
+    if run.pairs is None:
+        run.pairs = dev_pairs(run, matcher)
+    for number, pair in enumerate(run.pairs, start=1):
+        found = attention(matcher, pair.image, pair.caption)
+        run.log.photograph(step, f"attention/{number}", draw_words(pair, found))
+
+
+def dev_pairs(run: Run, matcher: Matcher) -> list[Pair]:
+    """PAIRS images of dev, evenly spaced; none where pictures, boxes of regions or attention are missing."""
+    dev = run.dev[0]
+    places = np.linspace(0, len(dev.features) - 1, min(PAIRS, len(dev.features))).astype(int).tolist()
+    try:
+        return (
+            find_pairs(matcher, dev, places, run.settings.image_path)
+            if hasattr(run.model.similarity, "explain")
+            else []
+        )
+    except InputError:
+        return []
 
 
 # Before the first step

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -20,10 +21,12 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
 import train
+from lib import load
 from lib.checkpoints.native import build_model, read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.config import TrainSettings, parse
 from lib.data.dataset import open_split
+from lib.evaluation.attention import attention, find_pairs, paint
 from lib.evaluation.metrics import chance_metrics
 from lib.prepare import scenes
 from lib.runtime import Compute, versions
@@ -246,6 +249,33 @@ def test_tensorboard_shows_the_dependency_matrix_and_the_mask_as_they_are_after_
     large[7, 1022] = 0.25
     drawn = log.draw_matrix(large)
     assert (drawn.shape, drawn[3, 511], drawn.sum()) == ((512, 512), 255, 255)  # no entry is averaged away
+
+
+def test_tensorboard_shows_where_words_of_dev_look_and_no_picture_changes_the_training(tmp_path, monkeypatch):
+    """Nor does a data set without pictures."""
+    monkeypatch.setattr(scenes, "split_sizes", lambda _: {"train": 16, "dev": 6, "testall": 5, "test": 1})
+    folder, vocab = tmp_path / "scenes_precomp", tmp_path / "vocab"
+    scenes.write_scenes(folder, vocab, images=16, seed=0)
+    flags = ["--data_path", str(tmp_path), "--data_name", folder.name, "--bert", str(vocab), "--bert_from_scratch"]
+    flags += ["--embed_size", "16", "--batch_size", "16", "--workers", "0", "--device", "cpu", "--num_epochs", "2"]
+    losses = run(flags, tmp_path / "with")
+    drawn = pictures(tmp_path / "with", "attention/2")
+    assert list(drawn) == [5, 10]
+    matcher = load(tmp_path / "with" / "last.pt", device="cpu")
+    (pair,) = find_pairs(matcher, open_split(str(tmp_path), folder.name, "dev"), [1])  # of 0, 1, 3, 5
+    found, shown = attention(matcher, pair.image, pair.caption), drawn[10][:128, 160:288].astype(float)
+    heat = paint(found.weights[0], pair.boxes, 128, 128)[..., None]
+    expected = np.asarray(pair.picture) * (0.3 + 0.7 * heat / heat.max())  # the first word's panel
+    assert np.abs(shown - expected).mean() < 4  # it is a JPEG
+    shutil.rmtree(folder / "images")
+    assert run(flags, tmp_path / "without") == losses
+    assert not pictures(tmp_path / "without", "attention/1")
+    monkeypatch.setattr(loop, "draw_epoch", lambda *_: 1 / 0)
+    assert run(flags, tmp_path / "failing") == losses
+    states = [read_checkpoint(tmp_path / name / "last.pt") for name in ("with", "without", "failing")]
+    for state in states[1:]:
+        assert_same(state["model"], states[0]["model"])
+        assert torch.equal(state["random_state"]["torch"], states[0]["random_state"]["torch"])
 
 
 def test_tensorboard_lists_a_run_once_with_its_settings_and_its_final_rsum(trained_run):
