@@ -309,11 +309,6 @@ class ShowSettings(FigureSettings, ComputeSettings):
 
 
 @dataclass
-class DependenciesSettings(ShowSettings):
-    """Settings of show.py dependencies."""
-
-
-@dataclass
 class ShowDataSettings(ShowSettings):
     """data set; default: the checkpoint's"""
 

@@ -7,7 +7,7 @@ from typing import Any
 from lib.cli import InputError
 from lib.files import check_writable, replacing
 
-DPI = 150  # of pictures in pixels
+DPI = 150  # pixels an inch
 
 
 def import_matplotlib(out: str = "") -> Any:
@@ -22,13 +22,13 @@ def import_matplotlib(out: str = "") -> Any:
         raise InputError(f"{error}: figures need Matplotlib, run: pip install matplotlib") from None
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of this size in inches, whose panels are placed so that no texts overlap."""
-    return import_matplotlib().Figure(figsize=(width, height), layout="compressed")
+def new_figure(width: float, height: float, dpi: float = DPI) -> Any:
+    """An empty figure of this size in inches, whose panels are placed so that no texts overlap. dpi: pixels an inch."""
+    return import_matplotlib().Figure(figsize=(width, height), dpi=dpi, layout="compressed")
 
 
 def save_figure(figure: Any, out: str) -> None:
     """Write a figure as what the file's ending says: .png, .pdf or .svg. Raises InputError."""
     with replacing(out) as file:
-        figure.savefig(file, format=Path(out).suffix[1:].lower(), dpi=DPI)
+        figure.savefig(file, format=Path(out).suffix[1:].lower())
     print(out)

@@ -2,8 +2,10 @@
 
 import inspect
 import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
 from importlib import import_module
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,24 +13,26 @@ import numpy as np
 import PIL.Image
 import torch
 
-from lib.cli import InputError
-from lib.config import AttentionSettings, DependenciesSettings, ShowSettings
-from lib.data.dataset import read_boxes, read_ids
+from lib.cli import InputError, refusing, with_bar
+from lib.config import AttentionSettings, DimensionSettings, ShowSettings
+from lib.data.batches import ImageBatches
+from lib.data.dataset import Split, read_boxes, read_ids
 from lib.data.images import find_pictures, open_picture
-from lib.evaluation.attention import Attention, attention, paint
+from lib.evaluation.attention import Attention, attention, explain_pieces, paint, rows_of
 from lib.evaluation.evaluate import open_split_of
-from lib.evaluation.score import Matcher, load, look_of
-from lib.figures import import_matplotlib, new_figure, save_figure
+from lib.evaluation.score import BLOCK, Matcher, load, look_of
+from lib.figures import DPI, import_matplotlib, new_figure, save_figure
 
 SMALL = 11  # points
-PANEL, COLUMNS, LARGEST = 1.7, 6, 400  # width of a panel in inches, panels side by side, pixels of a picture's side
+PANEL, COLUMNS, LARGEST = 1.7, 6, 256  # width of a panel in inches, panels side by side, pixels of a picture's side
 HEAT, OPAQUE, DARKER = "YlOrRd_r", 0.8, 1.8  # dark to light, in grey too, on a picture that is darker than it is
 HOW_TO_READ = "Light: what the word looks at; boxes of regions that overlap add up. Below: the word's own score."
-COLOURS, BAR, BINS = "Blues", "steelblue", 30
+COLOURS, STEPS, BAR, BINS = "Blues", 16, "steelblue", 30
+MATRIX = 3.7  # inches of a drawn matrix
 LEAST_MASK = 1e-4  # below which an entry of the mask is drawn as nothing
-NO_MASK = "this gate has no mask and no thresholds:\nevery dimension depends on all others"
-WORDS, REGIONS, PARTNERS = 14, 9, 6  # of a group
+WORDS, REGIONS, PARTNERS, LEAST_PARTNER = 14, 9, 6, 0.05  # that are drawn of a group, the smallest entry of D
 OFTEN = 5  # times that a word must come among the captions, where some do
+HOW_TO_READ_REGIONS = "Regions that respond most. Below: the word that looks at it, what the group adds for that."
 
 
 def open_model(settings: ShowSettings) -> Matcher:
@@ -40,39 +44,51 @@ def open_model(settings: ShowSettings) -> Matcher:
 # Attention
 
 
-class Pair(NamedTuple):
-    """An image, and what is said of it."""
+def find_pair(matcher: Matcher, settings: AttentionSettings) -> tuple[Any, PIL.Image.Image, np.ndarray | None, str]:
+    """The image as `attention` takes it, its picture, the boxes of its regions where it is one of a data set; caption.
 
-    image: Any  # as `attention` takes it
-    boxes: np.ndarray | None  # (R, 4) of its regions where these are given, in pixels
-    picture: Path
-    caption: str
-
-
-def find_pair(matcher: Matcher, settings: AttentionSettings) -> Pair:
-    """The picture --image, or the image of that id or number with what the data set stores of it. Raises InputError."""
+    --image is a picture's path, or the id or the number of an image of the data set. Raises InputError.
+    """
     if Path(settings.image).is_file():
         if not settings.caption.strip():
             raise InputError(f"--image {settings.image}: say with --caption what is to be looked for in it")
-        return Pair(settings.image, None, Path(settings.image), settings.caption)
+        with refusing(f"--image {settings.image}"):
+            return settings.image, open_picture(settings.image), None, settings.caption
     split = open_split_of([matcher.content], settings)[0]
-    ids = read_ids(split) or [str(number) for number in range(len(split.features))]
-    if settings.image in ids:
-        place = ids.index(settings.image)
-    elif settings.image.isdecimal() and int(settings.image) < len(ids):
-        place = int(settings.image)
-    else:
-        what = f"neither a file nor an image of {split.folder} {split.name}, whose ids are like {ids[0]}"
-        raise InputError(f"--image {settings.image}: {what}")
+    ids = read_ids(split) or []
+    numbers = {str(place): place for place in range(len(split.features))}
+    place = (numbers | {one: place for place, one in enumerate(ids)}).get(settings.image)
+    if place is None:
+        where = f"{split.folder} {split.name}, whose ids are like {[*ids, *numbers][0]}"
+        raise InputError(f"--image {settings.image}: neither a file nor an image of {where}")
     caption = settings.caption or split.captions[np.searchsorted(split.image_of_caption, place)]
-    if look_of(matcher.model):
-        return Pair(split.features.paths[place], None, split.features.paths[place], caption)
+    ((picture, boxes),) = find_stored(matcher, split, [place], settings.image_path)
+    image = picture if matcher.model.vision else split.features.read(np.array([place]))
+    return image, picture, boxes, caption
+
+
+def find_stored(
+    matcher: Matcher, split: Split, places: Sequence[int], image_path: str = ""
+) -> list[tuple[PIL.Image.Image, np.ndarray]]:
+    """Pictures of a split, and the boxes (R, 4) of their regions in pixels. Raises InputError where there are none."""
+    if matcher.model.vision:
+        paths = [split.features.paths[place] for place in places]
+        taken = zip(paths, matcher.take(paths), strict=True)
+        return [(open_picture(path), np.asarray(boxes)) for path, (_, boxes) in taken]
     if (boxes := read_boxes(split)) is None:
         what = f"{split.folder} has no {split.name}_boxes.npy, which says where in a picture its regions are"
-        raise InputError(f"{what}; python -m lib.prepare tsv, own and images make it, SCAN's files are without")
-    (picture,) = find_pictures(split.folder, [ids[place]], settings.image_path)
-    first, last = split.features.starts[place : place + 2]
-    return Pair(split.features.read(np.array([place])), boxes[first:last], picture, caption)
+        raise InputError(f"{what}; python -m lib.prepare tsv and images write it, SCAN's files are without")
+    ids, found = read_ids(split) or list(map(str, range(len(split.features)))), []
+    paths = find_pictures(split.folder, [ids[place] for place in places], image_path)
+    for place, path in zip(places, paths, strict=True):
+        with refusing(str(path)):
+            picture = open_picture(path)
+        of_image = boxes[slice(*split.features.starts[place : place + 2])]
+        if (of_image[:, 2:] > np.array(picture.size) + 1).any():
+            what = "the boxes of its regions reach beyond it, they are of another size of this picture"
+            raise InputError(f"{path}: {what}; say with --image_path where the pictures of that size are")
+        found.append((picture, of_image))
+    return found
 
 
 def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> Any:
@@ -85,8 +101,8 @@ def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> 
     small.thumbnail((LARGEST, LARGEST))
     boxes = found.boxes * (small.width / picture.width)
     heats = [paint(weights, boxes, small.height, small.width) for weights in found.weights]
-    most, columns = max(heat.max() for heat in heats), min(COLUMNS, len(heats) + 1)
-    rows = -(-(len(heats) + 1) // columns)
+    most, rows = max(heat.max() for heat in heats), -(-(len(heats) + 1) // COLUMNS)
+    columns = -(-(len(heats) + 1) // rows)
     figure = new_figure(PANEL * columns + 1, rows * (PANEL * small.height / small.width + 0.5) + 0.8)
     figure.suptitle(textwrap.fill(caption, 16 * columns), parse_math=False)
     panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
@@ -95,10 +111,11 @@ def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> 
         axes.set(xticks=[], yticks=[], visible=label is not None)
         axes.set_xlabel("{}\n{:.2f}".format(*label or ("", 0)), parse_math=False)
     figure.supxlabel(HOW_TO_READ, fontsize=SMALL)
-    panels[0].imshow(small)
+    panels[0].imshow(small, interpolation="nearest")
     for axes, heat in zip(panels[1:], heats, strict=False):
-        axes.imshow(small.convert("L"), cmap="gray", vmin=0, vmax=DARKER * 255)
-        shown = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=most, alpha=np.minimum(heat / most, OPAQUE))
+        axes.imshow(small.convert("L"), cmap="gray", vmin=0, vmax=DARKER * 255, interpolation="nearest")
+        alpha = np.minimum(heat / most, OPAQUE)
+        shown = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=most, alpha=alpha, interpolation="nearest")
     figure.colorbar(shown, ax=panels, label="share of the word's attention", aspect=40)
     return figure
 
@@ -106,14 +123,10 @@ def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> 
 def show_attention(settings: AttentionSettings) -> None:
     """show.py attention."""
     matcher = open_model(settings)
-    pair = find_pair(matcher, settings)
-    found, picture = attention(matcher, pair.image, pair.caption), open_picture(pair.picture)
-    if pair.boxes is not None:
-        found = found._replace(boxes=pair.boxes)
-        if (pair.boxes.max(axis=0)[2:] > np.array(picture.size) + 1).any():
-            what = "the boxes of its regions reach beyond it; they are of the same picture in another size"
-            raise InputError(f"{pair.picture}: {what}: name the folder of the pictures of that size, --image_path")
-    save_figure(draw_attention(found, picture, pair.caption), settings.out)
+    image, picture, boxes, caption = find_pair(matcher, settings)
+    found = attention(matcher, image, caption)
+    found = found if boxes is None else found._replace(boxes=boxes)
+    save_figure(draw_attention(found, picture, caption), settings.out)
 
 
 # Dependencies
@@ -132,13 +145,12 @@ class Dependencies(NamedTuple):
 @torch.inference_mode()
 def read_dependencies(matcher: Matcher) -> Dependencies:
     """The dependency matrix of a model and what it is made of. Raises InputError where it has none."""
-    similarity = matcher.model.similarity
-    D = similarity.dependency() if hasattr(similarity, "dependency") else None
+    D = getattr(matcher.model.similarity, "dependency", lambda: None)()
     if D is None:
-        name = matcher.content["architecture"]["similarity"]["name"]
-        raise InputError(f"--similarity {name} has no dependency matrix: only X-Dim's gates make one")
+        name = matcher.model.architecture["similarity"]["name"]
+        raise InputError(f"--similarity {name} has no dependency matrix and no groups of dimensions: X-Dim's gates do")
     mask = thresholds = start = None
-    if hasattr(gate := similarity.gate, "mask"):
+    if hasattr(gate := matcher.model.similarity.gate, "mask"):
         mask, thresholds = gate.mask()[0].cpu().numpy(), gate.threshold_scale.cpu().numpy()
         options = matcher.content["architecture"]["similarity"]["options"].get("gate", {}).get("options", {})
         start = options.get("start", inspect.signature(type(gate)).parameters["start"].default)
@@ -151,50 +163,160 @@ def read_dependencies(matcher: Matcher) -> Dependencies:
 def order_dimensions(D: np.ndarray) -> np.ndarray:
     """An order (D,) of the dimensions of D (D, D) in which those that depend on each other stand side by side.
 
-    That of the Fiedler vector: of the second largest eigenvalue of N^-1/2 (|D| + |D|^T) N^-1/2, whose diagonal is left
-    out and N holds the sums of the rows, scaled by N^-1/2.
+    Spectral bisection: the dimensions in the order of the Fiedler vector, cut in two at its largest step (an eighth of
+    them at least), and so on in each part. The graph's weights are |D| + |D|^T without the diagonal.
     """
     weights = np.abs(D) + np.abs(D).T
     np.fill_diagonal(weights, 0)
-    scale = 1 / np.sqrt(np.maximum(weights.sum(axis=1), 1e-6))
-    _, vectors = np.linalg.eigh(scale[:, None] * weights * scale)
-    return np.argsort(vectors[:, -2] * scale, kind="stable")
+
+    def arrange(dims: np.ndarray) -> np.ndarray:
+        within = weights[np.ix_(dims, dims)]
+        scale = 1 / np.sqrt(np.maximum(within.sum(axis=1), 1e-6))
+        _, vectors = np.linalg.eigh(scale[:, None] * within * scale)
+        fiedler = vectors[:, -2] * scale
+        fiedler *= np.sign(fiedler @ (np.arange(len(dims)) - len(dims) / 2)) or 1  # keep the whole's direction
+        dims, steps, least = dims[np.argsort(fiedler, kind="stable")], np.diff(np.sort(fiedler)), len(dims) // 8
+        cut = least + 1 + int(steps[least : len(steps) - least].argmax())
+        return np.concatenate([arrange(part) if len(part) > 3 else part for part in np.split(dims, [cut])])
+
+    return arrange(np.arange(len(D)))
 
 
 def draw_dependencies(found: Dependencies, title: str = "") -> Any:
     """D and the mask in the order of `order_dimensions`; the thresholds and the partners of a row as histograms."""
-    figure, order = new_figure(11, 8.5), order_dimensions(found.D)
+    dims, order = len(found.D), order_dimensions(found.D)
+    figure = new_figure(11, 8.5, dpi=max(DPI, min(2 * DPI, dims / MATRIX)))  # a pixel for each entry
     figure.suptitle(title)
     (of_D, of_mask), (of_thresholds, of_partners) = figure.subplots(2, 2, height_ratios=(5, 3))
-    panels = [(of_D, found.D, "Dependency matrix D\na row: what a dimension depends on", None)]
+    panels: list[tuple[Any, ...]] = [
+        (of_D, found.D, "Dependency matrix D\na row: what a dimension depends on", {"vmin": 0})
+    ]
     if found.mask is None:
-        of_mask.text(0.5, 0.5, NO_MASK, ha="center", va="center")
+        of_mask.text(0.5, 0.5, "this gate has no mask:\neverything depends on everything", ha="center", va="center")
+        of_thresholds.text(0.5, 0.5, "this gate has no thresholds", ha="center", va="center")
     else:
-        is_open = f"{np.mean(found.mask >= 0.5):.1%} of it at least half open"
-        scale = import_module("matplotlib.colors").LogNorm(LEAST_MASK, 1, clip=True)
-        panels.append((of_mask, found.mask, f"Mask M, before rows are brought to length 1\n{is_open}", scale))
-    for axes, matrix, name, scale in panels:
-        image = axes.imshow(matrix[order][:, order], cmap=COLOURS, norm=scale, interpolation="nearest")
-        axes.set_title(name, fontsize=SMALL)
-        figure.colorbar(image, ax=axes)
-    side = f"the {len(order)} dimensions, dependent ones side by side"
-    for axes in (of_D, of_mask):
-        axes.set(xlabel=side, ylabel="the same order", xticks=[], yticks=[])
-    of_thresholds.set(title="Thresholds", xlabel="lambda: standard deviations above the row's mean", ylabel="rows")
-    if found.thresholds is None:
-        of_thresholds.text(0.5, 0.5, NO_MASK, ha="center", va="center")
-    else:
+        name = f"Mask M, before rows are brought to length 1\n{np.mean(found.mask >= 0.5):.1%} of it at least half open"
+        panels.append((of_mask, found.mask, name, {"norm": "log", "vmin": LEAST_MASK, "vmax": 1}))
         of_thresholds.hist(found.thresholds, bins=BINS, color=BAR, label="now")
         of_thresholds.axvline(found.start, color="black", linestyle="--", label=f"mean at the start, {found.start:g}")
         of_thresholds.legend()
-    of_partners.set(title="Partners: how many dimensions a row is made of", xlabel="dimensions", ylabel="rows")
+    colours = import_module("matplotlib").colormaps[COLOURS].resampled(STEPS)  # as many as keep the file small
+    for axes, matrix, name, scale in panels:
+        image = axes.imshow(matrix[order][:, order], cmap=colours, interpolation="nearest", **scale)
+        figure.colorbar(image, ax=axes)
+        axes.set_title(name, fontsize=SMALL)
+    for axes in (of_D, of_mask):
+        axes.set(xlabel=f"the {dims} dimensions, dependent ones side by side", ylabel="the same order")
+        axes.set(xticks=[], yticks=[])
+    of_thresholds.set(title="Thresholds", xlabel="lambda: standard deviations above the row's mean", ylabel="rows")
     of_partners.hist(found.partners, bins=BINS, color=BAR)
-    if closed := len(order) - len(found.partners):
-        of_partners.text(0.98, 0.95, f"{closed} rows have none", ha="right", va="top", transform=of_partners.transAxes)
+    of_partners.set(title="Partners: how many dimensions a row is made of", xlabel="dimensions")
+    of_partners.set_ylabel(f"rows ({dims - len(found.partners)} have none)")
     return figure
 
 
-def show_dependencies(settings: DependenciesSettings) -> None:
+def show_dependencies(settings: ShowSettings) -> None:
     """show.py dependencies."""
     matcher = open_model(settings)
     save_figure(draw_dependencies(read_dependencies(matcher), str(matcher.content["path"])), settings.out)
+
+
+# What a group responds to
+
+# What the group adds to the words' scores for looking at it, the image's place in the split, which of its regions, and
+# the word of the image's caption that gains most.
+Region = tuple[float, int, int, str]
+
+
+class Group(NamedTuple):
+    """What a dimension, with those that it depends on, adds to the scores of images and captions of theirs."""
+
+    dimension: int
+    partners: list[tuple[int, float]]  # the largest entries of the dimension's row of D
+    words: dict[str, list[float]]  # what is added to each word's score, each time that it comes
+    regions: list[Region]  # of each image the one with the largest value, largest first
+
+
+@torch.inference_mode()
+def respond(matcher: Matcher, split: Split, dimension: int, pairs: int = 1000) -> Group:
+    """What the group of a dimension adds for captions evenly spaced through a split, each with its own image.
+
+    A region's share in what is added to a word is the word's attention to it. Raises InputError where there is no such
+    dimension, or no groups.
+    """
+    D = torch.from_numpy(read_dependencies(matcher).D)
+    if dimension >= len(D):
+        raise InputError(f"dimension {dimension}: the model has {len(D)}, from 0 to {len(D) - 1}")
+    chosen = np.unique(np.linspace(0, len(split.captions) - 1, pairs).astype(int))
+    captions, places = [split.captions[k] for k in chosen], split.image_of_caption[chosen].tolist()
+    images = ImageBatches(split.features, 1, matcher.compute.half_features, look_of(matcher.model))
+    blocks = matcher.embed_images([images[place] for place in dict.fromkeys(places)])
+    of_place = dict(zip(dict.fromkeys(places), blocks, strict=True))
+    words, lengths = matcher.embed_captions(matcher.tokenizer.tokenize(captions), BLOCK)
+    heard, seen = defaultdict(list), {}
+    embedded = zip(captions, places, words.split(lengths.tolist()), strict=True)
+    for caption, place, pieces in with_bar(embedded, "pairs", len(captions)):
+        weights, groups = explain_pieces(
+            matcher, of_place[place].regions, of_place[place].real, pieces, D.to(pieces.device)
+        )
+        names, mean = rows_of(matcher, caption, len(pieces))
+        shares = mean @ (groups[0, :, dimension, None] * weights[0])  # (W, R)
+        for name, value in zip(names, shares.sum(dim=1).tolist(), strict=True):
+            heard[name.lower()].append(value)
+        value, region = shares.sum(dim=0).max(dim=0)
+        found = (value.item(), place, int(region), names[int(shares[:, region].argmax())])
+        seen[place] = max(seen.get(place, found), found)
+    best = D[dimension].topk(min(PARTNERS, len(D)))
+    partners = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Group(dimension, partners, dict(heard), sorted(seen.values(), reverse=True))
+
+
+def crop(matcher: Matcher, split: Split, regions: Sequence[Region], image_path: str = "") -> list[PIL.Image.Image]:
+    """The regions' parts of their pictures. Raises InputError where boxes or pictures are missing."""
+    found = find_stored(matcher, split, [image for _, image, _, _ in regions], image_path)
+    crops = []
+    for (picture, boxes), (_, _, region, _) in zip(found, regions, strict=True):
+        x1, y1, x2, y2 = np.rint(boxes[region]).astype(int).tolist()
+        crops.append(picture.crop((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))))
+    return crops
+
+
+def draw_group(group: Group, crops: Sequence[PIL.Image.Image | str], title: str = "") -> Any:
+    """The words to whose scores a group adds most as bars, and below them crops of regions, or texts instead."""
+    figure = new_figure(10, 6)
+    grid = figure.add_gridspec(2, REGIONS, height_ratios=(3, 1))
+    made_of = ", ".join(f"{other} ({weight:.2f})" for other, weight in group.partners if weight >= LEAST_PARTNER)
+    figure.suptitle(f"{title}\nDimension {group.dimension} depends on {made_of or 'nothing'}", parse_math=False)
+    often = min(OFTEN, max(map(len, group.words.values())))
+    means = {word: np.mean(values) for word, values in group.words.items() if len(values) >= often}
+    best = sorted(means, key=lambda word: means[word])[-WORDS:]
+    bars = figure.add_subplot(grid[0, :], title="Words that respond most")
+    bars.barh([f"{word} ({len(group.words[word])} times)" for word in best], [means[word] for word in best], color=BAR)
+    mean = np.mean(list(chain.from_iterable(group.words.values())))
+    bars.axvline(mean, color="black", linestyle="--", label="mean of all words")
+    bars.set_xlabel("what the group of these dimensions adds to the word's score, on average")
+    bars.legend(loc="lower right")
+    for k, ((value, _, _, word), shown) in enumerate(zip(group.regions, crops, strict=False)):
+        axes = figure.add_subplot(grid[1, k], xticks=[], yticks=[])
+        axes.set_xlabel(f"{word}\n{value:.2f}", parse_math=False)
+        if isinstance(shown, str):
+            axes.text(0.5, 0.5, textwrap.fill(shown, 12), ha="center", va="center", parse_math=False)
+        else:
+            axes.imshow(shown)
+    figure.supxlabel(HOW_TO_READ_REGIONS, fontsize=SMALL)
+    return figure
+
+
+def show_dimension(settings: DimensionSettings) -> None:
+    """show.py dimension."""
+    matcher = open_model(settings)
+    split = open_split_of([matcher.content], settings)[0]
+    group = respond(matcher, split, settings.dimension, settings.pairs)
+    best = group.regions[:REGIONS]
+    try:
+        crops: list[Any] = crop(matcher, split, best, settings.image_path)
+    except InputError as error:
+        print(f"no pictures of regions: {error}")
+        ids = read_ids(split)
+        crops = [f"region {region} of {ids[image] if ids else image}" for _, image, region, _ in best]
+    save_figure(draw_group(group, crops, f"{matcher.content['path']}, {split.folder.name} {split.name}"), settings.out)

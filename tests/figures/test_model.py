@@ -1,16 +1,18 @@
 """Figures of a model: what is drawn is what the model computes with."""
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import eval as eval_program
 import show
 from lib import load
 from lib.cli import InputError
-from lib.config import AttentionSettings, DependenciesSettings, parse
+from lib.config import AttentionSettings, ShowSettings, parse
 
 pytest.importorskip("matplotlib")
 
+from lib.data.dataset import open_split
 from lib.figures import model
 from tests.conftest import write_data, write_model, write_pictures
 
@@ -44,11 +46,11 @@ def test_an_image_of_a_data_set_has_evals_score_and_its_heat_is_the_weights_on_t
     caption = (data / "test_caps.txt").read_text().splitlines()[20]
     assert run("attention", checkpoint, tmp_path / "a.svg", "--image", "4", "--caption", caption) == 0
     matcher = load(checkpoint, device="cpu")
-    pair = model.find_pair(matcher, AttentionSettings(image="4", out="a.png"))
-    assert (pair.caption, pair.picture) == (caption, data / "images" / "4.png")
-    found = model.attention(matcher, pair.image, caption)._replace(boxes=pair.boxes)
+    image, picture, boxes, first = model.find_pair(matcher, AttentionSettings(image="4", out="a.png"))
+    assert (first, picture) == (caption, PIL.Image.open(data / "images" / "4.png"))
+    found = model.attention(matcher, image, caption)._replace(boxes=boxes)
     assert found.score == pytest.approx(np.load(sims)[4, 20], abs=1e-5)
-    plain, *panels = model.draw_attention(found, model.open_picture(pair.picture), caption).axes
+    plain, *panels = model.draw_attention(found, picture, caption).axes
     assert plain.get_xlabel().endswith(f"{found.score:.2f}")
     left, top, right, bottom = np.load(data / "test_boxes.npy")[4].T[:, :, None, None]
     y, x = np.mgrid[:30, :40] + 0.5  # centres of pixels
@@ -66,12 +68,57 @@ def test_what_an_attention_lacks_is_said_in_one_line(data, checkpoint, tmp_path,
         (lambda: None, "1", "no test_boxes.npy"),
         (lambda: np.save(lacking / "test_boxes.npy", np.ones((3, 6, 4))), "1", "say where they are with --image_path"),
         (lambda: write_pictures(lacking / "images", ["1.png"]), data / "images" / "1.png", "say with --caption"),
-        (lambda: np.save(lacking / "test_boxes.npy", np.full((3, 6, 4), 90)), "1", "in another size"),
+        (
+            lambda: np.save(lacking / "test_boxes.npy", np.full((3, 6, 4), 90)),
+            "1",
+            "they are of another size of this picture",
+        ),
     ):
         prepare()
         assert run("attention", checkpoint, tmp_path / "a.png", *flags, image) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+def test_what_all_groups_add_to_a_word_is_its_score_and_regions_share_it_by_attention(data, checkpoint):
+    matcher, split = load(checkpoint, device="cpu"), open_split(str(data.parent), data.name, "test")
+    split.captions[0] = "A man holding a red ball."  # words of one piece each
+    groups = [model.respond(matcher, split, dimension, pairs=1) for dimension in range(16)]
+    found = model.attention(matcher, split.features.read(np.array([0])), split.captions[0])
+    scores = {word.lower(): [] for word in found.words}
+    for word, score in zip(found.words, found.scores, strict=True):
+        scores[word.lower()].append(score)
+    for word, values in scores.items():
+        np.testing.assert_allclose(sum(np.array(group.words[word]) for group in groups), values, atol=1e-5)
+    D = matcher.model.similarity.dependency().detach()
+    for group in groups:
+        assert group.partners[0] == (int(D[group.dimension].argmax()), pytest.approx(D[group.dimension].max().item()))
+        shares = found.weights.T @ [group.words[word.lower()].pop(0) for word in found.words]
+        ((value, image, region, _),) = group.regions
+        assert (value, image, region) == (pytest.approx(shares.max(), abs=1e-5), 0, shares.argmax())
+        left, top, right, bottom = np.load(data / "test_boxes.npy")[0][region].astype(int).tolist()
+        (shown,) = model.crop(matcher, split, group.regions)
+        np.testing.assert_array_equal(
+            shown, np.array(PIL.Image.open(data / "images" / "0.png"))[top:bottom, left:right]
+        )
+
+
+def test_a_group_is_drawn_without_pictures_too_and_one_that_is_not_there_refused(data, checkpoint, tmp_path, capsys):
+    for folder, said in ((data, ""), (write_data(tmp_path / "plain", images={"test": 3}), "no pictures of regions")):
+        flags = ["--data_path", folder.parent, "--data_name", folder.name, "--pairs", "9"]
+        assert run("dimension", checkpoint, tmp_path / "d.png", "3", *flags) == 0
+        assert said in capsys.readouterr().out
+    for given, number, message in (
+        (checkpoint, 16, "dimension 16: the model has 16, from 0 to 15"),
+        (
+            write_model(tmp_path / "i.safetensors", data, img_dim=16, similarity="independent"),
+            0,
+            "no dependency matrix",
+        ),
+        (write_model(tmp_path / "g.safetensors", data, img_dim=16, similarity="gpo"), 0, "no dependency matrix"),
+    ):
+        assert run("dimension", given, tmp_path / "e.png", number) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_matrix_that_is_drawn_is_the_models_in_the_order_given(trained_run, tmp_path, capsys):
@@ -97,4 +144,4 @@ def test_dimensions_that_depend_on_each_other_stand_side_by_side():
 
 def test_the_ending_of_the_file_is_refused_before_anything_is_loaded():
     with pytest.raises(InputError, match=r"--out a\.jpg: .* ends in \.png or \.pdf or \.svg"):
-        parse(DependenciesSettings, "", ["--checkpoint", "nowhere", "--out", "a.jpg"])
+        parse(ShowSettings, "", ["--checkpoint", "nowhere", "--out", "a.jpg"])
