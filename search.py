@@ -19,7 +19,7 @@ COMMANDS = {
 
 @program
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse_command("search.py", COMMANDS, argv)
+    settings = parse_command(COMMANDS, argv)
     check_packages()
     from lib.search.fill import index  # importing PyTorch takes seconds: not before the flags are right
     from lib.search.index import answer

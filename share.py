@@ -11,7 +11,7 @@ ABOUT = "Send weights, configuration, tokenizer and a model card from the run's 
 
 @program
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse_command("share.py", {"push": (ShareSettings, ABOUT)}, argv)
+    settings = parse_command({"push": (ShareSettings, ABOUT)}, argv)
     check_packages()
     from lib.share import push  # importing PyTorch takes seconds: not before the flags are right
 

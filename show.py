@@ -30,7 +30,7 @@ COMMANDS = {
 
 @program
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse_command("show.py", COMMANDS, argv)
+    settings = parse_command(COMMANDS, argv)
     check_packages()
     from lib.figures import model, results  # importing PyTorch takes seconds: not before the flags are right
 

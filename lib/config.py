@@ -404,12 +404,12 @@ def parse(
     return settings(**values)
 
 
-def parse_command(program: str, commands: dict[str, tuple[type[Settings], str]], argv: Sequence[str] | None) -> Any:
+def parse_command(commands: dict[str, tuple[type[Settings], str]], argv: Sequence[str] | None) -> Any:
     """The settings of `PROGRAM COMMAND flags`, as `parse` reads them. commands: settings and a line about each.
 
     The class of what is returned says which command was given. Raises InputError where it is none of them.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    program, argv = Path(sys.argv[0]).name, sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
         lines = [f"{program} {name:<13} {about}" for name, (_, about) in commands.items()]
         print("\n".join([*lines, f"{program} COMMAND --help: its flags"]))
