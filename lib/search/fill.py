@@ -144,7 +144,7 @@ def find_pictures(settings: IndexSettings, matcher: Matcher) -> Source:
     else:  # one file of all images, and perhaps the folder that it was made of
         folder = (read_encoder(split.folder) or {}).get("folder")
         of_file = os.stat(split.features.path)
-        found = [(os.path.join(folder, one) if folder else "", of_file) for one in ids]
+        found = [(str(split.folder.resolve() / folder / one) if folder else "", of_file) for one in ids]
     pictures = [
         Picture(one, path, stat.st_size, stat.st_mtime_ns, place, tuple(captions[place]))
         for place, (one, (path, stat)) in enumerate(zip(ids, found, strict=True))

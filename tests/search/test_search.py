@@ -160,6 +160,18 @@ def test_a_picture_finds_itself_and_what_is_said_of_it(pixels, photos, tmp_path,
     assert [one["caption"] for one in found["captions"]] == [captions[k] for k in vectors.argsort(descending=True)[:4]]
 
 
+def test_features_lead_to_the_pictures_that_they_were_made_of(features, tmp_path, monkeypatch):
+    data = shutil.copytree(features, tmp_path / "data")
+    checkpoint = write_model(tmp_path / "m.safetensors", features, img_dim=16)
+    monkeypatch.chdir(tmp_path)
+    record = {"encoder": "other", "weights": "0", "regions": 8, "whole": True, "preprocessing": {"size": [0, 0]}}
+    for folder, pictures in (("images", data / "images"), ("/photos", Path("/photos"))):
+        (data / "encoder.json").write_text(json.dumps({**record, "folder": folder}))
+        flags = ["--data_path", ".", "--data_name", "data", "--checkpoint", checkpoint]
+        assert run("index", *flags, "--index", pictures.name) == 0
+        assert all(row["path"] == str(pictures / name) for name, row in stored(pictures.name).items())
+
+
 def test_a_sentence_of_any_length_is_scored_as_everywhere(pixels, photos, tmp_path, capsys):
     assert index_pictures(photos, pixels, tmp_path / "index") == 0
     searched, names = Index.open(tmp_path / "index", device="cpu"), [f"{k}.png" for k in range(12)]
