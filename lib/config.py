@@ -353,21 +353,14 @@ class ShareSettings(Settings):
 
 
 @dataclass
-class GallerySettings(FigureSettings, SplitSettings):
+class GallerySettings(ShowDataSettings):
     """gallery"""
 
-    checkpoint: str = flag(
-        "",
-        "checkpoint, run folder (its best), published file or saved scores (.npy) (default: newest best below runs/)",
-    )
     queries: int = flag(200, "queries each way, the worst first; the others are left out", least=1)
+    batch_size: int = flag(128, "images or captions encoded at a time", least=1)
+    workers: int = flag(10, "processes that read features; at most one for each core", least=0)
 
     endings = ".html"
-
-    def __post_init__(self):
-        super().__post_init__()
-        _refuse(self.fold5, "--fold5: a gallery ranks among all images of the split, leave it out")
-        _refuse(self.json, "--json: eval.py --ranks FILE writes all queries as JSON, leave it out")
 
 
 @dataclass

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 from string import Template
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lib.checkpoints.record import RECORD, read_record
 from lib.cli import InputError, refusing, with_bar
-from lib.config import CurvesSettings, GallerySettings
+from lib.config import CurvesSettings, GallerySettings, SplitSettings
 from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, read_ids
 from lib.data.images import NotAPicture, find_pictures, open_picture
 from lib.evaluation import rankings
@@ -99,7 +100,8 @@ def read_thumbnails(split: Split, images: Sequence[int], image_path: str) -> tup
 def show_gallery(settings: GallerySettings) -> None:
     """show.py retrieval: write the page."""
     check_writable(settings.out)
-    with opened([settings.checkpoint], settings) as job:
+    evaluated = {one.name: getattr(settings, one.name) for one in fields(SplitSettings) if hasattr(settings, one.name)}
+    with opened([settings.checkpoint], SplitSettings(**evaluated)) as job:
         row, found = find_answers(job)
     split, shown = job.split, []
     about = [f"{split.folder.name} {split.name}: {len(split.features):,} images, {len(split.captions):,} captions"]
