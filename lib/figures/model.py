@@ -22,6 +22,7 @@ from lib.evaluation.attention import Attention, attention, explain_pieces, paint
 from lib.evaluation.evaluate import open_split_of
 from lib.evaluation.score import BLOCK, Matcher, load, look_of
 from lib.figures import DPI, import_matplotlib, new_figure, save_figure
+from lib.files import refuse_inputs
 
 SMALL = 11  # points
 PANEL, COLUMNS, LARGEST = 1.7, 6, 256  # width of a panel in inches, panels side by side, pixels of a picture's side
@@ -122,6 +123,7 @@ def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> 
 
 def show_attention(settings: AttentionSettings) -> None:
     """show.py attention."""
+    refuse_inputs([settings.out], [settings.image])
     matcher = open_model(settings)
     image, picture, boxes, caption = find_pair(matcher, settings)
     found = attention(matcher, image, caption)
