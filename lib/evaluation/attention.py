@@ -4,7 +4,6 @@ X-Dim's score is the mean over all pieces of a caption, special tokens too; a gl
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +12,9 @@ import PIL.ImageDraw
 import torch
 from torch import Tensor
 
-from lib.cli import InputError
+from lib.cli import InputError, refusing
 from lib.data.dataset import Split, read_boxes, read_ids
-from lib.data.images import NotAPicture, find_pictures, open_picture
+from lib.data.images import find_pictures, open_picture
 from lib.evaluation.score import Matcher
 
 SIDE, COLUMNS, DRAWN = 160, 6, 23  # pixels of a panel's side, panels side by side, words that are drawn
@@ -157,30 +156,28 @@ def find_pairs(matcher: Matcher, split: Split, images: Sequence[int], image_path
 
     Raises InputError where there are no pictures, or no boxes of their regions.
     """
-    captions = [split.captions[place] for place in np.searchsorted(split.image_of_caption, images)]
-    if vision := matcher.model.vision:
-        pictures = [_open(split.features.paths[image]) for image in images]
-        boxes = [vision.boxes.cpu().numpy() * np.tile(picture.size, 2) for picture in pictures]
-        return [Pair(*pair) for pair in zip(pictures, pictures, boxes, captions, strict=True)]
-    if (stored := read_boxes(split)) is None:
+    vision, stored, pairs = matcher.model.vision, None, []
+    if vision:
+        paths = [split.features.paths[image] for image in images]
+    elif (stored := read_boxes(split)) is None:
         what = f"{split.folder} has no {split.name}_boxes.npy, which says where in a picture its regions are"
         raise InputError(f"{what}; python -m lib.prepare tsv and images write it, SCAN's files are without")
-    ids, starts, pairs = read_ids(split) or list(map(str, range(len(split.features)))), split.features.starts, []
-    paths = find_pictures(split.folder, [ids[image] for image in images], image_path)
-    for image, path, caption in zip(images, paths, captions, strict=True):
-        picture, boxes = _open(path), stored[starts[image] : starts[image + 1]]
+    else:
+        ids = read_ids(split) or list(map(str, range(len(split.features))))
+        paths = find_pictures(split.folder, [ids[image] for image in images], image_path)
+    for image, path in zip(images, paths, strict=True):
+        with refusing(str(path)):
+            picture = open_picture(path)
+        if stored is None:
+            taken, boxes = picture, vision.boxes.cpu().numpy() * np.tile(picture.size, 2)
+        else:
+            taken = split.features.read(np.array([image]))
+            boxes = stored[slice(*split.features.starts[image : image + 2])]
         if (boxes[:, 2:] > np.array(picture.size) + 1).any():
             what = "the boxes of its regions reach beyond it, they are of another size of this picture"
             raise InputError(f"{path}: {what}; say with --image_path where the pictures of that size are")
-        pairs.append(Pair(split.features.read(np.array([image])), picture, boxes, caption))
+        pairs.append(Pair(taken, picture, boxes, split.captions[np.searchsorted(split.image_of_caption, image)]))
     return pairs
-
-
-def _open(path: str | Path) -> PIL.Image.Image:
-    try:
-        return open_picture(path)
-    except NotAPicture as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def draw_words(pair: Pair, found: Attention) -> PIL.Image.Image:

@@ -16,9 +16,9 @@ import torch
 from lib.cli import InputError, refusing, with_bar
 from lib.config import AttentionSettings, DimensionSettings, ShowSettings
 from lib.data.batches import ImageBatches
-from lib.data.dataset import Split, read_boxes, read_ids
-from lib.data.images import find_pictures, open_picture
-from lib.evaluation.attention import Attention, attention, explain_pieces, paint, rows_of
+from lib.data.dataset import Split, read_ids
+from lib.data.images import open_picture
+from lib.evaluation.attention import Attention, attention, explain_pieces, find_pairs, paint, rows_of
 from lib.evaluation.evaluate import open_split_of
 from lib.evaluation.score import BLOCK, Matcher, load, look_of
 from lib.figures import DPI, import_matplotlib, new_figure, save_figure
@@ -62,34 +62,8 @@ def find_pair(matcher: Matcher, settings: AttentionSettings) -> tuple[Any, PIL.I
     if place is None:
         where = f"{split.folder} {split.name}, whose ids are like {[*ids, *numbers][0]}"
         raise InputError(f"--image {settings.image}: neither a file nor an image of {where}")
-    caption = settings.caption or split.captions[np.searchsorted(split.image_of_caption, place)]
-    ((picture, boxes),) = find_stored(matcher, split, [place], settings.image_path)
-    image = picture if matcher.model.vision else split.features.read(np.array([place]))
-    return image, picture, boxes, caption
-
-
-def find_stored(
-    matcher: Matcher, split: Split, places: Sequence[int], image_path: str = ""
-) -> list[tuple[PIL.Image.Image, np.ndarray]]:
-    """Pictures of a split, and the boxes (R, 4) of their regions in pixels. Raises InputError where there are none."""
-    if matcher.model.vision:
-        paths = [split.features.paths[place] for place in places]
-        taken = zip(paths, matcher.take(paths), strict=True)
-        return [(open_picture(path), np.asarray(boxes)) for path, (_, boxes) in taken]
-    if (boxes := read_boxes(split)) is None:
-        what = f"{split.folder} has no {split.name}_boxes.npy, which says where in a picture its regions are"
-        raise InputError(f"{what}; python -m lib.prepare tsv and images write it, SCAN's files are without")
-    ids, found = read_ids(split) or list(map(str, range(len(split.features)))), []
-    paths = find_pictures(split.folder, [ids[place] for place in places], image_path)
-    for place, path in zip(places, paths, strict=True):
-        with refusing(str(path)):
-            picture = open_picture(path)
-        of_image = boxes[slice(*split.features.starts[place : place + 2])]
-        if (of_image[:, 2:] > np.array(picture.size) + 1).any():
-            what = "the boxes of its regions reach beyond it, they are of another size of this picture"
-            raise InputError(f"{path}: {what}; say with --image_path where the pictures of that size are")
-        found.append((picture, of_image))
-    return found
+    ((image, picture, boxes, caption),) = find_pairs(matcher, split, [place], settings.image_path)
+    return image, picture, boxes, settings.caption or caption
 
 
 def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> Any:
@@ -275,9 +249,9 @@ def respond(matcher: Matcher, split: Split, dimension: int, pairs: int = 1000) -
 
 def crop(matcher: Matcher, split: Split, regions: Sequence[Region], image_path: str = "") -> list[PIL.Image.Image]:
     """The regions' parts of their pictures. Raises InputError where boxes or pictures are missing."""
-    found = find_stored(matcher, split, [image for _, image, _, _ in regions], image_path)
+    pairs = find_pairs(matcher, split, [image for _, image, _, _ in regions], image_path)
     crops = []
-    for (picture, boxes), (_, _, region, _) in zip(found, regions, strict=True):
+    for (_, picture, boxes, _), (_, _, region, _) in zip(pairs, regions, strict=True):
         x1, y1, x2, y2 = np.rint(boxes[region]).astype(int).tolist()
         crops.append(picture.crop((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))))
     return crops
