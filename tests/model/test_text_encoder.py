@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ from lib.cli import InputError
 from lib.data.tokenizer import load_tokenizer
 from lib.model.backbone import WEIGHTS, build_backbone, load_backbone, read_config
 from lib.model.encoders import TextEncoder
+from lib.training.run_folder import Progress
 from tests.conftest import QUIET, ROOT, TINY_BERT
 from tests.text_models import KINDS, TEXTS, make_text_model
 
@@ -79,7 +81,7 @@ def test_every_parameter_gets_a_gradient(folder):
 def test_a_checkpoint_brings_the_language_model_back(folder, tmp_path):
     model, tokenizer, note = new_model({"bert": str(folder), "img_dim": 4, "embed_size": 8})
     assert f"starts from the weights of {folder}" in note
-    entries = {"settings": {}, "progress": {}, "data": {}, "versions": {}}
+    entries = {"settings": {}, "progress": asdict(Progress()), "data": {}, "versions": {}}
     about = {"architecture": model.architecture, "tokenizer": tokenizer.specification, **entries}
     write_weights(tmp_path / BEST, {"model": model.state_dict(), **about})
     again, tokenizer_again = build_model(read_checkpoint(tmp_path / BEST))
