@@ -84,7 +84,7 @@ def test_the_readme_tells_where_every_file_is_and_names_no_other():
     for before, names, after in re.findall(r"(\w*)\{([\w,]+)\}([\w.]*)", tree):  # train_{f30k,coco}.sh
         tree += "".join(f" {before}{name}{after}" for name in names.split(","))
     tree = re.sub(r"\S*\{\S*", "", tree)
-    named = set(re.findall(r"[\w.]+\.(?:py|sh|md)\b|\w+(?=/)", tree))
+    named = set(re.findall(r"[\w.]+\.(?:py|sh|md|png)\b|\w+(?=/)", tree))
     files = [path for path in FILES if not path.name.startswith("__")] + PROGRAMS + sorted(ROOT.glob("*.sh"))
     files += [path for folder in ("benchmarks", "docs") for path in (ROOT / folder).iterdir() if path.suffix]
     folders = [path.parent for path in FILES] + [ROOT / name for name in ("benchmarks", "docs", "tests")]

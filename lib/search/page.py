@@ -43,7 +43,7 @@ except ModuleNotFoundError as error:
 UPLOAD, REQUEST = 20 * 2**20, 2**20  # most bytes of a picture that is given, and of what else a request holds
 WORDS = 500  # most words of a query
 TOP, CANDIDATES, MOST = 12, 200, 5000  # answers; pictures that are scored exactly: at first, and the slider's end
-SIDE, LIT, DARK = 320, 240, 0.25  # pixels of a result's longer side, of that of a word's picture; its least brightness
+SIDE, LIT, DARK = 320, 200, 0.25  # pixels of a result's longer side, of that of a word's picture; its least brightness
 DRAWN, GROUPS, PARTNERS = 40, 10, 3  # words that are drawn; rows of the table of groups, and what each names
 CLEANING = (600, 3600)  # seconds between two looks at the server's copies, and their age at the end
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -52,7 +52,7 @@ ROUTES = re.compile(
     r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/\w+|cancel|reset|app_id|file=(?P<file>.+))"
 )
 CSS = ".words { display: flex; flex-wrap: wrap; gap: 12px } .words figure { margin: 0 } #details td { padding: 0 8px }"
-CSS += "#results .grid-wrap { max-height: none }"
+CSS += ".words img { width: 200px } #results .grid-wrap { max-height: none }"
 
 
 def told(work: Callable) -> Callable:
