@@ -160,8 +160,8 @@ def batches_left(run: Run) -> Iterator[Batch]:
         for batch in on_device(shown, run.compute.device, run.resident):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise in the middle of a step
             yield batch
-    except RuntimeError:  # a worker was killed; the next batch is waited for in vain
-        if distributed.world_size() == 1:
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and distributed.world_size() == 1:  # it was killed, between two steps
             save(run)
         raise
 
