@@ -24,12 +24,12 @@ from lib.evaluation.score import BLOCK, Matcher, load, look_of
 from lib.figures import DPI, import_matplotlib, new_figure, save_figure
 from lib.files import refuse_inputs
 
-SMALL = 11  # points
-PANEL, COLUMNS, LARGEST = 1.7, 6, 256  # width of a panel in inches, panels side by side, pixels of a picture's side
+WIDE, SMALL = 8.7, 10  # inches, points: 8 of them where the figure is printed 7 inches wide
+PANEL, COLUMNS, LARGEST = 1.3, 6, 256  # width of a panel in inches, panels side by side, pixels of a picture's side
 HEAT, OPAQUE, DARKER = "YlOrRd_r", 0.8, 1.8  # dark to light, in grey too, on a picture that is darker than it is
 HOW_TO_READ = "Light: what the word looks at; boxes of regions that overlap add up. Below: the word's own score."
 COLOURS, STEPS, BAR, BINS = "Blues", 16, "steelblue", 30
-MATRIX = 3.7  # inches of a drawn matrix
+MATRIX = 2.9  # inches of a drawn matrix
 LEAST_MASK = 1e-4  # below which an entry of the mask is drawn as nothing
 WORDS, REGIONS, PARTNERS, LEAST_PARTNER = 14, 9, 6, 0.05  # that are drawn of a group, the smallest entry of D
 OFTEN = 5  # times that a word must come among the captions, where some do
@@ -78,14 +78,14 @@ def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> 
     heats = [paint(weights, boxes, small.height, small.width) for weights in found.weights]
     most, rows = max(heat.max() for heat in heats), -(-(len(heats) + 1) // COLUMNS)
     columns = -(-(len(heats) + 1) // rows)
-    figure = new_figure(PANEL * columns + 1, rows * (PANEL * small.height / small.width + 0.5) + 0.8)
-    figure.suptitle(textwrap.fill(caption, 16 * columns), parse_math=False)
+    figure = new_figure(PANEL * columns + 1, rows * (PANEL * small.height / small.width + 0.5) + 1)
+    figure.suptitle(textwrap.fill(caption, 14 * columns), parse_math=False)
     panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     labels = [("score of the pair", found.score), *zip(found.words, found.scores, strict=True)]
     for axes, label in zip_longest(panels, labels):
         axes.set(xticks=[], yticks=[], visible=label is not None)
         axes.set_xlabel("{}\n{:.2f}".format(*label or ("", 0)), parse_math=False)
-    figure.supxlabel(HOW_TO_READ, fontsize=SMALL)
+    figure.supxlabel(textwrap.fill(HOW_TO_READ, 14 * columns), fontsize=SMALL)
     panels[0].imshow(small, interpolation="nearest")
     for axes, heat in zip(panels[1:], heats, strict=False):
         axes.imshow(small.convert("L"), cmap="gray", vmin=0, vmax=DARKER * 255, interpolation="nearest")
@@ -161,8 +161,8 @@ def order_dimensions(D: np.ndarray) -> np.ndarray:
 def draw_dependencies(found: Dependencies, title: str = "") -> Any:
     """D and the mask in the order of `order_dimensions`; the thresholds and the partners of a row as histograms."""
     dims, order = len(found.D), order_dimensions(found.D)
-    figure = new_figure(11, 8.5, dpi=max(DPI, min(2 * DPI, dims / MATRIX)))  # a pixel for each entry
-    figure.suptitle(title)
+    figure = new_figure(WIDE, 7, dpi=max(DPI, min(400, dims / MATRIX)))  # a pixel for each entry
+    figure.suptitle(title, fontsize=SMALL, parse_math=False)
     (of_D, of_mask), (of_thresholds, of_partners) = figure.subplots(2, 2, height_ratios=(5, 3))
     panels: list[tuple[Any, ...]] = [
         (of_D, found.D, "Dependency matrix D\na row: what a dimension depends on", {"vmin": 0})
@@ -173,9 +173,8 @@ def draw_dependencies(found: Dependencies, title: str = "") -> Any:
     else:
         name = f"Mask M, before rows are brought to length 1\n{np.mean(found.mask >= 0.5):.1%} of it at least half open"
         panels.append((of_mask, found.mask, name, {"norm": "log", "vmin": LEAST_MASK, "vmax": 1}))
-        of_thresholds.hist(found.thresholds, bins=BINS, color=BAR, label="now")
-        of_thresholds.axvline(found.start, color="black", linestyle="--", label=f"mean at the start, {found.start:g}")
-        of_thresholds.legend()
+        of_thresholds.hist(found.thresholds, bins=BINS, color=BAR)
+        of_thresholds.axvline(found.start, color="black", linestyle="--")
     colours = import_module("matplotlib").colormaps[COLOURS].resampled(STEPS)  # as many as keep the file small
     for axes, matrix, name, scale in panels:
         image = axes.imshow(matrix[order][:, order], cmap=colours, interpolation="nearest", **scale)
@@ -184,9 +183,11 @@ def draw_dependencies(found: Dependencies, title: str = "") -> Any:
     for axes in (of_D, of_mask):
         axes.set(xlabel=f"the {dims} dimensions, dependent ones side by side", ylabel="the same order")
         axes.set(xticks=[], yticks=[])
-    of_thresholds.set(title="Thresholds", xlabel="lambda: standard deviations above the row's mean", ylabel="rows")
+    of_thresholds.set(xlabel="lambda: standard deviations above the row's mean", ylabel="rows")
+    of_thresholds.set_title("Thresholds; dashed: their mean at the start", fontsize=SMALL)
     of_partners.hist(found.partners, bins=BINS, color=BAR)
-    of_partners.set(title="Partners: how many dimensions a row is made of", xlabel="dimensions")
+    of_partners.set(xlabel="dimensions")
+    of_partners.set_title("Partners: how many dimensions a row is made of", fontsize=SMALL)
     of_partners.set_ylabel(f"rows ({dims - len(found.partners)} have none)")
     return figure
 
@@ -259,14 +260,17 @@ def crop(matcher: Matcher, split: Split, regions: Sequence[Region], image_path: 
 
 def draw_group(group: Group, crops: Sequence[PIL.Image.Image | str], title: str = "") -> Any:
     """The words to whose scores a group adds most as bars, and below them crops of regions, or texts instead."""
-    figure = new_figure(10, 6)
+    figure = new_figure(WIDE, 5.6)
     grid = figure.add_gridspec(2, REGIONS, height_ratios=(3, 1))
     made_of = ", ".join(f"{other} ({weight:.2f})" for other, weight in group.partners if weight >= LEAST_PARTNER)
-    figure.suptitle(f"{title}\nDimension {group.dimension} depends on {made_of or 'nothing'}", parse_math=False)
+    figure.suptitle(
+        f"{title}\nDimension {group.dimension} depends on {made_of or 'nothing'}", fontsize=SMALL, parse_math=False
+    )
     often = min(OFTEN, max(map(len, group.words.values())))
     means = {word: np.mean(values) for word, values in group.words.items() if len(values) >= often}
     best = sorted(means, key=lambda word: means[word])[-WORDS:]
-    bars = figure.add_subplot(grid[0, :], title="Words that respond most")
+    bars = figure.add_subplot(grid[0, :])
+    bars.set_title("Words that respond most", fontsize=SMALL)
     bars.barh([f"{word} ({len(group.words[word])} times)" for word in best], [means[word] for word in best], color=BAR)
     mean = np.mean(list(chain.from_iterable(group.words.values())))
     bars.axvline(mean, color="black", linestyle="--", label="mean of all words")

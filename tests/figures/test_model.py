@@ -135,6 +135,15 @@ def test_the_matrix_that_is_drawn_is_the_models_in_the_order_given(trained_run, 
         assert out.stat().st_size > 10_000
 
 
+def test_a_gate_without_a_mask_says_so(data):
+    dense = write_model(data.parent / "dense.safetensors", data, img_dim=16, gate="dense")
+    figure = model.draw_dependencies(model.read_dependencies(load(dense, device="cpu")))
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == [
+        "this gate has no mask:\neverything depends on everything",
+        "this gate has no thresholds",
+    ]
+
+
 def test_dimensions_that_depend_on_each_other_stand_side_by_side():
     groups = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 8))
     D = (groups[:, None] == groups) + 0.01
