@@ -263,7 +263,7 @@ def serve(settings: ServeSettings) -> None:
             run_history=False, show_error=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )  # fmt: skip
-        blocks.has_launched = blocks.is_running = True  # else Gradio checks no paths, and an SVG may run scripts
+        blocks.has_launched = True  # else Gradio itself checks no paths of files
         guarded = guard(app, folder, settings.host in LOOPBACK)
         where = f"http://{settings.host}:{listening.getsockname()[1]}"
         print(f"a page to search {len(index):,} pictures: {where} (Ctrl-C ends it)", flush=True)
