@@ -18,7 +18,7 @@ from lib.data.images import find_pictures, open_picture
 from lib.evaluation.score import Matcher
 
 SIDE, COLUMNS, DRAWN = 160, 6, 23  # pixels of a panel's side, panels side by side, words that are drawn
-DARK, LINE = 0.3, 15  # what is left of a picture's light where nobody looks; pixels of a line of text
+DARK, LINE, TINY = 0.25, 15, 1e-9  # what is left of a picture's light where nobody looks; pixels of a line of text
 
 
 class Pair(NamedTuple):
@@ -125,12 +125,22 @@ def rows_of(matcher: Matcher, caption: str, pieces: int, joined: bool = True) ->
     return [spelled[word] for word in words.tolist()], own / own.sum(dim=1, keepdim=True)
 
 
-def paint(weights: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Weights (R,) of regions on their boxes (R, 4) in a picture's pixels: (height, width). What overlaps adds up."""
-    heat = np.zeros((height, width), np.float32)
-    for weight, (x1, y1, x2, y2) in zip(weights, np.rint(boxes).astype(int).clip(0), strict=True):
-        heat[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] += weight
-    return heat
+def light(picture: PIL.Image.Image, boxes: np.ndarray, weights: np.ndarray, side: int) -> list[np.ndarray]:
+    """A picture of at most `side` pixels, and once more for each word, bright where it looks: uint8 (H, W, 3).
+
+    boxes: (R, 4) in the given picture's pixels. weights: (W, R). Boxes that overlap add up; where that is most, a
+    word's picture is as bright as the first, and DARK of it where there is nothing.
+    """
+    small = picture.copy()
+    small.thumbnail((side, side))
+    pixels, edges = np.asarray(small), np.rint(boxes * (small.width / picture.width)).astype(int).clip(0)
+    lit = [pixels]
+    for of_word in weights:
+        heat = np.zeros((small.height, small.width, 1), np.float32)
+        for weight, (x1, y1, x2, y2) in zip(of_word, edges, strict=True):
+            heat[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] += weight
+        lit.append((pixels * (DARK + (1 - DARK) * heat / max(heat.max(), TINY))).astype(np.uint8))
+    return lit
 
 
 def partners(matcher: Matcher, dims: Sequence[int], number: int) -> list[list[tuple[int, float]]]:
@@ -182,17 +192,13 @@ def find_pairs(matcher: Matcher, split: Split, images: Sequence[int], image_path
 
 def draw_words(pair: Pair, found: Attention) -> PIL.Image.Image:
     """The picture, small, and again for each word, lit where the word looks; below it the word and its score."""
-    small = pair.picture.copy()
-    small.thumbnail((SIDE, SIDE))
-    pixels, boxes, (width, height) = np.asarray(small), pair.boxes * (small.width / pair.picture.width), small.size
-    heats = [paint(weights, boxes, height, width)[:, :, None] for weights in found.weights[:DRAWN]]
-    lit = [pixels, *(pixels * (DARK + (1 - DARK) * heat / heat.max()) for heat in heats)]
-    texts = ["score", found.score], *zip(found.words, found.scores, strict=True)
-    columns = min(COLUMNS, len(lit))
+    lit = light(pair.picture, pair.boxes, found.weights[:DRAWN], SIDE)
+    texts = [("score", found.score), *zip(found.words, found.scores, strict=True)]
+    height, columns = len(lit[0]), min(COLUMNS, len(lit))
     sheet = PIL.Image.new("RGB", (columns * SIDE, -(-len(lit) // columns) * (height + LINE)), "white")
     pen = PIL.ImageDraw.Draw(sheet)
     for number, (panel, (word, score)) in enumerate(zip(lit, texts, strict=False)):
         x, y = number % columns * SIDE, number // columns * (height + LINE)
-        sheet.paste(PIL.Image.fromarray(panel.astype(np.uint8)), (x, y))
+        sheet.paste(PIL.Image.fromarray(panel), (x, y))
         pen.text((x + 2, y + height), f"{word} {score:.2f}", "black", font_size=12)
     return sheet

@@ -18,16 +18,15 @@ from lib.config import AttentionSettings, DimensionSettings, ShowSettings
 from lib.data.batches import ImageBatches
 from lib.data.dataset import Split, read_ids
 from lib.data.images import open_picture
-from lib.evaluation.attention import Attention, attention, explain_pieces, find_pairs, paint, rows_of
+from lib.evaluation.attention import Attention, attention, explain_pieces, find_pairs, light, rows_of
 from lib.evaluation.evaluate import open_split_of
 from lib.evaluation.score import BLOCK, Matcher, load, look_of
 from lib.figures import DPI, import_matplotlib, new_figure, save_figure
 from lib.files import refuse_inputs
 
 WIDE, SMALL = 8.7, 10  # inches, points: 8 of them where the figure is printed 7 inches wide
-PANEL, COLUMNS, LARGEST = 1.3, 6, 256  # width of a panel in inches, panels side by side, pixels of a picture's side
-HEAT, OPAQUE, DARKER = "YlOrRd_r", 0.8, 1.8  # dark to light, in grey too, on a picture that is darker than it is
-HOW_TO_READ = "Light: what the word looks at; boxes of regions that overlap add up. Below: the word's own score."
+PANEL, COLUMNS, LARGEST = 1.2, 6, 256  # width of a panel in inches, panels side by side, pixels of a picture's side
+HOW_TO_READ = "Bright: what the word looks at. Below: the word's own score."
 COLOURS, STEPS, BAR, BINS = "Blues", 16, "steelblue", 30
 MATRIX = 2.9  # inches of a drawn matrix
 LEAST_MASK = 1e-4  # below which an entry of the mask is drawn as nothing
@@ -67,31 +66,23 @@ def find_pair(matcher: Matcher, settings: AttentionSettings) -> tuple[Any, PIL.I
 
 
 def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> Any:
-    """The picture, and for each word the same in grey with the word's attention painted on the regions' boxes.
+    """The picture, and for each word the same, bright where the word looks (`light`), with the word's score.
 
     found: with boxes in pixels of the picture.
     """
     assert found.boxes is not None
-    small = picture.copy()
-    small.thumbnail((LARGEST, LARGEST))
-    boxes = found.boxes * (small.width / picture.width)
-    heats = [paint(weights, boxes, small.height, small.width) for weights in found.weights]
-    most, rows = max(heat.max() for heat in heats), -(-(len(heats) + 1) // COLUMNS)
-    columns = -(-(len(heats) + 1) // rows)
-    figure = new_figure(PANEL * columns + 1, rows * (PANEL * small.height / small.width + 0.5) + 1)
+    lit = light(picture, found.boxes, found.weights, LARGEST)
+    rows = -(-len(lit) // COLUMNS)
+    columns, shape = -(-len(lit) // rows), len(lit[0]) / lit[0].shape[1]
+    figure = new_figure(PANEL * columns, rows * (PANEL * shape + 0.5) + 1)
     figure.suptitle(textwrap.fill(caption, 14 * columns), parse_math=False)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     labels = [("score of the pair", found.score), *zip(found.words, found.scores, strict=True)]
-    for axes, label in zip_longest(panels, labels):
+    for axes, pixels, label in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, lit, labels):
         axes.set(xticks=[], yticks=[], visible=label is not None)
-        axes.set_xlabel("{}\n{:.2f}".format(*label or ("", 0)), parse_math=False)
-    figure.supxlabel(textwrap.fill(HOW_TO_READ, 14 * columns), fontsize=SMALL)
-    panels[0].imshow(small, interpolation="nearest")
-    for axes, heat in zip(panels[1:], heats, strict=False):
-        axes.imshow(small.convert("L"), cmap="gray", vmin=0, vmax=DARKER * 255, interpolation="nearest")
-        alpha = np.minimum(heat / most, OPAQUE)
-        shown = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=most, alpha=alpha, interpolation="nearest")
-    figure.colorbar(shown, ax=panels, label="share of the word's attention", aspect=40)
+        if label:
+            axes.imshow(pixels, interpolation="nearest")
+            axes.set_xlabel("{}\n{:.2f}".format(*label), parse_math=False)
+    figure.supxlabel(textwrap.fill(HOW_TO_READ, 16 * columns), fontsize=SMALL)
     return figure
 
 

@@ -30,7 +30,7 @@ import PIL.ImageDraw
 from lib.cli import InputError, reason
 from lib.config import ServeSettings
 from lib.data.images import NotAPicture, open_picture
-from lib.evaluation.attention import Attention, paint, partners
+from lib.evaluation.attention import Attention, light, partners
 from lib.search.index import Found, Index
 
 try:
@@ -43,7 +43,7 @@ except ModuleNotFoundError as error:
 UPLOAD, REQUEST = 20 * 2**20, 2**20  # most bytes of a picture that is given, and of what else a request holds
 WORDS = 500  # most words of a query
 TOP, CANDIDATES, MOST = 12, 200, 5000  # answers; pictures that are scored exactly: at first, and the slider's end
-SIDE, LIT, DARK = 320, 200, 0.25  # pixels of a result's longer side, of that of a word's picture; its least brightness
+SIDE, LIT = 320, 200  # pixels of a result's longer side, of that of a word's picture
 DRAWN, GROUPS, PARTNERS = 40, 10, 3  # words that are drawn; rows of the table of groups, and what each names
 CLEANING = (600, 3600)  # seconds between two looks at the server's copies, and their age at the end
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -176,13 +176,11 @@ def _draw_words(found: Found, seen: Attention) -> str:
             raise NotAPicture("the index has no boxes of its regions")
     except NotAPicture as error:
         return f"<p>Nothing to draw: {escape(str(error))}. Scores of the words: {', '.join(named)}</p>"
-    width, figures = picture.width, ""
-    picture.thumbnail((LIT, LIT))
-    boxes, pixels = seen.boxes * picture.width / width, np.asarray(picture)
-    heats = [paint(weights, boxes, *pixels.shape[:2])[:, :, None] for weights in seen.weights[:DRAWN]]
-    lit = [pixels * (DARK + (1 - DARK) * heat / heat.max()) for heat in heats]
-    for one, text in zip([pixels, *lit], ["the picture", *named], strict=False):
-        PIL.Image.fromarray(one.astype(np.uint8)).save(file := io.BytesIO(), "JPEG")
+    figures = ""
+    for pixels, text in zip(
+        light(picture, seen.boxes, seen.weights[:DRAWN], LIT), ["the picture", *named], strict=False
+    ):
+        PIL.Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG")
         data = base64.b64encode(file.getvalue()).decode()
         figures += f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption>{text}</figcaption></figure>'
     about = "Bright: where the model looks for the word. Number: how well the word fits what is there."

@@ -26,7 +26,7 @@ from lib.checkpoints.native import build_model, read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.config import TrainSettings, parse
 from lib.data.dataset import open_split
-from lib.evaluation.attention import attention, find_pairs, paint
+from lib.evaluation.attention import attention, find_pairs, light
 from lib.evaluation.metrics import chance_metrics
 from lib.prepare import scenes
 from lib.runtime import Compute, versions
@@ -264,8 +264,7 @@ def test_tensorboard_shows_where_words_of_dev_look_and_no_picture_changes_the_tr
     matcher = load(tmp_path / "with" / "last.pt", device="cpu")
     (pair,) = find_pairs(matcher, open_split(str(tmp_path), folder.name, "dev"), [1])  # of 0, 1, 3, 5
     found, shown = attention(matcher, pair.image, pair.caption), drawn[10][:128, 160:288].astype(float)
-    heat = paint(found.weights[0], pair.boxes, 128, 128)[..., None]
-    expected = np.asarray(pair.picture) * (0.3 + 0.7 * heat / heat.max())  # the first word's panel
+    _, expected, *_ = light(pair.picture, pair.boxes, found.weights, 128)  # the first word's panel
     assert np.abs(shown - expected).mean() < 4  # it is a JPEG
     shutil.rmtree(folder / "images")
     assert run(flags, tmp_path / "without") == losses
