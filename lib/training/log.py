@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lib.cli import LINE_INTERVAL, InputError, Lasting, TrainingStopped, reason, refusing
 from lib.config import TrainSettings
 from lib.distributed import is_first
-from lib.training.run_folder import Progress
+from lib.training.run_folder import Progress, checkpoints
 
 TENSORBOARD = "TensorBoard's files"
 PROJECT = "x-dim"  # of the runs at a tracker
@@ -201,9 +201,10 @@ class StepFigures:
 
     def _check(self, step: int, loss: float, gradient_norm: float, spread: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            before = f"; the last checkpoint in {self._folder} is from before" * bool(checkpoints(Path(self._folder)))
             raise TrainingStopped(
-                f"step {step}: the loss is {loss}, the gradient norm {gradient_norm}; the last checkpoint in "
-                f"{self._folder} is from before; start again with a lower --learning_rate or with --precision fp32"
+                f"step {step}: the loss is {loss}, the gradient norm {gradient_norm}{before}; start again with a lower "
+                "--learning_rate or with --precision fp32"
             )
         limit, progress = COLLAPSED * self._margin, self._progress
         progress.collapsed = progress.collapsed + 1 if spread < limit else 0  # NaN is not below

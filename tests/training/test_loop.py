@@ -362,6 +362,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_saved_from_its_s
     error = capsys.readouterr().err
     assert error.startswith(f"error: step {step}: the loss is nan, the gradient norm nan; ")
     assert "--learning_rate" in error
+    assert ("the last checkpoint in" in error) == bool(saved)
     assert sorted(folder.glob("step-*.pt")) == [folder / f"step-{done:08d}.pt" for done in saved]
 
 
