@@ -86,12 +86,7 @@ def test_the_readme_tells_where_every_file_is_and_names_no_other():
     tree = re.sub(r"\S*\{\S*", "", tree)
     named = set(re.findall(r"[\w.]+\.(?:py|sh|md|png)\b|\w+(?=/)", tree))
     files = [path for path in FILES if not path.name.startswith("__")] + PROGRAMS + sorted(ROOT.glob("*.sh"))
-    files += [
-        path
-        for folder in ("benchmarks", "docs")
-        for path in (ROOT / folder).iterdir()
-        if path.suffix in (".py", ".sh", ".md")
-    ]
+    files += [path for folder in ("benchmarks", "docs") for path in (ROOT / folder).iterdir() if path.suffix]
     folders = [path.parent for path in FILES] + [ROOT / name for name in ("benchmarks", "docs", "tests")]
     wanted = {path.name for path in files + folders}
     there = {path.name for path in ROOT.iterdir()}

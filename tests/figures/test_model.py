@@ -3,6 +3,7 @@
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 import eval as eval_program
 import show
@@ -82,20 +83,21 @@ def test_what_an_attention_lacks_is_said_in_one_line(data, checkpoint, tmp_path,
         assert message in line
 
 
-def test_what_all_groups_add_to_a_word_is_its_score_and_regions_share_it_by_attention(data, checkpoint):
+def test_a_word_gets_what_the_group_adds_by_the_formula_and_regions_share_it_by_attention(data, checkpoint):
     matcher, split = load(checkpoint, device="cpu"), open_split(str(data.parent), data.name, "test")
     split.captions[0] = "A man holding a red ball."  # words of one piece each
-    groups = [model.respond(matcher, split, dimension, pairs=1) for dimension in range(16)]
-    found = model.attention(matcher, split.features.read(np.array([0])), split.captions[0])
-    scores = {word.lower(): [] for word in found.words}
-    for word, score in zip(found.words, found.scores, strict=True):
-        scores[word.lower()].append(score)
-    for word, values in scores.items():
-        np.testing.assert_allclose(sum(np.array(group.words[word]) for group in groups), values, atol=1e-5)
+    regions = torch.from_numpy(split.features.read(np.array([0])))
+    found = model.attention(matcher, regions, split.captions[0])
+    (block,) = matcher.embed_images([matcher.batch([regions])])
+    words, _ = matcher.embed_captions(matcher.tokenizer.tokenize(split.captions[:1]), 1)
     D = matcher.model.similarity.dependency().detach()
-    for group in groups:
-        assert group.partners[0] == (int(D[group.dimension].argmax()), pytest.approx(D[group.dimension].max().item()))
-        shares = found.weights.T @ [group.words[word.lower()].pop(0) for word in found.words]
+    _, U = model.explain_pieces(matcher, block.regions, None, words)
+    for dimension, added in enumerate(U[0, 1:-1].T):  # without [CLS] and [SEP]
+        group = model.respond(matcher, split, dimension, pairs=1)
+        assert group.partners[0] == (int(D[dimension].argmax()), pytest.approx(D[dimension].max().item()))
+        heard = [group.words[word.lower()].pop(0) for word in found.words]
+        np.testing.assert_allclose(heard, added, atol=1e-5)
+        shares = found.weights.T @ heard
         ((value, image, region, _),) = group.regions
         assert (value, image, region) == (pytest.approx(shares.max(), abs=1e-5), 0, shares.argmax())
         left, top, right, bottom = np.load(data / "test_boxes.npy")[0][region].astype(int).tolist()
