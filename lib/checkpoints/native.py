@@ -54,6 +54,7 @@ SCALAR: Any = np.float64().__reduce__()[0]  # what makes a NumPy number of its b
 NUMBERS = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"]
 PLAIN = [argparse.Namespace, np.dtype, *NUMBERS, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]  # beside tensors
 DAMAGED = "damaged, or not a checkpoint"
+UNKNOWN = "holds what no version of this program writes"
 ENDINGS = (".safetensors", ".pt", ".pth", ".tar")  # of files that are checkpoints, not of names on the hub
 HUB_ERRORS = {
     RepositoryNotFoundError: "no such model, or one that needs a token: hf auth login, or HF_TOKEN",
@@ -167,8 +168,8 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
         else:
             content = _read_safetensors(path)
     content = published.convert(content) if published.is_published(content) else _current(content, path)
-    settings, notes = _known_settings(content["settings"])
-    with refusing(f"{path}: holds what no version of this program writes"):
+    with refusing(f"{path}: {UNKNOWN}"):
+        settings, notes = _known_settings(content["settings"])
         _check_values({} if "published" in content else settings, content["progress"])
     return {**content, "path": known_as(path), "settings": settings, "notes": notes}
 
@@ -236,8 +237,10 @@ def _check_values(settings: dict, progress: dict) -> None:
         kinds = {type(field.default), int} if type(field.default) is float else {type(field.default)}
         if type(value) not in kinds or (value and value not in field.metadata.get("choices", [value])):
             raise ValueError(f"{name}={value!a}")
-    names = ("epoch", "batch", "step", "best_epoch", "best_rsum")
-    numbers = [progress[name] for name in names]
+    counts = [progress[name] for name in ("epoch", "batch", "step", "best_epoch")]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError(f"progress {counts!a}"[:QUOTED])
+    numbers = [*counts, progress["best_rsum"]]
     numbers += [number for one in progress["history"] for number in (one["epoch"], one["step"], one["dev"]["rsum"])]
     for number in numbers:
         if type(number) not in (int, float) or not abs(number) < 2**63:

@@ -133,7 +133,8 @@ def light(picture: PIL.Image.Image, boxes: np.ndarray, weights: np.ndarray, side
     """
     small = picture.copy()
     small.thumbnail((side, side))
-    pixels, edges = np.asarray(small), np.rint(boxes * (small.width / picture.width)).astype(int).clip(0)
+    scales = np.tile(np.divide(small.size, picture.size), 2)  # which rounding makes differ
+    pixels, edges = np.asarray(small), np.rint(boxes * scales).astype(int).clip(0)
     lit = [pixels]
     for of_word in weights:
         heat = np.zeros((small.height, small.width, 1), np.float32)

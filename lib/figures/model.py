@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from lib.cli import InputError, refusing, with_bar
+from lib.cli import QUOTED, InputError, refusing, with_bar
 from lib.config import AttentionSettings, DimensionSettings, ShowSettings
 from lib.data.batches import ImageBatches
 from lib.data.dataset import Split, read_ids
@@ -26,6 +26,7 @@ from lib.files import refuse_inputs
 
 WIDE, SMALL = 8.7, 10  # inches, points: 8 of them where the figure is printed 7 inches wide
 PANEL, COLUMNS, LARGEST = 1.2, 6, 256  # width of a panel in inches, panels side by side, pixels of a picture's side
+TALLEST = 4  # times its width that a panel is high
 HOW_TO_READ = "Bright: what the word looks at. Below: the word's own score."
 COLOURS, STEPS, BAR, BINS = "Blues", 16, "steelblue", 30
 MATRIX = 2.9  # inches of a drawn matrix
@@ -73,7 +74,7 @@ def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> 
     assert found.boxes is not None
     lit = light(picture, found.boxes, found.weights, LARGEST)
     rows = -(-len(lit) // COLUMNS)
-    columns, shape = -(-len(lit) // rows), len(lit[0]) / lit[0].shape[1]
+    columns, shape = -(-len(lit) // rows), min(len(lit[0]) / lit[0].shape[1], TALLEST)
     figure = new_figure(PANEL * columns, rows * (PANEL * shape + 0.5) + 1)
     figure.suptitle(textwrap.fill(caption, 14 * columns), parse_math=False)
     labels = [("score of the pair", found.score), *zip(found.words, found.scores, strict=True)]
@@ -92,6 +93,8 @@ def show_attention(settings: AttentionSettings) -> None:
     matcher = open_model(settings)
     image, picture, boxes, caption = find_pair(matcher, settings)
     found = attention(matcher, image, caption)
+    if not found.words:
+        raise InputError(f"--caption {caption[:QUOTED]!a}: no words are in it")
     found = found if boxes is None else found._replace(boxes=boxes)
     save_figure(draw_attention(found, picture, caption), settings.out)
 
@@ -262,7 +265,9 @@ def draw_group(group: Group, crops: Sequence[PIL.Image.Image | str], title: str 
     best = sorted(means, key=lambda word: means[word])[-WORDS:]
     bars = figure.add_subplot(grid[0, :])
     bars.set_title("Words that respond most", fontsize=SMALL)
-    bars.barh([f"{word} ({len(group.words[word])} times)" for word in best], [means[word] for word in best], color=BAR)
+    bars.barh(range(len(best)), [means[word] for word in best], color=BAR)
+    names = [f"{word} ({len(group.words[word])} times)" for word in best]
+    bars.set_yticks(range(len(best)), names, parse_math=False)
     mean = np.mean(list(chain.from_iterable(group.words.values())))
     bars.axvline(mean, color="black", linestyle="--", label="mean of all words")
     bars.set_xlabel("what the group of these dimensions adds to the word's score, on average")

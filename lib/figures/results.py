@@ -218,7 +218,9 @@ def draw_curves(curves: dict[str, Curves]) -> Any:
                 axes.axhline(chance, color="0.5", linewidth=1)
             axes.set_title(f"{title} (grey: chance, {' and '.join(f'{chance:.1f}' for chance in chances)})")
     axes.set_xlabel("epochs")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend = figure.legend(axes.lines[: len(curves)], range(len(curves)), loc="outside lower center", ncols=3)
+    for entry, run in zip(legend.get_texts(), curves, strict=True):  # legend() leaves out names that begin with _
+        entry.set(text=run, parse_math=False)
     return figure
 
 

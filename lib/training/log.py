@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -64,7 +65,8 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         settings = asdict(self._settings) if self._settings else {}
-        self._streams = sys.stdout, sys.stderr
+        self._streams, self._hook = (sys.stdout, sys.stderr), threading.excepthook
+        threading.excepthook = self._note_thread
         sys.stdout, sys.stderr = (Lasting(stream, self._note_silence) for stream in self._streams)
         if self._tracker:
             with refusing(f"{self._track}: cannot be started"):
@@ -90,7 +92,12 @@ class RunLog:
             self.attempt(TENSORBOARD, self._writer.close)
         if self._tracked:
             self.attempt(self._track, self._tracked.finish)
-        sys.stdout, sys.stderr = self._streams
+        (sys.stdout, sys.stderr), threading.excepthook = self._streams, self._hook
+
+    def _note_thread(self, failed: Any) -> None:
+        """Leave what ends TensorBoard's own thread to the next write, which raises it."""
+        if not type(failed.thread).__module__.startswith("tensorboard"):
+            self._hook(failed)
 
     def _note_silence(self, why: str) -> None:
         """Say in run.log that the terminal, or what stands for it, gets nothing more."""

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from lib import collectives, distributed
-from lib.checkpoints.native import Damaged, find_checkpoint, read_checkpoint, with_vision
+from lib.checkpoints.native import UNKNOWN, Damaged, find_checkpoint, read_checkpoint, with_vision
 from lib.checkpoints.record import RECORD, read_record
-from lib.cli import InputError, reason
+from lib.cli import InputError, reason, refusing
 from lib.config import ModelSettings, RecipeSettings, TrainSettings
 from lib.model.registry import is_from_pixels, parse_part
 from lib.runtime import random_state, restore_random_state, seed_everything
@@ -91,7 +91,8 @@ def _newest_sound(folder: Path) -> Origin:
 def _checkpoint(path: Path) -> Origin:
     """A checkpoint to continue from. Raises InputError."""
     content, folder = read_checkpoint(path), path.parent
-    progress, then = Progress(**content["progress"]), content["settings"]
+    with refusing(f"{path}: {UNKNOWN}"):
+        progress, then = Progress(**content["progress"]), content["settings"]
     defaults = {name: value for name, value in then.items() if name not in OF_ONE_START}
     notes, exact = list(content["notes"]), "optimizer" in content
     if not exact:
@@ -135,7 +136,7 @@ def refuse_changes(settings: TrainSettings, origin: Origin) -> None:
         advice = "leave them as they were, or say --allow_changes to continue with the new ones"
         refusal, reorders = f"these settings differ: {recipe}; {advice}", any(name in ORDER for name in changed)
         origin.accept(f"settings: {recipe}", settings.allow_changes, refusal, reorders)
-    _choose_folder(Path(settings.model_name), origin)
+    _choose_folder(settings, origin)
 
 
 def refuse_changed_data(origin: Origin, data: dict, allowed: bool) -> None:
@@ -147,13 +148,15 @@ def refuse_changed_data(origin: Origin, data: dict, allowed: bool) -> None:
         origin.accept(f"data: {where}", allowed, f"was trained on other data than {where}; {advice}", reorders=True)
 
 
-def _choose_folder(folder: Path, origin: Origin) -> None:
+def _choose_folder(settings: TrainSettings, origin: Origin) -> None:
     """A run folder holds one line of checkpoints: no run starts over another one or over its own later steps."""
-    lies_in = origin.defaults.get("model_name", "")
+    folder, lies_in = Path(settings.model_name), origin.defaults.get("model_name", "")
     origin.in_place = bool(lies_in) and Path(lies_in).resolve() == folder.resolve()
     if not origin.in_place:
         refuse_used(folder, origin.progress, None, ())
         origin.progress.forget_best()
+        if settings.logger_name == origin.defaults.get("logger_name"):  # else it would purge the other run's curves
+            settings.logger_name = settings.model_name
         if origin.exact:
             origin.notes.append(f"branches off {lies_in} into {folder}; the best epoch is counted from here on")
         return

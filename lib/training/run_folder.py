@@ -132,11 +132,13 @@ class RunFolder:
         self._lock, self._inode = lock, os.stat(self.path / LOCK).st_ino
 
     def _is_own(self) -> bool:
-        """Whether the folder still has the lock that this process holds."""
+        """Whether the folder still has the lock that this process holds. Raises InputError where that is not known."""
         try:
             return os.stat(self.path / LOCK).st_ino == self._inode
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be looked at ({reason(error)})") from None
 
     def _take_again(self) -> None:
         """Make the folder again where somebody has deleted it. Raises TrainingStopped where another run is in it."""

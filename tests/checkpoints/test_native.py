@@ -157,6 +157,8 @@ def test_a_history_of_20000_epochs_is_read_again(content, tmp_path):
         ("settings", {"batch_size": True}),
         ("progress", {"step": 10**400}),
         ("progress", {"best_rsum": float("nan")}),
+        ("progress", {"epoch": 1.5}),
+        ("progress", {"batch": -3}),
         ("progress", {"history": [{"epoch": 1, "step": 1, "dev": {}}]}),
     ],
 )

@@ -83,6 +83,22 @@ def test_what_an_attention_lacks_is_said_in_one_line(data, checkpoint, tmp_path,
         assert message in line
 
 
+def test_what_cannot_be_drawn_is_one_line_and_a_picture_has_a_panel_whatever_its_shape(
+    data, checkpoint, tmp_path, capsys
+):
+    flags = ["--data_path", data.parent, "--data_name", data.name, "--image", "1", "--caption"]
+    for caption, code, message in (("\u200b", 2, "no words are in it"), ("\U0001f3c3", 0, "missing from font")):
+        assert run("attention", checkpoint, tmp_path / "a.png", *flags, caption) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    halves = np.array([[0, 0, 30, 10000], [0, 10000, 30, 20000]])  # of a picture that is one pixel wide where drawn
+    found = model.Attention(["dogs"], np.array([[0.25, 0.75]]), np.ones(1), 1.0, np.ones(1), halves)
+    figure = model.draw_attention(found, PIL.Image.new("RGB", (30, 20000)), "dogs")
+    lit = model.light(PIL.Image.new("RGB", (30, 20000), "white"), halves, found.weights, 256)[1]
+    assert lit[:128].max() < lit[128:].min() == 255
+    assert figure.get_size_inches().max() < 10
+
+
 def test_a_word_gets_what_the_group_adds_by_the_formula_and_regions_share_it_by_attention(data, checkpoint):
     matcher, split = load(checkpoint, device="cpu"), open_split(str(data.parent), data.name, "test")
     split.captions[0] = "A man holding a red ball."  # words of one piece each
@@ -133,9 +149,10 @@ def test_the_matrix_that_is_drawn_is_the_models_in_the_order_given(trained_run, 
     assert sorted(order) == list(range(len(D)))
     back = np.argsort(order)
     np.testing.assert_array_equal(drawn[back][:, back], D)
+    (odd := tmp_path / "$x_{$").symlink_to(trained_run)  # which is no mathematics
     for ending in ("png", "pdf", "svg"):
         out = tmp_path / f"dependencies.{ending}"
-        assert show.main(["dependencies", "--checkpoint", str(trained_run), "--out", str(out), *DEVICE]) == 0
+        assert show.main(["dependencies", "--checkpoint", str(odd), "--out", str(out), *DEVICE]) == 0
         assert out.stat().st_size > 10_000
 
 

@@ -106,9 +106,11 @@ def test_curves_are_those_of_the_runs_files_and_need_no_tensorboard(trained_run,
     assert len(results.read_curves(bare).loss) == 0
     figure = results.draw_curves({name: results.read_curves(path) for name, path in (("a", trained_run), ("b", bare))})
     assert [line.get_label() for line in figure.axes[1].lines[:2]] == ["a", "b"]
-    again = shutil.copytree(bare, tmp_path / "again" / "bare")
+    again = shutil.copytree(bare, tmp_path / "again" / "_$x_{$")
     for runs in ([bare], [trained_run, bare, again]):
         assert show.main(["training", *map(str, runs), "--out", str(tmp_path / "curves.png")]) == 0
+    legend = results.draw_curves({again.name: results.read_curves(again)}).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["_$x_{$"]
     (again / "run.json").unlink()
     capsys.readouterr()
     assert show.main(["training", str(bare), str(again), "--out", str(tmp_path / "curves.png")]) == 2

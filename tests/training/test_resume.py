@@ -328,6 +328,7 @@ def test_a_lost_best_checkpoint_counts_anew(cut, capsys):
 
 def test_going_back_needs_another_folder_and_loses_nothing(whole, cut, capsys, tmp_path):
     older, names = cut / "step-00000028.pt", sorted(path.name for path in cut.iterdir())
+    curves = {path: path.read_bytes() for path in cut.glob("events.*")}
     assert train.main(["--resume", str(older)]) == 2
     assert f"{cut / 'step-00000030.pt'} is later; continue with --resume {cut}" in capsys.readouterr().err
     assert sorted(path.name for path in cut.iterdir()) == names
@@ -336,6 +337,7 @@ def test_going_back_needs_another_folder_and_loses_nothing(whole, cut, capsys, t
     ours, theirs = (read_checkpoint(folder / "last.pt")["model"] for folder in (tmp_path / "branch", whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert read_record(tmp_path / "branch")["chosen"]["epoch"] == 2
+    assert curves == {path: path.read_bytes() for path in cut.glob("events.*")}
 
 
 def test_one_process_at_a_time_trains_into_a_folder_and_a_killed_one_leaves_it_free(flags, tmp_path, capsys):

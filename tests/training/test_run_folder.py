@@ -18,6 +18,7 @@ from lib.checkpoints.native import read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.cli import InputError, TrainingStopped
 from lib.training import run_folder as module
+from lib.training.log import RunLog
 from lib.training.run_folder import Progress, RunFolder, checkpoints, command_to_resume
 from tests.conftest import ROOT
 
@@ -191,6 +192,31 @@ def test_a_folder_that_is_deleted_is_made_again_unless_another_run_has_it(tmp_pa
             run_folder.save(state, progress)
     assert set(sound(folder)) == {"step-00000003.pt", "last.pt"}
     assert read_record(folder)["run"] == "theirs"
+
+
+def test_a_folder_that_cannot_be_looked_at_is_a_fault_like_any(tmp_path, state):
+    said, progress, folder = [], Progress(step=15), tmp_path / "run"
+    with RunFolder(folder, 2, said.append, record={"run": "ours"}) as run_folder:
+        run_folder.save(state, progress)
+        folder.rename(tmp_path / "away")
+        folder.touch()
+        with pytest.raises(TrainingStopped, match="cannot be looked at"):
+            run_folder.save(state, progress)
+        assert len(said) == len(module.WAITS)
+        folder.unlink()
+        (tmp_path / "away").rename(folder)
+        run_folder.save(state, progress)
+    assert sound(folder)["last.pt"] == 15
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboards_files_that_are_deleted_are_one_line(tmp_path, capsys):
+    with RunLog(tmp_path, tmp_path / "events", 0) as log:
+        shutil.rmtree(tmp_path / "events")
+        for step in range(3):
+            log.scalars(step, "train", {"loss": 1.0})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: TensorBoard's files cannot be written (No such file or directory)")
 
 
 def test_files_that_the_run_does_not_write_are_left_alone(run, state):
