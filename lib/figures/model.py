@@ -63,7 +63,7 @@ def find_pair(matcher: Matcher, settings: AttentionSettings) -> tuple[Any, PIL.I
         where = f"{split.folder} {split.name}, whose ids are like {[*ids, *numbers][0]}"
         raise InputError(f"--image {settings.image}: neither a file nor an image of {where}")
     ((image, picture, boxes, caption),) = find_pairs(matcher, split, [place], settings.image_path)
-    return image, picture, boxes, settings.caption or caption
+    return image, picture, boxes, settings.caption.strip() or caption
 
 
 def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> Any:
