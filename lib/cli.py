@@ -6,6 +6,7 @@ import errno
 import functools
 import multiprocessing.util
 import os
+import resource
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ OF_THE_SYSTEM = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG), ""
 )
 OF_THE_SYSTEM |= {errno.EMFILE: "; raise the limit (ulimit -n 1024), or give --workers 0"}
+LEAST_FILES = 256  # that a process may open, as macOS lets it
 LINE_INTERVAL = 30.0  # seconds between two lines of progress where stderr is no terminal
 
 Item = TypeVar("Item")
@@ -206,7 +208,10 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
-        if problem := distributed.misdescribed():
+        problem, limit = "", resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if 0 <= limit < LEAST_FILES:  # PyTorch's loaders may wait forever where they cannot open more
+            problem = f"this shell lets a program open {limit} files, {LEAST_FILES} are needed: ulimit -n 1024"
+        if problem := problem or distributed.misdescribed():
             print(f"error: {problem}", file=sys.stderr)
             return 2
         distributed.keep_quiet()

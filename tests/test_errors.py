@@ -329,12 +329,12 @@ def test_names_that_are_too_long_or_of_another_encoding(refusal, program, tiny_f
         assert "error: " in refusal(program, *flags)
 
 
-def test_too_few_files_that_may_be_open(trained_run, tmp_path):
-    line = f"ulimit -n 16; exec {sys.executable} test.py --checkpoint {trained_run} --workers 2"
+def test_too_few_files_that_may_be_open():
+    """PyTorch's loaders may wait forever where they cannot open more."""
+    line = f"ulimit -n 16; exec {sys.executable} test.py"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode in (1, 2)
-    assert done.stderr.splitlines()[-1].endswith("raise the limit (ulimit -n 1024), or give --workers 0")
-    assert "Traceback" not in done.stderr
+    words = "error: this shell lets a program open 16 files, 256 are needed: ulimit -n 1024\n"
+    assert (done.returncode, done.stderr) == (2, words)
 
 
 # What libraries say
