@@ -32,6 +32,7 @@ from lib.evaluation.score import embed_split, load, score_all  # noqa: E402
 from lib.runtime import versions  # noqa: E402
 from lib.search import Index, fill  # noqa: E402
 from lib.search.index import decode, encode  # noqa: E402
+from lib.training.run_folder import Progress  # noqa: E402
 
 CENTRES, NOISE = 50_000, 0.5  # of the vectors; length of the noise around a centre
 WARM = 100  # queries before the first that counts
@@ -80,7 +81,7 @@ def write_model(settings, folder: Path) -> Path:
     content = {"model": model.state_dict(), "architecture": model.architecture, "tokenizer": tokenizer.specification}
     write_weights(
         folder / "model.safetensors",
-        {**content, "settings": flags, "progress": {}, "data": {}, "versions": versions()},
+        {**content, "settings": flags, "progress": asdict(Progress()), "data": {}, "versions": versions()},
     )
     return folder / "model.safetensors"
 

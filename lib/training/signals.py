@@ -69,7 +69,7 @@ class Signals:
         try:
             yield
         finally:
-            self._at_once, distributed.at_heartbeat = False, None
+            self._at_once, distributed.at_heartbeat = bool(self.noted), None  # the answer may come later than the end
 
     def _leave(self) -> None:
         if self.noted:

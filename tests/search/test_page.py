@@ -36,8 +36,9 @@ CUT_OFF = 0  # instead of a status
 LINKED, DELETED = "10.png", "11.png"
 SLOW = "slowly"  # a query with this word takes a second longer
 PROGRAM = f"""
-import sys, time, search
+import signal, sys, time, search
 from lib.search import Index
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
 query = Index.query
 Index.query = lambda self, text, *others: time.sleep({SLOW!r} in text) or query(self, text, *others)
 sys.exit(search.main(sys.argv[1:]))
