@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from tqdm import tqdm
 
 from lib import distributed
-from lib.distributed import PeerLost
+from lib.distributed import CannotMeet, PeerLost
 
 QUOTED = 200  # characters of a foreign text that an error message quotes
 # Our own messages say what is fetched and what is wrong; the libraries' would come beside them, of unused weights too.
@@ -220,7 +220,7 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
         try:
             main(argv)
             sys.stdout.flush()
-        except (InputError, TrainingStopped, PeerLost) as error:
+        except (InputError, TrainingStopped, CannotMeet, PeerLost) as error:
             if isinstance(error, PeerLost):
                 time.sleep(distributed.EXIT_WAIT)  # torchrun ends this process, and names the one that failed
             distributed.print_error(f"error: {_without_traceback(error)}")

@@ -31,6 +31,12 @@ class PeerLost(Exception):
     exit_code = 1
 
 
+class CannotMeet(Exception):
+    """The processes of the job cannot find each other where MASTER_ADDR and MASTER_PORT say."""
+
+    exit_code = 2
+
+
 def world_size() -> int:
     """Number of processes of the job."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # schedulers set WORLD_SIZE alone, too
@@ -98,7 +104,7 @@ def keep_quiet() -> None:
 def joined(device: "torch.device") -> Iterator[None]:
     """Connects the processes of the job while the context lasts: NCCL between GPUs, gloo otherwise.
 
-    device: this process's own, on CUDA the current one. Raises PeerLost when another process has ended.
+    device: this process's own, on CUDA the current one. Raises CannotMeet, or PeerLost when another process ends.
     """
     if world_size() == 1:
         yield
@@ -176,7 +182,9 @@ def _connect(hosts: bool = False) -> "Store":
         store = TCPStore(address, port, is_master=hosts, timeout=TORCH_TIMEOUT)
     except RuntimeError as error:
         why = "the port is taken" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
-        raise PeerLost(f"MASTER_ADDR {address}, MASTER_PORT {port}: the processes cannot meet there ({why})") from None
+        raise CannotMeet(
+            f"MASTER_ADDR {address}, MASTER_PORT {port}: the processes cannot meet there ({why})"
+        ) from None
     return PrefixStore(f"attempt {attempt}", store)
 
 
