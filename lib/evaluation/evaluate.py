@@ -223,11 +223,12 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
         with clock("load"):
             contents = [source.content for source in sources if source.content]
             split, data_name = open_split_of(contents, settings)
-            outputs = [getattr(settings, name, "") for name in ("json", "ranks", "save_sims", "out")]
+            outputs = [getattr(settings, name, "") for name in ("json", "ranks", "save_sims")]
             read = [source.content.get("path", source.path) for source in sources]
             refuse_inputs(outputs, [*read, *split.folder.iterdir()])
-            read_alike = {"the data": split.fingerprint(), "the weights": [one.get("sha256") for one in contents]}
-            collectives.refuse_disagreement(read_alike if distributed.world_size() > 1 else {})
+            if distributed.world_size() > 1:  # a fingerprint reads 64 images
+                weights = [one.get("sha256") for one in contents]
+                collectives.refuse_disagreement({"the data": split.fingerprint(), "the weights": weights})
             parts = metrics.parts_of_split(split.image_of_caption, metrics.FOLDS if settings.fold5 else 0)
             size = {"images": len(split.features), "captions": len(split.captions)}
             about = {"data": str(split.folder), "split": split.name, **size}

@@ -194,8 +194,7 @@ class Index:
         """For each picture (n) the words of a sentence with their scores; nothing where the similarity has none."""
         if not hasattr(self.matcher.model.similarity, "explain"):
             return [[]] * len(regions)
-        added = [0.0] * len(regions)
-        found = explain(self.matcher, regions, real, words, text, added, self._dependency)
+        found = explain(self.matcher, regions, real, words, text, [0.0] * len(regions), self._dependency)
         return [list(zip(one.words, one.scores.tolist(), strict=True)) for one in found]
 
 
