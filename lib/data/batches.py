@@ -204,7 +204,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
     """Load batches in order by up to `workers` processes, but no more than there are cores for this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return DataLoader(
+    return _Loader(
         batches,
         batch_size=None,
         num_workers=min(workers, max(1, cores // distributed.local_count())),
@@ -212,6 +212,16 @@ def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
         worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # without one of its own, iter() draws from the global random state
     )
+
+
+class _Loader(DataLoader):
+    """A loader that says "DataLoader worker" of each that has died, as PyTorch does of those it has seen ending."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError) as error:  # a batch's memory is asked for from the worker that made it
+            raise RuntimeError("DataLoader worker died with a batch that it had announced") from error
 
 
 def on_device(

@@ -1,8 +1,11 @@
 """Batches: each pair once an epoch, each image once an evaluation, and the same ones whoever asks."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -159,6 +162,21 @@ def test_shared_memory_without_room_is_one_clear_line(epoch_batches, monkeypatch
     assert message.startswith("--workers: no room in shared memory")
     assert "--workers 0" in message
     assert "--shm-size" in message
+
+
+def test_a_worker_that_dies_with_a_batch_that_it_has_announced_is_named(epoch_batches, monkeypatch):
+    """Before PyTorch has seen that it is dead: the memory of a batch comes from the worker's own socket."""
+    batches = iter(loader(epoch_batches(), 1, CPU))
+    next(batches)
+    time.sleep(1)  # the two batches after it are made ahead
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    said = iter([True] * 4)
+    monkeypatch.setattr(type(worker), "is_alive", lambda self: next(said, False))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(batches)
 
 
 def test_no_more_workers_than_cores(epoch_batches, monkeypatch):
