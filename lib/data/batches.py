@@ -217,7 +217,7 @@ def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
 class _Loader(DataLoader):
     """A loader that says "DataLoader worker" of each that has died, as PyTorch does of those it has seen ending."""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Any:
         try:
             yield from super().__iter__()
         except (ConnectionError, EOFError) as error:  # a batch's memory is asked for from the worker that made it
