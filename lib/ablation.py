@@ -10,7 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from lib.cli import InputError, TrainingStopped
 from lib.config import AblationSettings, EvaluationSettings, TrainSettings, parse
 from lib.data.dataset import open_split
 from lib.evaluation.evaluate import evaluate, write_json
-from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics
+from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics, t_test
 from lib.files import replacing
 from lib.model.registry import PAPERS_GATE, describe
 from lib.runtime import ROOT
@@ -74,9 +74,9 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
             raise InputError(f"--variants {run.variant}: {error}") from None
     of_runs = {run: _evaluate(run.folder, settings.split) for run in runs if _train(run, flags)}
     stopped = [f"{run.variant} seed {run.seed}" for run in runs if run not in of_runs]
-    outcomes: dict[str, list[Outcome]] = {variant: [] for variant in settings.variants}
+    outcomes: dict[str, dict[int, Outcome]] = {variant: {} for variant in settings.variants}
     for run, outcome in of_runs.items():
-        outcomes[run.variant].append(outcome)
+        outcomes[run.variant][run.seed] = outcome
     if not outcomes[reference]:
         raise TrainingStopped(f"no run of {reference} has come to its end: there is nothing to compare with")
     table = {variant: _summarize(some, outcomes[reference]) for variant, some in outcomes.items() if some}
@@ -110,39 +110,59 @@ def _evaluate(folder: Path, split_name: str) -> Outcome:
     return Outcome(retrieval_metrics(ranks)["rsum"], bootstrap(ranks, split.image_of_caption)["rsum"], step)
 
 
-def _summarize(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> dict:
-    """Mean and spread over seeds, and the difference from the reference on the same draws of queries."""
-    rsums = [outcome.rsum for outcome in outcomes]
-    steps = [outcome.step_ms for outcome in outcomes if outcome.step_ms]
-    ours, theirs = (np.mean([outcome.draws for outcome in some], axis=0) for some in (outcomes, reference))
+def _summarize(outcomes: Mapping[int, Outcome], reference: Mapping[int, Outcome]) -> dict:
+    """Mean and spread over seeds; the difference from the reference on the seeds that both have: over draws of queries,
+    the same for both, and over seeds.
+    """
+    rsums = [outcome.rsum for outcome in outcomes.values()]
+    steps = [outcome.step_ms for outcome in outcomes.values() if outcome.step_ms]
+    pairs = [(outcomes[seed], reference[seed]) for seed in outcomes if seed in reference]
+    differences = np.array([ours.rsum - theirs.rsum for ours, theirs in pairs])
+    draws = np.mean([ours.draws - theirs.draws for ours, theirs in pairs], axis=0)
     return {
         "rsum": statistics.mean(rsums),
         "spread": statistics.stdev(rsums) if len(rsums) > 1 else None,
         "rsums": rsums,
         "step_ms": statistics.median(steps) if steps else None,
-        "difference": statistics.mean(rsums) - statistics.mean(outcome.rsum for outcome in reference),
-        "interval": interval(ours - theirs),
-        "p": p_value(ours - theirs),
+        "difference": differences.mean() if pairs else None,
+        "of_queries": {"interval": interval(draws), "p": p_value(draws)} if pairs else None,
+        "of_seeds": t_test(differences),
     }
 
 
 def _show(results: dict) -> str:
     """The table; differences are from its first row."""
-    layout = f"{{:<{max(map(len, results['variants'])) + 2}}}{{:>7}}{{:>8}}{{:>11}}{{:>12}}{{:>18}}{{:>8}}  {{}}"
-    lines = [layout.format("", "rSum", "spread", "ms a step", "difference", "95 %", "p", "of each seed")]
+    first = f"{{:<{max(map(len, results['variants'])) + 2}}}"
+    layout = first + "{:>7}{:>8}{:>11}{:>12}{:>18}{:>7}{:>18}{:>7}  {}"
+    head = (
+        "",
+        "rSum",
+        "spread",
+        "ms a step",
+        "difference",
+        "95 % of queries",
+        "p",
+        "95 % of seeds",
+        "p",
+        "of each seed",
+    )
+    lines = [layout.format(*head)]
     for name, row in results["variants"].items():
-        known = ((row["spread"], ".1f"), (row["step_ms"], ".0f"))
-        spread, step = ("" if value is None else format(value, form) for value, form in known)
-        difference = "", "", ""
-        if len(lines) > 1:
-            difference = f"{row['difference']:+.1f}", "{:+.1f} to {:+.1f}".format(*row["interval"]), f"{row['p']:.3f}"
-        rsums = " ".join(f"{rsum:.1f}" for rsum in row["rsums"])
-        lines.append(layout.format(name, f"{row['rsum']:.1f}", spread, step, *difference, rsums))
-    what = "spread: standard deviation over seeds; 95 % and p: bootstrap over images"
-    lines += ["", f"rSum on {results['split']}; {what}"]
+        shown = {} if len(lines) == 1 else row
+        cells = [_format(row[key], form) for key, form in (("rsum", ".1f"), ("spread", ".1f"), ("step_ms", ".0f"))]
+        cells.append(_format(shown.get("difference"), "+.1f"))
+        for test in (shown.get("of_queries"), shown.get("of_seeds")):
+            cells += ["{:+.1f} to {:+.1f}".format(*test["interval"]), f"{test['p']:.3f}"] if test else ["", ""]
+        lines.append(layout.format(name, *cells, " ".join(f"{rsum:.1f}" for rsum in row["rsums"])))
+    what = "95 % and p: of queries, bootstrap over images; of seeds, paired t-test"
+    lines += ["", f"rSum on {results['split']}; spread: standard deviation over seeds; {what}"]
     if results["stopped"]:
         lines.append(f"stopped before the end, not counted: {', '.join(results['stopped'])}")
     return "\n".join(lines)
+
+
+def _format(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _write_curves(path: Path, runs: Iterable[Run]) -> None:

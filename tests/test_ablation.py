@@ -15,7 +15,7 @@ import ablate
 import eval as eval_program
 import train
 from lib import ablation
-from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics
+from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics, t_test
 
 FOLDERS = {"xdim:diagonal": "xdim-diagonal", "independent --margin 0.3": "independent-margin-0.3"}
 VARIANTS, SEEDS = tuple(FOLDERS), (0, 1)
@@ -58,10 +58,11 @@ def test_the_table_holds_mean_spread_and_paired_difference_of_the_runs(ablated, 
         assert row["rsum"] == pytest.approx(statistics.mean(rsums[name]))
         assert row["spread"] == pytest.approx(statistics.stdev(rsums[name]))
         assert row["difference"] == pytest.approx(row["rsum"] - statistics.mean(rsums[VARIANTS[0]]))
-        assert row["interval"] == pytest.approx(interval(differences))
-        assert row["p"] == p_value(differences)
+        assert row["of_queries"] == {"interval": pytest.approx(interval(differences)), "p": p_value(differences)}
+        of_each = np.subtract(rsums[name], rsums[VARIANTS[0]])
+        assert row["of_seeds"] == {"interval": pytest.approx(t_test(of_each)["interval"]), "p": t_test(of_each)["p"]}
         assert row["step_ms"] > 0
-    assert table["variants"][VARIANTS[0]]["p"] == 1
+    assert table["variants"][VARIANTS[0]]["of_queries"]["p"] == 1
 
 
 def test_curves_hold_every_epoch_of_every_run_and_a_variants_own_flags_reach_its_runs_alone(ablated):
@@ -90,7 +91,7 @@ def test_a_rerun_trains_nothing_again_and_says_the_same(ablated, tiny_flags, mon
     assert [line.startswith(variant) for line, variant in zip(lines[1:3], VARIANTS, strict=True)] == [True, True]
     row = json.loads(table)["variants"][VARIANTS[1]]
     assert f"{row['difference']:+.1f}" in lines[2]
-    assert lines[2].endswith(" ".join(f"{rsum:.1f}" for rsum in row["rsums"]))
+    assert f"{row['of_seeds']['p']:.3f}  " + " ".join(f"{rsum:.1f}" for rsum in row["rsums"]) in lines[2]
 
 
 def test_a_log_without_a_speed_leaves_its_cell_empty_and_the_table_valid_json(
@@ -118,7 +119,8 @@ def test_a_run_that_stops_is_left_out_and_said(ablated, tiny_flags, monkeypatch,
     (ablated / "table.json").write_text(before)
     assert table["stopped"] == [f"{VARIANTS[1]} seed 1"]
     assert len(table["variants"][VARIANTS[1]]["rsums"]) == 1
-    assert table["variants"][VARIANTS[1]]["spread"] is None
+    assert (row := table["variants"][VARIANTS[1]])["spread"] is row["of_seeds"] is None
+    assert row["difference"] == row["rsums"][0] - table["variants"][VARIANTS[0]]["rsums"][0]
     assert f"stopped before the end, not counted: {VARIANTS[1]} seed 1" in capsys.readouterr().out
 
 

@@ -158,6 +158,23 @@ def p_value(differences: np.ndarray) -> float:
     return min(1.0, 2 * (1 + float(on_one_side)) / (1 + len(differences)))
 
 
+def t_test(differences: np.ndarray) -> dict | None:
+    """Student's t-test of whether paired differences (n,) are zero on average: {"interval", "p"}; None where n < 2.
+
+    With t = sqrt(n - 1) tan(a), Student's density is that of an angle a: proportional to cos(a)^(n - 2).
+    """
+    if (n := len(differences)) < 2:
+        return None
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(angles) ** (n - 2)
+    within = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])  # probability of -a to a, not yet normalised
+    mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(n)
+    reach = error * np.sqrt(n - 1) * np.tan(np.interp(LEVEL / 100 * within[-1], within, angles))
+    angle = np.arctan2(abs(mean), error * np.sqrt(n - 1))
+    p = 1 - np.interp(angle, angles, within) / within[-1] if mean else 1.0
+    return {"interval": [float(mean - reach), float(mean + reach)], "p": float(p)}
+
+
 def _draws(images: int, seed: int) -> Iterator[np.ndarray]:
     """How often each image is drawn, (DRAWS_AT_ONCE, images) at a time, DRAWS in all."""
     rng = np.random.default_rng(seed)

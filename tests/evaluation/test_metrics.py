@@ -21,6 +21,7 @@ from lib.evaluation.metrics import (
     rank_matrix,
     rank_parts,
     retrieval_metrics,
+    t_test,
 )
 
 WAYS = ("i2t", "t2i")
@@ -220,3 +221,23 @@ def test_two_models_that_are_equally_good_are_told_apart_in_3_to_7_percent_of_10
 )
 def test_the_p_value_is_twice_the_share_of_draws_without_the_sign_of_the_most(differences, expected):
     assert p_value(np.array(differences)) == p_value(-np.array(differences)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "quantile"), [(2, 12.7062), (3, 4.30265), (5, 2.77645), (10, 2.26216), (30, 2.04523)]
+)
+def test_the_t_test_agrees_with_printed_tables(seeds, quantile):
+    differences = np.random.default_rng(seeds).normal(1, 1, seeds)
+    error = differences.std(ddof=1) / np.sqrt(seeds)
+    mean = differences.mean()
+    assert t_test(differences)["interval"] == pytest.approx(
+        [mean - quantile * error, mean + quantile * error], abs=1e-4
+    )
+    significant = differences - mean + quantile * error
+    assert t_test(significant)["p"] == pytest.approx(0.05, abs=1e-5)
+    assert t_test(-significant)["p"] == t_test(significant)["p"]
+
+
+def test_the_t_test_of_nothing_says_nothing():
+    assert t_test(np.array([3.0])) is None
+    assert t_test(np.zeros(3)) == {"interval": [0, 0], "p": 1}
