@@ -130,8 +130,10 @@ def refuse_changes(settings: TrainSettings, origin: Origin) -> None:
     def described(names: Iterable[str]) -> str:
         return ", ".join(change for name, change in changed.items() if name in names)
 
-    if refused := described(ARCHITECTURE | {"bert"} if origin.exact else ARCHITECTURE):
+    if refused := described(ARCHITECTURE):
         raise InputError(f"{origin.path}: its weights were made with other settings: {refused}")
+    if origin.exact and (elsewhere := described({"bert"})):
+        origin.notes.append(f"{elsewhere}: not read, {origin.path} holds language model and vocabulary")
     if recipe := described(RECIPE):
         advice = "leave them as they were, or say --allow_changes to continue with the new ones"
         refusal, reorders = f"these settings differ: {recipe}; {advice}", any(name in ORDER for name in changed)

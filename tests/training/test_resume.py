@@ -388,10 +388,17 @@ def test_a_setting_that_an_older_checkpoint_does_not_have_was_at_its_default(tmp
         refuse_changes(TrainSettings(model_name=str(tmp_path), global_head="gpo"), origin)
 
 
-@pytest.mark.parametrize("flag", [["--embed_size", "8"], ["--no_imgnorm"], ["--bert", "other"], ["--gate", "open"]])
+@pytest.mark.parametrize("flag", [["--embed_size", "8"], ["--no_imgnorm"], ["--gate", "open"]])
 def test_what_is_built_into_the_weights_cannot_change(cut, capsys, flag):
     assert train.main(["--resume", str(cut), *flag, "--allow_changes"]) == 2
     assert f"its weights were made with other settings: {flag[0]}" in capsys.readouterr().err
+
+
+def test_the_folder_of_bert_may_have_moved_for_a_checkpoint_holds_all_of_it(cut, whole, tmp_path, capsys):
+    run = shutil.copytree(cut, tmp_path / "run")
+    assert train.main(["--resume", str(run), "--bert", "moved"]) == 0
+    assert f"--bert moved (was {TINY_BERT}): not read, {run}" in capsys.readouterr().out
+    assert_equal_runs(run, whole)
 
 
 def test_other_data_are_refused_unless_allowed_and_the_same_elsewhere_are_the_same(
