@@ -164,9 +164,9 @@ def ask(settings, index: Index, queries: np.ndarray, rng) -> tuple[np.ndarray, l
             answers[more] = index.nearest(index.pictures, vector[None], settings.candidates, ["id", "path", *more])
             spent[more] = now() - begun
         rows, begun = answers["regions", "boxes"], now()
-        regions, real = index.read_regions(rows)
+        block = index.read_regions(rows)
         read = now()
-        index.score(embedded, lengths, regions, real, 1 - torch.tensor(rows["_distance"].to_numpy()))
+        index.score(embedded, lengths, block, 1 - torch.tensor(rows["_distance"].to_numpy()))
         scored, whole = now(), spent["regions", "boxes"]
         if number >= WARM:
             seconds.append([encoded - started, spent[()], whole - spent[()] + read - begun, scored - read])

@@ -24,10 +24,9 @@ QUOTED = 200  # characters of a foreign text that an error message quotes
 # Our own messages say what is fetched and what is wrong; the libraries' would come beside them, of unused weights too.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # Errors of the system that no check foresees everywhere, and what to do.
-OF_THE_SYSTEM = dict.fromkeys(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG), ""
-)
-OF_THE_SYSTEM |= {errno.EMFILE: "; raise the limit (ulimit -n 1024), or give --workers 0"}
+NO_FILES = "; raise the limit (ulimit -n 1024), or give --workers 0"
+OF_THE_SYSTEM = {getattr(errno, name): "" for name in ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "ENAMETOOLONG"]}
+OF_THE_SYSTEM |= {errno.EMFILE: NO_FILES}
 LEAST_FILES = 256  # that a process may open, as macOS lets it
 LINE_INTERVAL = 30.0  # seconds between two lines of progress where stderr is no terminal
 
@@ -83,10 +82,7 @@ def printable(text: str) -> str:
 
 
 def check_packages() -> None:
-    """Raises InputError where PyTorch or transformers is missing, or torchvision was built for another torch.
-
-    A program calls this before its first import of them, and after its flags are read.
-    """
+    """Raises InputError where PyTorch or transformers is missing, or torchvision was built for another torch."""
     for name in ("torch", "torchvision", "transformers"):  # transformers imports torchvision
         try:
             import_module(name)
@@ -94,9 +90,9 @@ def check_packages() -> None:
             raise InputError(f"{error}: activate .venv, or run: pip install -r requirements.txt") from None
         except (ImportError, RuntimeError, OSError) as error:
             versions = " and ".join(f"{one} {metadata.version(one)}" for one in ("torch", "torchvision"))
+            mend = "reinstall both from one place: pip install --force-reinstall torch torchvision"
             raise InputError(
-                f"{name} cannot be imported ({reason(error)}): {versions} do not fit each other; reinstall both from "
-                "one place: pip install --force-reinstall torch torchvision"
+                f"{name} cannot be imported ({reason(error)}): {versions} do not fit each other; {mend}"
             ) from None
 
 
@@ -113,10 +109,7 @@ def with_bar(items: Iterable[Item], what: str, total: int | None = None) -> Iter
 
 
 def progress_bar(what: str, total: int | None = None, unit: str = "", items: Iterable | None = None) -> tqdm:
-    """A progress bar of the first process; where stderr is no terminal, a line every LINE_INTERVAL seconds instead.
-
-    total: of the work; None if unknown. unit: "B" for bytes.
-    """
+    """A progress bar of the first process, or a line now and then where stderr is no terminal. unit: "B" for bytes."""
     options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False}
     if not sys.stderr.isatty():
         options.update(dict.fromkeys(("delay", "mininterval", "maxinterval"), LINE_INTERVAL), file=_Lines())
@@ -223,7 +216,9 @@ def program(main: Callable[..., None]) -> Callable[..., int]:
         except (InputError, TrainingStopped, CannotMeet, PeerLost) as error:
             if isinstance(error, PeerLost):
                 time.sleep(distributed.EXIT_WAIT)  # torchrun ends this process, and names the one that failed
-            distributed.print_error(f"error: {_without_traceback(error)}")
+            # A loader's worker sends its traceback before the message
+            line = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ", 1)[-1]
+            distributed.print_error(f"error: {line}")
             return error.exit_code
         except Interrupted as stopped:  # in all processes of a job at once
             if distributed.is_first():
@@ -269,13 +264,7 @@ def _advise(error: RuntimeError) -> str:
         advice = "take a smaller --batch_size, in training rather a smaller --micro_batch, or --precision bf16"
         return f"out of memory ({reason(error)}); {advice}"
     if "Too many open files" in said:
-        return f"too many open files{OF_THE_SYSTEM[errno.EMFILE]}"
+        return f"too many open files{NO_FILES}"
     if "DataLoader worker" in said:
         return f"a process that reads data has ended ({reason(error)}); where memory is short, take fewer --workers"
     return ""
-
-
-def _without_traceback(error: Exception) -> str:
-    """The message alone: an error of a loader's worker arrives with the worker's traceback before it."""
-    line = str(error).strip().splitlines()[-1]
-    return line.split(f"{type(error).__name__}: ", 1)[-1]

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
+
 from lib.cli import InputError, reason
 
 TEMPORARY = ".tmp"  # ending of a file that is being written; one that stays behind was cut off by a kill
@@ -18,8 +20,7 @@ TEMPORARY = ".tmp"  # ending of a file that is being written; one that stays beh
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file for writing that is moved to `path`, or to what it links to, when all of it is on the disk.
 
-    What is no regular file (a pipe, /dev/stdout) stays and is written to at the end. After an error `path` is as it
-    was. Raises InputError if the folder cannot be written or the disk is full.
+    A pipe or /dev/stdout stays, written to at the end. After an error `path` is as it was. Raises InputError.
     """
     special, path = _is_special(path), Path(path)
     final = path if special else Path(os.path.realpath(path))
@@ -83,11 +84,21 @@ def new_folder(folder: Path, flag: str) -> Iterator[Path]:
         sync_folder(folder.parent)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a UTF-8 file with their numbers from 1, without line ends (\\n or \\r\\n) and a byte-order mark.
+def hold_lock(path: Path, named: str, work: str) -> FileLock:
+    """Make a folder and hold a lock in it until the process ends. named, work: for the message. Raises InputError."""
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{named}: another process is {work}") from None
+    except OSError as error:
+        raise InputError(f"{named}: cannot be written ({reason(error)})") from None
+    return lock
 
-    Raises InputError, with the line, where it is not UTF-8, or the file cannot be read.
-    """
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers from 1 and lines of a UTF-8 file, without \\n, \\r\\n and a byte-order mark. Raises InputError."""
     number = 0
     try:
         with open(path, "rb") as file:

@@ -30,10 +30,8 @@ UNRELATED = {".gitattributes", "README.md", "LICENSE"}  # what a repository may 
 OF_THIS_MACHINE = ("image_path", "image_weights", "model_name", "logger_name", "resume")  # settings
 CARD, RESULTS = Path(__file__).with_name("model_card.md"), "test.json"  # the latter in a run folder, by eval.py --json
 SPLIT = "| {} | {images:,} | {captions:,} | `{fingerprint}` |"
-ENCODER = (
-    "Pictures: `{encoder}` makes {regions} regions of each. Its weights (fingerprint `{weights}`) are not inside; "
-)
-ENCODER += 'they are fetched once, or taken from `load(..., image_weights="FILE")`. Others are refused.'
+ENCODER = "Pictures: `{encoder}` makes {regions} regions of each. Its weights (fingerprint `{weights}`) are not inside"
+ENCODER += '; they are fetched once, or taken from `load(..., image_weights="FILE")`. Others are refused.'
 REGIONS = "Arrays of region features (images, regions, {img_dim}) as the data has them: what made them is not known."
 NAMED = {"bert", "text_encoder", "image_encoder", "encoder", "model", "_name_or_path", "init_from"}  # or OWNER/NAME
 

@@ -67,8 +67,7 @@ MOST_LISTED = 20  # of the weights that do not fit
 def find_checkpoint(checkpoint: str, runs: str = "runs") -> Path:
     """The file that `checkpoint` means: itself, the best of a run folder, or if empty the newest best below `runs`.
 
-    Where there is no such path, OWNER/NAME or OWNER/NAME@REVISION is a model of the Hugging Face hub, fetched once.
-    Raises InputError where there is none.
+    Else OWNER/NAME or OWNER/NAME@REVISION is a model of the Hugging Face hub, fetched once. Raises InputError.
     """
     path = Path(checkpoint or runs)
     found = [file for name in (BEST, OLD_BEST) for file in path.glob(name if checkpoint else f"**/{name}")]
@@ -262,9 +261,8 @@ def write_weights(path: Path, content: dict[str, Any]) -> None:
     entries = {name: content[name] for name in (*ENTRIES, "published") if name in content}
     about = json.dumps({"format": FORMAT, **entries})
     weights = {name: weight.detach().cpu().contiguous() for name, weight in content["model"].items()}
-    data = safetensors.torch.save(weights, {"about": about, "sha256": digest(about, weights)})
     with replacing(path) as file:
-        file.write(data)
+        file.write(safetensors.torch.save(weights, {"about": about, "sha256": digest(about, weights)}))
 
 
 def write_state(path: Path, content: dict[str, Any]) -> None:
@@ -275,16 +273,14 @@ def write_state(path: Path, content: dict[str, Any]) -> None:
 
 def write_published(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint in the published form. Raises InputError where the published code does not know its model."""
-    entries = published.revert(content)
     with replacing(path) as file:
-        torch.save(entries, file)
+        torch.save(published.revert(content), file)
 
 
 def new_model(settings: dict[str, Any]) -> tuple[XDim, Tokenizer, str]:
-    """A model to train, around a pretrained language model, with its tokenizer.
+    """A model to train, its tokenizer, and a sentence on where the language model's weights come from.
 
-    settings: flags by name. Returns a sentence, too, on where the language model's weights come from. Raises
-    InputError where there is no such language model, or parts do not fit each other.
+    settings: flags by name. Raises InputError where there is no such language model, or parts do not fit each other.
     """
     name = settings["bert"]
     if os.path.isfile(name):
@@ -311,23 +307,15 @@ def _load_vision(image: dict, settings: dict[str, Any]) -> VisionModel | None:
     options = image["options"]
     options["image_size"] = options["image_size"] or (0 if options["model"].startswith("hf:") else IMAGE_SIZE)
     with refusing(f"--image_encoder {options['model']}"):
-        vision = load_vision(
-            options["model"],
-            options.get("regions", 0),
-            settings.get("image_weights", ""),
-            options["image_size"],
-            options.get("whole", False),
-        )
+        regions, whole, weights = options.get("regions", 0), options.get("whole", False), settings.get("image_weights")
+        vision = load_vision(options["model"], regions, weights or "", options["image_size"], whole)
         vision.refuse_training()
     options["config"] = vision.config
     return vision
 
 
 def with_vision(content: dict[str, Any], name: str, weights_file: str) -> dict[str, Any]:
-    """A checkpoint on prepared regions as one from pixels: with the vision model that made the regions, `name`.
-
-    Raises InputError where another one made them, or its weights cannot be had.
-    """
+    """A checkpoint on regions as one from pixels, by the vision model `name` that made them. Raises InputError."""
     record = trained_encoder(content) or {"encoder": "another program"}
     both_hf = name.startswith("hf:") and record["encoder"].startswith("hf:")  # of which weights say more than names
     if record["encoder"] != name and not both_hf:
@@ -350,11 +338,7 @@ def trained_encoder(content: dict) -> dict | None:
 
 
 def build_model(content: dict[str, Any], bert: str = "") -> tuple[XDim, Tokenizer]:
-    """The model and tokenizer of a checkpoint, weights loaded.
-
-    bert: name or folder of the language model's configuration and vocabulary where the checkpoint carries none (a
-    published one). Raises InputError where weights are missing, surplus or misshapen, listing them.
-    """
+    """The model and tokenizer of a checkpoint, weights loaded. bert, and what is raised: as of `add_text`."""
     content, tokenizer = add_text(content, bert)
     model = XDim.build(content["architecture"])
     model.load_state_dict(content["model"], strict=False)  # all that it uses are there, see add_text
@@ -364,8 +348,7 @@ def build_model(content: dict[str, Any], bert: str = "") -> tuple[XDim, Tokenize
 def add_text(content: dict[str, Any], bert: str) -> tuple[dict[str, Any], Tokenizer]:
     """A checkpoint with its language model's configuration and tokenizer: those of `bert` where it carries none.
 
-    Raises InputError where the tokenizer is not that of the embedding table, and where names or shapes of weights are
-    not those of the model that it describes, listing them.
+    Raises InputError where the tokenizer, or names or shapes of weights (listed), are not those of its model.
     """
     if "tokenizer" in content:
         again = "write it again from its training or, with a whole --bert folder, from the published file"

@@ -34,10 +34,7 @@ def describe_data(split: Split) -> dict:
 
 
 def begin_record(settings: dict, data: dict, device: str, started_from: Path | None, step: int) -> dict:
-    """The part of a record that does not change while this process trains.
-
-    data: `describe_data` of each split. started_from, step: the checkpoint that the run goes on from, and its step.
-    """
+    """What of a record does not change in training. data: `describe_data` by split. step: of the file started from."""
     start = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from": started_from and str(started_from)}
     session = {**start, "step": step, "device": device, "job": distributed.job(), "versions": versions()}
     return {"run": uuid4().hex, "settings": settings, "data": data, "sessions": [session]}

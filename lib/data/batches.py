@@ -1,11 +1,13 @@
 """Batches of tensors for training and for evaluation."""
 
-import functools
 import math
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import InitVar, dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from lib import distributed
 from lib.cli import refusing
 from lib.data.dataset import Split
-from lib.data.features import DeviceFeatures, FeatureFile
+from lib.data.features import FeatureFile
 from lib.data.images import CHANGES, Look
 from lib.data.tokenizer import TokenizedCaptions, Tokenizer
 from lib.model.encoders import Pixels
@@ -45,8 +47,7 @@ def choose_regions(starts: np.ndarray, counts: np.ndarray, rng: np.random.Genera
 def choose_cells(images: int, cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Leave out cells of pictures: with probability 0.8 an image loses each with a probability drawn from 0 to 0.2.
 
-    At least one stays. Returns the cells that are kept (n,), counted through all images, and how many each keeps
-    (images,).
+    At least one stays. Returns cells that are kept (n,), counted through all images, and how many of each (images,).
     """
     share = LOSE_CELL * rng.random(images) * (rng.random(images) < THIN_OUT)
     keep = rng.random((images, cells)) >= share[:, None]
@@ -81,21 +82,11 @@ def disturb_words(
 class Batch(NamedTuple):
     """B image-caption pairs of which a process holds its own part; image i of the batch belongs to caption i."""
 
-    images: Tensor | Pixels  # (n, img_dim) region features of the own images, image after image
+    images: Tensor | Pixels  # (n, img_dim) region features of the own images, image after image; or (n,) their rows
     counts: Tensor  # (B,) regions of each image of the whole batch, on the CPU
     ids: Tensor  # (own captions, N) token ids, padded beyond `lengths`
     lengths: Tensor  # (B,) tokens of each caption of the whole batch, on the CPU
     image_of: Tensor  # (B,) the number in the split of each pair's image, of the whole batch, on the CPU
-
-
-class IndexedBatch(NamedTuple):
-    """A batch whose features are on the device already: it says which; `on_device` makes a Batch of it."""
-
-    rows: Tensor  # (n,) rows of DeviceFeatures
-    counts: Tensor
-    ids: Tensor
-    lengths: Tensor
-    image_of: Tensor
 
 
 class Images(NamedTuple):
@@ -121,7 +112,7 @@ class EpochBatches(Dataset):
     epoch: int
     part: slice = field(default_factory=lambda: slice(None))  # this process's pairs of each batch
     half: bool = False  # features in float16
-    indexed: bool = False  # no features: give IndexedBatch
+    indexed: bool = False  # no features: give their rows of DeviceFeatures
     look: Look | None = None  # of the vision model, where images are pictures
 
     def __post_init__(self, split: Split, batch_size: int):
@@ -135,7 +126,7 @@ class EpochBatches(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, k: int) -> Batch | IndexedBatch:
+    def __getitem__(self, k: int) -> Batch:
         rng, pairs = self._rng(1 + k), self.pairs[k]
         images = self.image_of_caption[pairs]
         if self.look:
@@ -152,7 +143,7 @@ class EpochBatches(Dataset):
             rows -= (self.part.start or 0) * self.look.cells  # counted from the own pictures
             return Batch(Pixels(pictures, torch.from_numpy(rows)), *rest)
         if self.indexed:
-            return IndexedBatch(torch.from_numpy(rows), *rest)
+            return Batch(torch.from_numpy(rows), *rest)
         if k + self.read_ahead < len(self):
             self.features.read_ahead(self.image_of_caption[self.pairs[k + self.read_ahead][self.part]])
         return Batch(_read(self.features, rows, self.half), *rest)
@@ -224,13 +215,32 @@ class _Loader(DataLoader):
             raise RuntimeError("DataLoader worker died with a batch that it had announced") from error
 
 
-def on_device(
-    batches: Iterable[Batch | IndexedBatch], device: torch.device, resident: DeviceFeatures | None = None
-) -> Iterator[Batch]:
+def in_threads(work: Callable, items: Iterable, threads: int, alone: bool = False) -> Iterator:
+    """work(item) of each item, in order; so many threads do it in advance, this one where there are none.
+
+    alone: no operation has threads of its own, which would wait for each other, and its bits depend on their number.
+    """
+    if not threads:
+        yield from map(work, items)
+        return
+    before, waiting = torch.get_num_threads(), deque[Future]()
+    executor = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1) if alone else None)
+    try:
+        for item in items:
+            waiting.append(executor.submit(work, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device, resident: Any = None) -> Iterator[Batch]:
     """Batches with images and ids on a device; the rest stays on the CPU, since Python takes shapes from it.
 
-    resident: where the rows of an IndexedBatch are gathered from. On CUDA each batch is copied on a stream of its own
-    while the step before it computes.
+    resident: DeviceFeatures that rows are of. On CUDA a batch is copied on another stream while the last one computes.
     """
     if device.type != "cuda":
         yield from (_move(batch, device, resident) for batch in batches)
@@ -249,21 +259,19 @@ def on_device(
         yield _hand_over(*ahead)
 
 
-@functools.cache
+@cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all epochs: each new one would keep freed memory of its own."""
     return torch.cuda.Stream(device)
 
 
-def _move(batch: Batch | IndexedBatch, device: torch.device, resident: DeviceFeatures | None) -> Batch:
-    if isinstance(batch, IndexedBatch):
-        assert resident is not None
-        images = resident.rows.index_select(0, batch.rows.to(device, non_blocking=True))
-    elif isinstance(batch.images, Pixels):
-        images = Pixels(*(tensor.to(device, non_blocking=True) for tensor in batch.images))
+def _move(batch: Batch, device: torch.device, resident: Any) -> Batch:
+    if isinstance(batch.images, Pixels):
+        images: Any = Pixels(*(tensor.to(device, non_blocking=True) for tensor in batch.images))
     else:
         images = batch.images.to(device, non_blocking=True)
-    return Batch(images, batch.counts, batch.ids.to(device, non_blocking=True), batch.lengths, batch.image_of)
+        images = images if images.is_floating_point() else resident.rows.index_select(0, images)
+    return batch._replace(images=images, ids=batch.ids.to(device, non_blocking=True))
 
 
 def _hand_over(batch: Batch, copied: torch.cuda.Event) -> Batch:

@@ -112,8 +112,7 @@ def join(split: str, folder: Path, images: Any, path: Path, captions: list[str])
 def find_folder(data_path: str, data_name: str) -> Path:
     """The data set's folder: DATA_PATH/DATA_NAME (SCAN), or DATA_PATH/precomp (GPO) if DATA_PATH is that set's folder.
 
-    It is where both names begin alike: data/f30k/precomp for f30k_precomp. Else a mistyped name would open another data
-    set. Raises InputError if there is neither.
+    Both names must begin alike, data/f30k/precomp for f30k_precomp: a typo opens no other set. Raises InputError.
     """
     folder, of_gpo = Path(data_path) / data_name, Path(data_path) / "precomp"
     if folder.is_dir():
@@ -122,10 +121,8 @@ def find_folder(data_path: str, data_name: str) -> Path:
         if Path(data_path).resolve().name.startswith(data_name.split("_")[0]):
             return of_gpo
         raise InputError(f"no data set at {folder}; if {of_gpo} is the one that is meant: --data_name precomp")
-    raise InputError(
-        f"no data set at {folder} or {of_gpo}: expected there train_ims.npy, train_caps.txt and the same for dev and "
-        f"test (COCO: testall), {HOW_TO_GET_DATA}"
-    )
+    files = "train_ims.npy, train_caps.txt and the same for dev and test (COCO: testall)"
+    raise InputError(f"no data set at {folder} or {of_gpo}: expected there {files}, {HOW_TO_GET_DATA}")
 
 
 def read_encoder(folder: Path) -> dict | None:
@@ -186,10 +183,7 @@ def read_ids(split: Split) -> list[str] | None:
 
 
 def read_boxes(split: Split, name: str = "boxes", width: int = BOX) -> np.ndarray | None:
-    """Boxes (regions of all images, 4), or objects (..., 2), from {split}_{name}.npy; None where there is no such file.
-
-    Raises InputError where they are not one for each region, or hold NaN.
-    """
+    """Boxes (all regions, 4), or objects (..., 2), from {split}_{name}.npy if it is there. Raises InputError."""
     path, features = split.folder / f"{split.name}_{name}.npy", split.features
     if not path.is_file():
         return None

@@ -45,12 +45,11 @@ class FeatureFile:
         self.path, self.repeats = path, repeats
         shape, self.dtype, self._data_at = _read_header(path)
         self.img_dim, self._row_bytes = shape[-1], shape[-1] * self.dtype.itemsize
-        if len(shape) == 2 and not _offsets_path(path).is_file():
-            shape = (shape[0], 1, shape[1])
-        self._is_packed = len(shape) == 2
-        self.starts = (
-            _read_offsets(path, shape[0]) if self._is_packed else np.arange(shape[0] // repeats + 1) * shape[1]
-        )
+        self._is_packed = len(shape) == 2 and _offsets_path(path).is_file()
+        if self._is_packed:
+            self.starts = _read_offsets(path, shape[0])
+        else:
+            self.starts = np.arange(shape[0] // repeats + 1) * (shape[1] if len(shape) == 3 else 1)
         self.counts = np.diff(self.starts)
         self.regions = int(self.counts.max())
         self.varies = bool((self.counts != self.regions).any())
@@ -78,8 +77,7 @@ class FeatureFile:
     def read_rows(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Features (n, img_dim) of rows (n,), in the file's precision or into `out`, which is float32 or float16.
 
-        Raises InputError where the file cannot be read, on NaN and infinity, and on values beyond float16's range where
-        `out` is float16.
+        Raises InputError where the file cannot be read, on NaN and infinity, and on what a float16 `out` cannot hold.
         """
         out = np.empty((len(rows), self.img_dim), self.dtype) if out is None else out
         step, converts = max(1, BLOCK_BYTES // self._row_bytes), out.dtype != self.dtype

@@ -49,9 +49,8 @@ class NotAPicture(ValueError):
 def open_picture(source: str | Path | PIL.Image.Image, at_least: Size | None = None) -> PIL.Image.Image:
     """The picture in RGB, upright as EXIF says: the first frame, on white where it is transparent.
 
-    at_least: (height, width) in pixels; a JPEG of more than twice that may be decoded at a half, a quarter or an eighth
-    of its size, which is faster. Raises NotAPicture for what Pillow cannot read, what is cut off, and more pixels than
-    PIL.Image.MAX_IMAGE_PIXELS.
+    at_least: (height, width) in pixels; a JPEG of more than twice that may be decoded at a half to an eighth, faster.
+    Raises NotAPicture for what Pillow cannot read, what is cut off, and more than PIL.Image.MAX_IMAGE_PIXELS.
     """
     return _decode(source, lambda *_: at_least)[0]
 
@@ -76,9 +75,7 @@ def target_size(preprocessing: Any, height: int, width: int) -> Size:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _decode(
-    source: str | Path | PIL.Image.Image, wanted: Callable[[int, int], Size | None]
-) -> tuple[PIL.Image.Image, Size]:
+def _decode(source: str | Path | PIL.Image.Image, wanted: Callable) -> tuple[PIL.Image.Image, Size]:
     """The picture, perhaps smaller than it is, and its own size. wanted: size -> that which it will be resized to."""
     limit = PIL.Image.MAX_IMAGE_PIXELS
     try:
@@ -164,13 +161,23 @@ def list_pictures(folder: Path) -> tuple[list[str], int]:
     names, others, seen = [], 0, set()
     for where, folders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(where))
-        folders[:] = [
-            one for one in folders if one[0] != "." and os.path.realpath(os.path.join(where, one)) not in seen
-        ]
+        shown = {one: os.path.realpath(os.path.join(where, one)) for one in folders if one[0] != "."}
+        folders[:] = [one for one, real in shown.items() if real not in seen]
         pictures = [one for one in files if PICTURE.search(one) and one[0] != "."]
         names += [Path(where, one).relative_to(folder).as_posix() for one in pictures]
         others += len(files) - len(pictures)
     return sorted(names), others
+
+
+def list_photographs(folder: Path) -> tuple[list[str], list[str], int]:
+    """Pictures whose names a file can list, "NAME: why" of others, the number of other files. Raises InputError."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of pictures")
+    found, others = list_pictures(folder)
+    names = [name for name in found if name.isprintable() and name == name.strip()]
+    if not names:
+        raise InputError(f"{folder}: no pictures in it, nor in folders below it; other files: {others:,}")
+    return names, [f"{name!a}: its name is not printable text" for name in sorted({*found}.difference(names))], others
 
 
 def find_pictures(folder: Path, ids: Sequence[str], image_path: str = "") -> list[Path]:
@@ -178,8 +185,7 @@ def find_pictures(folder: Path, ids: Sequence[str], image_path: str = "") -> lis
 
     They lie in image_path if given, else in the folder that the data set's encoder.json names, in FOLDER/images,
     FOLDER/../flickr30k-images or FOLDER/../images. An id is the file's name or ends in the same number (WAYS), or
-    id_mapping.json in FOLDER, above it or beside the pictures says which it is. Raises InputError naming some that are
-    missing.
+    id_mapping.json in FOLDER, above it or beside the pictures says which it is. Raises InputError naming missing ones.
     """
     places = [folder / (read_encoder(folder) or {}).get("folder", "images"), folder / "images"]
     places += [folder.parent / "flickr30k-images", folder.parent / "images"]
@@ -234,10 +240,7 @@ class PictureFiles:
         return len(self.paths)
 
     def read(self, images: np.ndarray, look: Look, changes: np.ndarray | None = None) -> Tensor:
-        """Pictures (n, 3, H, W) uint8, as they are or changed at random. changes: (n, CHANGES) numbers from 0 to 1.
-
-        Raises InputError naming a file that is no picture.
-        """
+        """Pictures (n, 3, H, W) uint8, as they are or `augment`ed by changes (n, CHANGES). Raises InputError."""
         size = look.preprocessing.size
         pictures = torch.empty(len(images), 3, *size, dtype=torch.uint8)
         for number, path in enumerate(self.paths[image] for image in images):
@@ -260,10 +263,7 @@ class PictureFiles:
 
 
 def augment(picture: PIL.Image.Image, preprocessing: Any, changes: np.ndarray) -> Tensor:
-    """A random part of a picture, 0.6 to 1 of each side, resized to uint8 (3, H, W); one in two flipped.
-
-    changes: (CHANGES,) numbers from 0 to 1 that say which part, and whether it is flipped.
-    """
+    """A part of a picture, 0.6 to 1 of each side, perhaps flipped: uint8 (3, H, W). changes: (CHANGES,) from 0 to 1."""
     sides = np.array(picture.size)
     kept = np.maximum(1, sides * (LEAST_SIDE + (1 - LEAST_SIDE) * changes[:2])).astype(int)
     (width, height), (left, top) = kept.tolist(), ((sides - kept) * changes[2:4]).astype(int).tolist()
@@ -274,10 +274,7 @@ def augment(picture: PIL.Image.Image, preprocessing: Any, changes: np.ndarray) -
 
 
 def open_pictures(data_path: str, data_name: str, split: str, image_path: str = "") -> Split:
-    """Open a split whose images are pictures, for models that start from pixels. image_path: their folder.
-
-    Raises InputError as `open_split` does, and as `find_pictures`.
-    """
+    """Open a split for models that start from pixels. Raises InputError as `open_split` and `find_pictures` do."""
     folder = find_folder(data_path, data_name)
     ids_path, captions_path = split_files(folder, split, "ids.txt")
     ids, captions = [line.strip() for _, line in read_lines(ids_path)], read_captions(captions_path)

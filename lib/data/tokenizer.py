@@ -44,18 +44,16 @@ class TokenizedCaptions:
 class Tokenizer:
     """A language model's tokenizer, which knows the words that pieces belong to.
 
-    specification: JSON of the `tokenizers` library, with truncation and padding; a checkpoint carries it.
-    max_length: the most tokens of a caption, special tokens included. vocab_size: rows of the embedding table that its
-    ids point to. pad_id: what shorter captions are filled with. own_pad_id: the same, but None where that token has
-    another meaning too, as CLIP's end of text. mask_id, unknown_id: the mask token and that of pieces that are not in
-    the vocabulary, None where there is none.
+    specification: JSON of the `tokenizers` library, with truncation and padding; a checkpoint carries it. max_length:
+    the most tokens of a caption, special ones included. vocab_size: rows of the embedding table that ids point to.
+    pad_id: fills shorter captions. own_pad_id: None where it has another meaning too, as CLIP's end of text. mask_id,
+    unknown_id: of the mask token and of pieces that are not in the vocabulary, None where there is none.
     """
 
     def __init__(self, specification: str, rows: int, source: str):
         """rows: of the model's embedding table. source: file, folder or name that it is from, for messages.
 
-        Raises ValueError where the vocabulary is not that of the table, or what the tokenizers library raises where the
-        specification is damaged.
+        Raises ValueError where the vocabulary is not the table's, and what the library does of a damaged specification.
         """
         content = json.loads(specification)
         whole = Backend.from_str(specification)
@@ -104,10 +102,7 @@ class Tokenizer:
         return tokenized
 
     def check_words(self, name: str, captions: TokenizedCaptions) -> str:
-        """A sentence on the [UNK] pieces among the captions of a split; empty where they are few.
-
-        Raises InputError where the vocabulary knows less than half of the pieces.
-        """
+        """A sentence on the [UNK] pieces of a split, empty where they are few. Raises InputError above half of all."""
         unknown = np.flatnonzero(captions.ids == self.unknown_id)
         share = len(unknown) / max(1, len(captions.ids))
         if share <= SAID:
@@ -120,10 +115,7 @@ class Tokenizer:
         return sentence
 
     def pad(self, captions: TokenizedCaptions) -> tuple[np.ndarray, np.ndarray]:
-        """Each caption between the model's special tokens, cut to `max_length` with those kept.
-
-        Returns ids (captions, longest), padded with pad_id, and lengths (captions,).
-        """
+        """Ids (captions, longest) between the model's special tokens, cut and padded, and lengths (captions,)."""
         before, around = len(self.prefix), len(self.prefix) + len(self.suffix)
         lengths = np.diff(captions.starts)
         kept = np.minimum(lengths, self.max_length - around)
@@ -139,10 +131,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a language model, from a folder or by its name on the Hugging Face hub.
-
-    Raises InputError where there is none, or it does not fit the model's configuration.
-    """
+    """The tokenizer of a language model, by folder or name on the hub. Raises InputError where there is none to fit."""
     with refusing(f"--bert {name}: no tokenizer found"):
         config, folder = read_config(name), fetch(name)
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lib.cli import InputError, refusing
 from lib.data.dataset import Split, read_boxes, read_ids
 from lib.data.images import find_pictures, open_picture
-from lib.evaluation.score import Matcher
+from lib.evaluation.score import Block, Matcher
 
 SIDE, COLUMNS, DRAWN = 160, 6, 23  # pixels of a panel's side, panels side by side, words that are drawn
 DARK, LINE, TINY = 0.25, 15, 1e-9  # what is left of a picture's light where nobody looks; pixels of a line of text
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
     image: Any  # as `attention` takes it
     picture: PIL.Image.Image
-    boxes: np.ndarray  # (R, 4) of its regions, in the picture's pixels
+    boxes: Any  # (R, 4) of its regions, in the picture's pixels; None where they are not known yet
     caption: str
 
 
@@ -45,70 +45,49 @@ class Attention(NamedTuple):
 def attention(matcher: Matcher, image: Any, caption: str, joined: bool = True) -> Attention:
     """What a model looks at in an image for a caption, and how it comes to its score. Raises InputError.
 
-    image: a picture, its path or PIL's, or the features (R, img_dim) of its regions, whose boxes are not known then.
-    joined: see `explain`.
+    image: a picture, its path or PIL's, or features (R, img_dim) of regions, without boxes. joined: see `explain`.
     """
     ((seen, boxes),) = matcher.take([image])
     (block,) = matcher.embed_images([matcher.batch([seen])])
     words, lengths = matcher.embed_captions(matcher.tokenizer.tokenize([caption]), 1)
-    added, head = 0.0, matcher.model.global_head
-    if head:
+    (found,), added = explain(matcher, block, words, caption, joined=joined), 0.0
+    if head := matcher.model.global_head:
         with matcher.compute.in_force():
             added = (head.weight * head(block.regions, words, lengths, block.real)).item()
-    (found,) = explain(matcher, block.regions, block.real, words, caption, [added], joined=joined)
-    return found._replace(boxes=None if boxes is None else boxes.numpy())
+    return found._replace(score=found.score + added, boxes=None if boxes is None else boxes.numpy())
 
 
 @torch.inference_mode()
 def explain(
-    matcher: Matcher,
-    regions: Tensor,
-    real: Tensor | None,
-    words: Tensor,
-    caption: str,
-    added: Sequence[float],
-    D: Tensor | None = None,
-    joined: bool = True,
+    matcher: Matcher, block: Block, words: Tensor, caption: str, D: Tensor | None = None, joined: bool = True
 ) -> list[Attention]:
-    """The same for images (I) that are embedded already and one caption.
+    """The same for images that are embedded already and one caption, without a global head's share of the score.
 
-    regions: (I, R, D), or (I, R, D + G) of a model with a global head. real: (I, R), False for padding, None for all.
-    words: (W, D) or (W, D + G) embeddings of the caption's pieces. added: the head's share of each score. D: the
+    words: (W, D), or (W, D + G) as the block's regions with a global head, embeddings of the caption's pieces. D: the
     dependency matrix, where it is at hand. joined: a row for each word, the mean of its pieces, without special tokens
     and what the text model does not take; else a row for each piece, named by its word, "" for a special token. Raises
     InputError where the similarity attends to nothing.
     """
-    weights, groups = explain_pieces(matcher, regions, real, words, D)
+    weights, groups = explain_pieces(matcher, block, words, D)
     scores, groups = groups.sum(dim=-1), groups.mean(dim=1)  # (I, W), (I, D)
-    totals = scores.mean(dim=1) + torch.tensor(added)
     names, mean = rows_of(matcher, caption, len(words), joined)
-    counts = [weights.shape[-1]] * len(weights) if real is None else real.sum(dim=1).tolist()
-    parts = zip(mean @ weights, scores @ mean.T, totals.tolist(), groups, counts, strict=True)
-    return [
-        Attention(names, rows[:, :count].numpy(), of_words.numpy(), total, of_groups.numpy())
-        for rows, of_words, total, of_groups, count in parts
-    ]
+    counts = [weights.shape[-1]] * len(weights) if block.real is None else block.real.sum(dim=1).tolist()
+    rows = [one[:, :count].numpy() for one, count in zip(mean @ weights, counts, strict=True)]
+    parts = zip(rows, (scores @ mean.T).numpy(), scores.mean(dim=1).tolist(), groups.numpy(), strict=True)
+    return [Attention(names, *part) for part in parts]
 
 
 @torch.inference_mode()
-def explain_pieces(
-    matcher: Matcher, regions: Tensor, real: Tensor | None, words: Tensor, D: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention (I, W, R) of each piece of a caption, and what each dimension's group adds to its score (I, W, D).
-
-    On the CPU; arguments and errors as of `explain`.
-    """
+def explain_pieces(matcher: Matcher, block: Block, words: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What `explain` adds up, on the CPU: attention (I, W, R) of each piece, what each group adds to it (I, W, D)."""
     similarity, head = matcher.model.similarity, matcher.model.global_head
     if not hasattr(similarity, "explain"):
         name = matcher.model.architecture["similarity"]["name"]
-        raise InputError(
-            f"--similarity {name}: compares one vector of an image and one of a caption, without attention"
-        )
+        raise InputError(f"--similarity {name}: compares one vector of an image with one of a caption, no attention")
     with matcher.compute.in_force():
-        if head:
-            regions, words = head.of_xdim(regions), head.of_xdim(words)
-        D = similarity.dependency() if D is None else D
-        weights, groups = similarity.explain(regions, words, D, real)
+        regions, words = map(head.of_xdim, (block.regions, words)) if head else (block.regions, words)
+        D = matcher.dependency() if D is None else D
+        weights, groups = similarity.explain(regions, words, D, block.real)
         return weights.float().cpu(), groups.float().cpu()
 
 
@@ -144,46 +123,36 @@ def light(picture: PIL.Image.Image, boxes: np.ndarray, weights: np.ndarray, side
     return lit
 
 
-def partners(matcher: Matcher, dims: Sequence[int], number: int) -> list[list[tuple[int, float]]]:
-    """For each of some dimensions the others with the largest entries of its row of D, its group, and these entries.
-
-    Nothing where dimensions count as independent.
-    """
-    with torch.inference_mode():
-        D = matcher.model.similarity.dependency()
+def partners(D: Tensor | None, dims: Sequence[int], number: int) -> list[list[tuple[int, float]]]:
+    """For each of some dimensions the others with the largest entries of its row of D, its group, and these entries."""
     if D is None:
         return [[] for _ in dims]
     rows = D[list(dims)].float().cpu()
     rows[torch.arange(len(rows)), list(dims)] = -1
-    best = rows.topk(min(number, len(D) - 1), dim=1)
-    return [list(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    values, others = rows.topk(min(number, len(D) - 1), dim=1)
+    return [list(zip(*pair, strict=True)) for pair in zip(others.tolist(), values.tolist(), strict=True)]
 
 
 # Of a data set, as pictures
 
 
 def find_pairs(matcher: Matcher, split: Split, images: Sequence[int], image_path: str = "") -> list[Pair]:
-    """Images of a split, by their numbers, each with its first caption.
-
-    Raises InputError where there are no pictures, or no boxes of their regions.
-    """
-    vision, stored, pairs = matcher.model.vision, None, []
-    if vision:
-        paths = [split.features.paths[image] for image in images]
-    elif (stored := read_boxes(split)) is None:
+    """Images of a split, each with its first caption. Raises InputError where pictures or boxes are missing."""
+    vision, features, pairs = matcher.model.vision, split.features, []
+    stored = None if vision else read_boxes(split)
+    if not vision and stored is None:
         what = f"{split.folder} has no {split.name}_boxes.npy, which says where in a picture its regions are"
         raise InputError(f"{what}; python -m lib.prepare tsv and images write it, SCAN's files are without")
-    else:
-        ids = read_ids(split) or list(map(str, range(len(split.features))))
-        paths = find_pictures(split.folder, [ids[image] for image in images], image_path)
+    names = features.paths if vision else read_ids(split) or list(map(str, range(len(features))))
+    paths = [names[image] for image in images]
+    paths = paths if vision else find_pictures(split.folder, paths, image_path)
     for image, path in zip(images, paths, strict=True):
         with refusing(str(path)):
             picture = open_picture(path)
         if stored is None:
             taken, boxes = picture, vision.boxes.cpu().numpy() * np.tile(picture.size, 2)
         else:
-            taken = split.features.read(np.array([image]))
-            boxes = stored[slice(*split.features.starts[image : image + 2])]
+            taken, boxes = features.read(np.array([image])), stored[slice(*features.starts[image : image + 2])]
         if (boxes[:, 2:] > np.array(picture.size) + 1).any():
             what = "the boxes of its regions reach beyond it, they are of another size of this picture"
             raise InputError(f"{path}: {what}; say with --image_path where the pictures of that size are")

@@ -94,15 +94,9 @@ def open_coco(split: Split) -> Coco:
     for fold, some in enumerate(np.split(package.coco_ids, FOLDS)):
         fold_of_image[[images[package.coco_gts["t2i"][caption][0]] for caption in some]] = fold
     folds = {"i2t": fold_of_image, "t2i": fold_of_image[split.image_of_caption]}
-    protocols = [
-        Protocol(name, metrics, _in_numbers(pairs, images, captions), folds if name == "COCO 1K" else None)
-        for name, metrics, pairs in (
-            ("COCO 1K", RECALL_METRICS, package.coco_gts),
-            ("COCO 5K", RECALL_METRICS, package.coco_gts),
-            ("CxC", RECALL_METRICS, package.cxc_gts),
-            ("ECCV Caption", RANKING_METRICS, package.eccv_gts),
-        )
-    ]
+    coco, cxc, eccv = (_in_numbers(getattr(package, f"{one}_gts"), images, captions) for one in ("coco", "cxc", "eccv"))
+    protocols = [Protocol("COCO 1K", RECALL_METRICS, coco, folds), Protocol("COCO 5K", RECALL_METRICS, coco)]
+    protocols += [Protocol("CxC", RECALL_METRICS, cxc), Protocol("ECCV Caption", RANKING_METRICS, eccv)]
     folders = [split.folder / ANNOTATIONS, split.folder.parent / ANNOTATIONS]
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     if all((folder / name).is_file() for name in PLAUSIBLE):
@@ -141,10 +135,9 @@ def _number_ids(split: Split, package: Any) -> tuple[Numbers, Numbers, str]:
     image_of = package.coco_gts["t2i"]
     known = {image_of[some[0]][0]: some for some in package.coco_ids.reshape(-1, CAPTIONS_PER_IMAGE).tolist()}
     if len(split.features) != len(known) or (np.bincount(split.image_of_caption) != CAPTIONS_PER_IMAGE).any():
-        raise InputError(
-            f"--eccv: {split.folder} {split.name} has {len(split.features)} images and {len(split.captions)} captions, "
-            f"but these protocols are for COCO's {len(known)} test images with five captions each (--split testall)"
-        )
+        found = f"{split.folder} {split.name} has {len(split.features)} images and {len(split.captions)} captions"
+        wanted = f"these protocols are for COCO's {len(known)} test images with five captions each (--split testall)"
+        raise InputError(f"--eccv: {found}, but {wanted}")
     path, ids = split.folder / f"{split.name}_ids.txt", read_ids(split)
     note = f"ids: {path.name}" if ids else f"ids: {path.name} is missing, the order of eccv_caption is taken"
     images = [int(one) if one.isdecimal() else -1 for one in ids] if ids else list(known)

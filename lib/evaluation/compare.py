@@ -31,12 +31,8 @@ def compare(settings: CompareSettings) -> dict:
             wins = {}
             for way, x, y in zip(WAYS, ranks[0][0], ranks[1][0], strict=True):
                 wins[way] = {name: int(one.sum()) for name, one in (("a", x < y), ("b", y < x), ("alike", x == y))}
-            results = {
-                **job.about,
-                **{"a": a, "b": b, "difference": _differences(a, b, *draws)},
-                "wins": wins,
-                "changed": find_changes(ranks[0][0], ranks[1][0], split),
-            }
+            results = {**job.about, "a": a, "b": b, "difference": _differences(a, b, *draws), "wins": wins}
+            results["changed"] = find_changes(ranks[0][0], ranks[1][0], split)
         results["timing"] = clock
         print(f"{'seconds':<12}{clock}\n")
         for name, source in zip("AB", job.sources, strict=True):

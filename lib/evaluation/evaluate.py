@@ -244,11 +244,11 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
 
 def open_split_of(contents: Sequence[dict], settings: Any) -> tuple[Split, str]:
     """The split of the flags or else of the first model's training, of pictures where the models start from pixels; and
-    its data set's name. Raises InputError where it is not known, or not for all of them.
-    """
+    its data set's name. Raises InputError where it is not known, or not for all of them."""
     trained = contents[0]["settings"] if contents else {}
-    data_path = settings.data_path or _found_again(trained.get("data_path"))
-    data_name = settings.data_name or trained.get("data_name")
+    data_path, data_name = settings.data_path, settings.data_name or trained.get("data_name")
+    if not data_path and (data_path := trained.get("data_path")):  # perhaps relative to the checkout
+        data_path = next((str(at) for at in (Path(data_path), ROOT / data_path) if at.is_dir()), data_path)
     if not data_path or not data_name:
         what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
         missing = "--data_path" if data_name else "--data_path and --data_name"
@@ -274,13 +274,6 @@ def _open_split(contents: Sequence[dict], data_path: str, data_name: str, settin
     for dim in {one["options"].get("img_dim") for one in images} or {None}:  # raises for all but one
         split = open_split(data_path, data_name, settings.split, dim)
     return split
-
-
-def _found_again(data_path: str | None) -> str | None:
-    """A training's data path, which may be relative to the checkout, from wherever an evaluation is started."""
-    if data_path and not Path(data_path).is_dir() and (ROOT / data_path).is_dir():
-        return str(ROOT / data_path)
-    return data_path
 
 
 def rows_of_scores(job: Job) -> Iterator[tuple[str, np.ndarray, bool]]:

@@ -74,10 +74,7 @@ def retrieval_metrics(ranks: Ranks) -> dict:
 
 
 def metrics_of_parts(ranks: Sequence[Ranks], draws: Sequence[dict]) -> dict:
-    """The metrics of a split with their "interval", and those of its "folds".
-
-    With folds the values at the top are the means over folds, and "full" holds the metrics of the whole split.
-    """
+    """A split's metrics and their "interval"; or those of its "folds", their means, and "full", of the whole split."""
     full, *folds = [_with_interval(retrieval_metrics(one), drawn) for one, drawn in zip(ranks, draws, strict=True)]
     if not folds:
         return {**full, "folds": []}

@@ -33,10 +33,8 @@ def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS, ways: Sequence[
     names = max(len(row.name) for row in rows) + 2
     rsum = any("rsum" in row.metrics for row in rows)
     headings = _cells(HEADINGS[column] for column in columns)
-    lines = [
-        " " * names + "  ".join(TITLES[way].center(WIDTH * len(columns)) for way in ways),
-        " " * names + "  ".join([*(headings for _ in ways), _cells(["rSum"] if rsum else [])]),
-    ]
+    lines = [" " * names + "  ".join(TITLES[way].center(WIDTH * len(columns)) for way in ways)]
+    lines += [" " * names + "  ".join([*(headings for _ in ways), _cells(["rSum"] if rsum else [])])]
     for name, metrics, form in rows:
         sides = [_cells((metrics.get(way, {}).get(column) for column in columns), form) for way in ways]
         total = _cells([metrics.get("rsum")], form) if rsum else ""
@@ -102,12 +100,9 @@ def find_caveats(content: dict, split: Split, data_name: str) -> list[tuple[str,
     trained = printable(str(train.get("folder") or settings.get("data_name") or ""))
     if not trained:
         return []
-    files = [(known, split.folder / f"{name}_caps.txt") for name, known in (("train", train), ("dev", dev))]
-    equal = [
-        sum(1 for _ in read_lines(path)) == one["captions"]
-        for one, path in files
-        if "captions" in one and path.is_file()
-    ]
+    files = [(one, split.folder / f"{name}_caps.txt") for name, one in (("train", train), ("dev", dev))]
+    there = [(one["captions"], path) for one, path in files if "captions" in one and path.is_file()]
+    equal = [sum(1 for _ in read_lines(path)) == captions for captions, path in there]
     if not all(equal) or (len(equal) < 2 and data_name != settings.get("data_name")):
         return [("zero-shot", f"trained on {trained}, evaluated on {split.folder}")]
     found = split.fingerprint() if data else None

@@ -66,12 +66,7 @@ class Matcher:
     """A trained model in evaluation mode. content: the checkpoint's, without weights."""
 
     def __init__(
-        self,
-        model: XDim,
-        tokenizer: Tokenizer,
-        compute: Compute,
-        content: dict | None = None,
-        image_weights: str = "",
+        self, model: XDim, tokenizer: Tokenizer, compute: Compute, content: Any = None, image_weights: str = ""
     ):
         """image_weights: file of the weights that made the regions, where they were not the library's own."""
         self.model, self.image_weights = model.to(compute.device).eval(), image_weights
@@ -87,55 +82,50 @@ class Matcher:
         sentences = [] if isinstance(captions, str) or captions is None else [*captions]
         if not sentences or not all(isinstance(one, str) for one in sentences):
             raise InputError("captions: expected a list of one sentence or more")
-        prepared = [features for features, _ in self.take(images)]
-        size = min(batch_size, BLOCK)
-        parts = (prepared[first : first + size] for first in range(0, len(prepared), size))
-        batches = (self.batch(part) for part in parts)
+        prepared, size = [features for features, _ in self.take(images)], min(batch_size, BLOCK)
+        batches = (self.batch(prepared[first : first + size]) for first in range(0, len(prepared), size))
         words, lengths = self.embed_captions(self.tokenizer.tokenize(sentences), batch_size)
         blocks = self.embed_images(batches)
         with self.compute.in_force():
             return score_all(self.scorer(), Embeddings(blocks, len(prepared), words, lengths, Shard(len(blocks))))
 
+    @torch.inference_mode()
+    def dependency(self) -> Tensor | None:
+        """The dependency matrix D (D, D); None where dimensions count as independent, or are not compared at all."""
+        return getattr(self.model.similarity, "dependency", lambda: None)()
+
     @cached_property
     def vision(self) -> VisionModel:
-        """The vision model that made the regions of the training data. Raises InputError where it is not known."""
+        """What pictures go through: the model's own, or what made the regions it was trained on. Raises InputError."""
+        if self.model.vision:
+            return self.model.vision
         record = trained_encoder(self.content)
         if not record:
             what = "images: nothing says which program made the regions that this model was trained on"
-            raise InputError(
-                f"{what}; give such regions, as arrays (images, regions, {self.model.image_encoder.img_dim})"
-            )
+            shape = f"(images, regions, {self.model.image_encoder.img_dim})"
+            raise InputError(f"{what}; give such regions, as arrays {shape}")
         where = "load(..., image_weights=FILE) says where its weights are now"
         with refusing(f"images: the model's regions were made by {record['encoder']}; {where}"):
             return load_recorded(record, self.image_weights).to(self.compute.device).eval()
 
     def take(self, images: Iterable) -> list[tuple[Tensor, Tensor | None]]:
-        """Of each image what the model takes, and the boxes (R, 4) of its regions, None where features are given.
-
-        images: as `score` takes them. Raises InputError as it does.
-        """
+        """What the model takes of images, as `score` gets them; boxes (R, 4), None for features. Raises InputError."""
         listed: list[Any] = [*images] if isinstance(images, Iterable) and not isinstance(images, str) else []
         if not listed:
             raise InputError("images: expected a list of one path or PIL picture or more, or regions of as many images")
-        if all(isinstance(image, str | Path | PIL.Image.Image) for image in listed):
-            return [(one.features, one.boxes) for one in self._look_at(listed)]
-        if look_of(self.model):
-            raise InputError("images: this model starts from pixels: expected paths of pictures, or PIL pictures")
-        return [(features, None) for features in self._check_regions(listed)]
-
-    def _look_at(self, images: Sequence[Any]) -> list[Regions]:
-        preprocessing, prepared = (self.model.vision or self.vision).preprocessing, []
-        for part in with_bar([images[first : first + SEEN] for first in range(0, len(images), SEEN)], "pictures"):
-            pixels, sizes = zip(*(_load(image, preprocessing) for image in part), strict=True)
-            prepared += self.see(pixels, sizes)
-        return prepared
+        if not all(isinstance(image, str | Path | PIL.Image.Image) for image in listed):
+            if look_of(self.model):
+                raise InputError("images: this model starts from pixels: expected paths of pictures, or PIL pictures")
+            return [(features, None) for features in self._check_regions(listed)]
+        preprocessing, seen = self.vision.preprocessing, []
+        for part in with_bar([listed[first : first + SEEN] for first in range(0, len(listed), SEEN)], "pictures"):
+            seen += self.see(*zip(*(_load(image, preprocessing) for image in part), strict=True))
+        return [(one.features, one.boxes) for one in seen]
 
     @torch.inference_mode()
     def see(self, pixels: Sequence[Tensor], sizes: Sequence[Size]) -> list[Regions]:
-        """Of loaded pictures what the model takes: pixels (3, H, W), or regions (R, img_dim) as `prepare images` makes.
-
-        With their boxes (R, 4) in the pictures, whose (height, width) are `sizes`.
-        """
+        """What the model takes of loaded pictures of some (height, width): pixels (3, H, W), or regions (R, img_dim) as
+        `prepare images` makes them; with boxes (R, 4) in the pictures."""
         if vision := self.model.vision:
             boxes = [vision.boxes * torch.tensor([width, height, width, height]) for height, width in sizes]
             return [Regions(*pair) for pair in zip(pixels, boxes, strict=True)]
@@ -178,7 +168,7 @@ class Matcher:
 
     @torch.inference_mode()
     def embed_captions(
-        self, captions: TokenizedCaptions, batch_size: int, share: Callable[[int], Shard] = Shard
+        self, captions: TokenizedCaptions, batch_size: int, share: Callable = Shard
     ) -> tuple[Tensor, Tensor]:
         """Words (sum of W, D) on the device, lengths (C,) on the CPU. share: divides groups among processes."""
         lengths = torch.as_tensor(self.tokenizer.pad(captions)[1])
@@ -247,13 +237,8 @@ def score_all(scorer: Any, embeddings: Embeddings) -> Tensor:
     return embeddings.shard.sum(scores).cpu()
 
 
-def score_pairs(
-    pairs: Callable[..., Tensor], embeddings: Embeddings, images: Tensor, captions: Tensor, added: Tensor | None = None
-) -> Tensor:
-    """Scores (P,) of chosen pairs, given as indices (P,) of images and of captions, on the CPU of every process.
-
-    pairs: a scorer's. added: (I, C), what is added to each score.
-    """
+def score_pairs(pairs: Callable, embeddings: Embeddings, images: Tensor, captions: Tensor, added: Any = None) -> Tensor:
+    """Scores (P,) of pairs, indices (P,) of images and captions, by a scorer's `pairs`, plus theirs of added (I, C)."""
     scores = embeddings.words.new_zeros(len(images))
     for block in with_bar(embeddings.blocks, "exact scores"):
         some = ((images >= block.images.start) & (images < block.images.stop)).nonzero().squeeze(1)
@@ -282,9 +267,7 @@ def pool(pooling: MeanPooling, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     return embeddings.shard.sum(images).cpu(), captions.cpu()
 
 
-def coarse_and_exact(
-    scorer: Any, coarse_scorer: Any, embeddings: Embeddings
-) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+def coarse_and_exact(scorer: Any, coarse_scorer: Any, embeddings: Embeddings) -> tuple[Tensor, Callable]:
     """Cheap scores (I, C) of all pairs, a global head's where there is one, and what scores chosen pairs exactly."""
     if not isinstance(scorer, CombinedScorer):
         return score_all(coarse_scorer, embeddings), partial(score_pairs, scorer.pairs, embeddings)
@@ -300,9 +283,7 @@ class Reranker:
     The K best by coarse score are put in the order of their exact scores; all others stay behind them, in coarse order.
     """
 
-    def __init__(
-        self, coarse: Tensor, exact: Callable[[Tensor, Tensor], Tensor], image_of_caption: np.ndarray, parts: list[Part]
-    ):
+    def __init__(self, coarse: Tensor, exact: Callable, image_of_caption: np.ndarray, parts: list[Part]):
         """coarse: (I, C). exact: images (P,), captions (P,) -> scores (P,); it is asked for no pair twice."""
         self.coarse, self.score_pairs, self.parts = coarse, exact, parts
         self.image_of_caption = torch.from_numpy(image_of_caption)

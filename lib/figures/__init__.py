@@ -16,10 +16,7 @@ DPI = 150  # pixels an inch
 
 
 def import_matplotlib(out: str = "") -> Any:
-    """The module matplotlib.figure, before the work of a figure. out: the file that will hold it.
-
-    Raises InputError where Matplotlib is missing or the file cannot be written.
-    """
+    """matplotlib.figure. Raises InputError where it is missing, or `out`, a figure's file, could not be written."""
     check_writable(out)
     try:
         return import_module("matplotlib.figure")

@@ -18,7 +18,7 @@ from lib.config import AttentionSettings, DimensionSettings, ShowSettings
 from lib.data.batches import ImageBatches
 from lib.data.dataset import Split, read_ids
 from lib.data.images import open_picture
-from lib.evaluation.attention import Attention, attention, explain_pieces, find_pairs, light, rows_of
+from lib.evaluation.attention import Attention, Pair, attention, explain_pieces, find_pairs, light, rows_of
 from lib.evaluation.evaluate import open_split_of
 from lib.evaluation.score import BLOCK, Matcher, load, look_of
 from lib.figures import DPI, import_matplotlib, new_figure, save_figure
@@ -45,16 +45,14 @@ def open_model(settings: ShowSettings) -> Matcher:
 # Attention
 
 
-def find_pair(matcher: Matcher, settings: AttentionSettings) -> tuple[Any, PIL.Image.Image, np.ndarray | None, str]:
-    """The image as `attention` takes it, its picture, the boxes of its regions where it is one of a data set; caption.
-
-    --image is a picture's path, or the id or the number of an image of the data set. Raises InputError.
-    """
+def find_pair(matcher: Matcher, settings: AttentionSettings) -> Pair:
+    """What --image, a picture's path or the id or number of an image of the data set, and --caption mean; of a path
+    without boxes. Raises InputError."""
     if Path(settings.image).is_file():
         if not settings.caption.strip():
             raise InputError(f"--image {settings.image}: say with --caption what is to be looked for in it")
         with refusing(f"--image {settings.image}"):
-            return settings.image, open_picture(settings.image), None, settings.caption
+            return Pair(settings.image, open_picture(settings.image), None, settings.caption)
     split = open_split_of([matcher.content], settings)[0]
     ids = read_ids(split) or []
     numbers = {str(place): place for place in range(len(split.features))}
@@ -62,15 +60,12 @@ def find_pair(matcher: Matcher, settings: AttentionSettings) -> tuple[Any, PIL.I
     if place is None:
         where = f"{split.folder} {split.name}, whose ids are like {[*ids, *numbers][0]}"
         raise InputError(f"--image {settings.image}: neither a file nor an image of {where}")
-    ((image, picture, boxes, caption),) = find_pairs(matcher, split, [place], settings.image_path)
-    return image, picture, boxes, settings.caption.strip() or caption
+    (pair,) = find_pairs(matcher, split, [place], settings.image_path)
+    return pair._replace(caption=settings.caption.strip() or pair.caption)
 
 
 def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> Any:
-    """The picture, and for each word the same, bright where the word looks (`light`), with the word's score.
-
-    found: with boxes in pixels of the picture.
-    """
+    """The picture, and for each word the same, bright where it looks (`light`), with its score. found: with boxes."""
     assert found.boxes is not None
     lit = light(picture, found.boxes, found.weights, LARGEST)
     rows = -(-len(lit) // COLUMNS)
@@ -95,7 +90,7 @@ def show_attention(settings: AttentionSettings) -> None:
     found = attention(matcher, image, caption)
     if not found.words:
         raise InputError(f"--caption {caption[:QUOTED]!a}: no words are in it")
-    found = found if boxes is None else found._replace(boxes=boxes)
+    found = found._replace(boxes=found.boxes if boxes is None else boxes)
     save_figure(draw_attention(found, picture, caption), settings.out)
 
 
@@ -115,8 +110,7 @@ class Dependencies(NamedTuple):
 @torch.inference_mode()
 def read_dependencies(matcher: Matcher) -> Dependencies:
     """The dependency matrix of a model and what it is made of. Raises InputError where it has none."""
-    D = getattr(matcher.model.similarity, "dependency", lambda: None)()
-    if D is None:
+    if (D := matcher.dependency()) is None:
         name = matcher.model.architecture["similarity"]["name"]
         raise InputError(f"--similarity {name} has no dependency matrix and no groups of dimensions: X-Dim's gates do")
     mask = thresholds = start = None
@@ -158,9 +152,8 @@ def draw_dependencies(found: Dependencies, title: str = "") -> Any:
     figure = new_figure(WIDE, 7, dpi=max(DPI, min(400, dims / MATRIX)))  # a pixel for each entry
     figure.suptitle(title, fontsize=SMALL, parse_math=False)
     (of_D, of_mask), (of_thresholds, of_partners) = figure.subplots(2, 2, height_ratios=(5, 3))
-    panels: list[tuple[Any, ...]] = [
-        (of_D, found.D, "Dependency matrix D\na row: what a dimension depends on", {"vmin": 0})
-    ]
+    name = "Dependency matrix D\na row: what a dimension depends on"
+    panels: list[tuple[Any, ...]] = [(of_D, found.D, name, {"vmin": 0})]
     if found.mask is None:
         of_mask.text(0.5, 0.5, "this gate has no mask:\neverything depends on everything", ha="center", va="center")
         of_thresholds.text(0.5, 0.5, "this gate has no thresholds", ha="center", va="center")
@@ -175,14 +168,13 @@ def draw_dependencies(found: Dependencies, title: str = "") -> Any:
         figure.colorbar(image, ax=axes)
         axes.set_title(name, fontsize=SMALL)
     for axes in (of_D, of_mask):
-        axes.set(xlabel=f"the {dims} dimensions, dependent ones side by side", ylabel="the same order")
-        axes.set(xticks=[], yticks=[])
+        labels = {"xlabel": f"the {dims} dimensions, dependent ones side by side", "ylabel": "the same order"}
+        axes.set(xticks=[], yticks=[], **labels)
     of_thresholds.set(xlabel="lambda: standard deviations above the row's mean", ylabel="rows")
     of_thresholds.set_title("Thresholds; dashed: their mean at the start", fontsize=SMALL)
     of_partners.hist(found.partners, bins=BINS, color=BAR)
-    of_partners.set(xlabel="dimensions")
+    of_partners.set(xlabel="dimensions", ylabel=f"rows ({dims - len(found.partners)} have none)")
     of_partners.set_title("Partners: how many dimensions a row is made of", fontsize=SMALL)
-    of_partners.set_ylabel(f"rows ({dims - len(found.partners)} have none)")
     return figure
 
 
@@ -212,10 +204,9 @@ class Group(NamedTuple):
 def respond(matcher: Matcher, split: Split, dimension: int, pairs: int = 1000) -> Group:
     """What the group of a dimension adds for captions evenly spaced through a split, each with its own image.
 
-    A region's share in what is added to a word is the word's attention to it. Raises InputError where there is no such
-    dimension, or no groups.
+    A region's share in what is added to a word is the word's attention to it. Raises InputError without such a group.
     """
-    D = torch.from_numpy(read_dependencies(matcher).D)
+    D = torch.from_numpy(read_dependencies(matcher).D).to(matcher.compute.device)
     if dimension >= len(D):
         raise InputError(f"dimension {dimension}: the model has {len(D)}, from 0 to {len(D) - 1}")
     chosen = np.unique(np.linspace(0, len(split.captions) - 1, pairs).astype(int))
@@ -227,9 +218,7 @@ def respond(matcher: Matcher, split: Split, dimension: int, pairs: int = 1000) -
     heard, seen = defaultdict(list), {}
     embedded = zip(captions, places, words.split(lengths.tolist()), strict=True)
     for caption, place, pieces in with_bar(embedded, "pairs", len(captions)):
-        weights, groups = explain_pieces(
-            matcher, of_place[place].regions, of_place[place].real, pieces, D.to(pieces.device)
-        )
+        weights, groups = explain_pieces(matcher, of_place[place], pieces, D)
         names, mean = rows_of(matcher, caption, len(pieces))
         shares = mean @ (groups[0, :, dimension, None] * weights[0])  # (W, R)
         for name, value in zip(names, shares.sum(dim=1).tolist(), strict=True):
@@ -257,9 +246,8 @@ def draw_group(group: Group, crops: Sequence[PIL.Image.Image | str], title: str 
     figure = new_figure(WIDE, 5.6)
     grid = figure.add_gridspec(2, REGIONS, height_ratios=(3, 1))
     made_of = ", ".join(f"{other} ({weight:.2f})" for other, weight in group.partners if weight >= LEAST_PARTNER)
-    figure.suptitle(
-        f"{title}\nDimension {group.dimension} depends on {made_of or 'nothing'}", fontsize=SMALL, parse_math=False
-    )
+    title = f"{title}\nDimension {group.dimension} depends on {made_of or 'nothing'}"
+    figure.suptitle(title, fontsize=SMALL, parse_math=False)
     often = min(OFTEN, max(map(len, group.words.values())))
     means = {word: np.mean(values) for word, values in group.words.items() if len(values) >= often}
     best = sorted(means, key=lambda word: means[word])[-WORDS:]

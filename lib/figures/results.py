@@ -21,7 +21,7 @@ from lib.cli import InputError, refusing, with_bar
 from lib.config import CurvesSettings, GallerySettings, SplitSettings
 from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, read_ids
 from lib.data.images import NotAPicture, find_pictures, open_picture
-from lib.evaluation import rankings
+from lib.evaluation import rankings, report
 from lib.evaluation.evaluate import Job, opened, rows_of_scores
 from lib.evaluation.metrics import RECALL_AT, chance_metrics
 from lib.figures import import_matplotlib, new_figure, save_figure
@@ -29,22 +29,9 @@ from lib.files import check_writable, replacing
 
 SHOWN = 5  # answers to a query
 SIDE = 160  # pixels of a picture's longer side
-WAYS = {"t2i": "text to image", "i2t": "image to text"}
 STYLES = ("-", "--", ":", "-.")  # of curves, so that they differ in grey too
 TICK = "\N{CHECK MARK}"
 PAGE = Path(__file__).with_name("gallery.html")  # with places for title, about, cards, pictures
-
-
-# Gallery
-
-
-class Answer(NamedTuple):
-    """An image or a caption that was found for a query."""
-
-    rank: int  # from 1
-    item: int
-    score: float
-    is_right: bool
 
 
 class Found(NamedTuple):
@@ -53,7 +40,7 @@ class Found(NamedTuple):
     way: str  # "i2t" or "t2i"
     query: int
     rank: int  # of the first right item, from 1
-    answers: list[Answer]
+    answers: list[tuple[int, int, float, bool]]  # rank from 1, image or caption, score, whether it is right
 
 
 def find_answers(job: Job) -> tuple[str, list[Found]]:
@@ -63,19 +50,16 @@ def find_answers(job: Job) -> tuple[str, list[Found]]:
     own_pairs = rankings.pair_protocols(job.split.image_of_caption, job.parts)
     for way, query, top, right, positions in rankings.judge(scores, own_pairs):
         places = positions["all"]
-        answers = [Answer(rank, item, score, item in right) for rank, (item, score) in enumerate(top[:SHOWN], start=1)]
+        answers = [(rank, item, score, item in right) for rank, (item, score) in enumerate(top[:SHOWN], start=1)]
         first, rank = int(right[places.argmin()]), int(places.min()) + 1
         if rank > SHOWN:
-            answers.append(Answer(rank, first, float(scores[(query, first) if way == "i2t" else (first, query)]), True))
+            answers.append((rank, first, float(scores[(query, first) if way == "i2t" else (first, query)]), True))
         found.append(Found(way, query, rank, answers))
     return row, sorted(found, key=lambda one: -one.rank)
 
 
 def read_thumbnails(split: Split, images: Sequence[int], image_path: str) -> tuple[dict[int, str], str]:
-    """JPEGs in base64 of some images of a split, by their number; and what to do where they are not found.
-
-    Raises InputError where they are not below image_path, if that is given.
-    """
+    """JPEGs in base64 of images, by number; what to do where there are none, InputError where image_path has none."""
     ids = read_ids(split)
     if ids is None:
         return {}, f"no pictures: {split.folder} has no {split.name}_ids.txt that names them"
@@ -105,23 +89,22 @@ def show_gallery(settings: GallerySettings) -> None:
         row, found = find_answers(job)
     split, shown = job.split, []
     about = [f"{split.folder.name} {split.name}: {len(split.features):,} images, {len(split.captions):,} captions"]
-    for way, name in WAYS.items():
+    for way in ("t2i", "i2t"):
         of_way = [one for one in found if one.way == way]
         ranks, kept = np.array([one.rank for one in of_way]), of_way[: settings.queries]
         recalls = ", ".join(f"R@{k} {np.mean(ranks <= k):.1%}" for k in RECALL_AT)
-        about.append(f"{name}: {recalls} of {len(ranks):,} queries")
+        about.append(f"{report.TITLES[way]}: {recalls} of {len(ranks):,} queries")
         if len(kept) < len(ranks):
             rest = f"{len(ranks) - len(kept):,} of rank {ranks[len(kept)]:,} or better are left out (--queries)"
             about[-1] += f"; the {len(kept):,} worst are here, {rest}"
         shown += kept
-    images = {one.query if one.way == "i2t" else answer.item for one in shown for answer in one.answers}
+    images = {one.query if one.way == "i2t" else item for one in shown for _, item, _, _ in one.answers}
     pictures, note = read_thumbnails(split, sorted(images), settings.image_path)
     names = read_ids(split) or [f"image {number}" for number in range(1, len(split.features) + 1)]
     cards = [_card(one, split.captions, names, pictures) for one in sorted(shown, key=lambda one: -one.rank)]
     lines = "\n".join(f"<p>{escape(line)}</p>" for line in [*about, note] if line)
-    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=escape(row), about=lines, cards="\n".join(cards), pictures=json.dumps(pictures)
-    )
+    parts = {"title": escape(row), "about": lines, "cards": "\n".join(cards), "pictures": json.dumps(pictures)}
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(parts)
     with replacing(settings.out) as file:
         file.write(page.encode())
     print(settings.out)
@@ -142,18 +125,14 @@ def _card(found: Found, captions: Sequence[str], names: Sequence[str], pictures:
     answers = []
     for rank, item, score, is_right in found.answers:
         kind, tick = ("right", f"<b>{TICK} right</b>") if is_right else ("wrong", "")
-        behind = " behind" if rank > SHOWN else ""
-        answers.append(
-            f'<li class="{kind}{behind}"><p>{tick} {rank}. <small>{score:.4f}</small></p> {answered(item)}</li>'
-        )
+        kind += " behind" * (rank > SHOWN)
+        about = f"<p>{tick} {rank}. <small>{score:.4f}</small></p>"
+        answers.append(f'<li class="{kind}">{about} {answered(item)}</li>')
     return (
         f'<article id="{found.way}-{found.query}" class="{found.way}" data-rank="{found.rank}">'
-        f"<div><h2>rank {found.rank:,}</h2><p>{WAYS[found.way]}</p>{asked(found.query)}</div>"
+        f"<div><h2>rank {found.rank:,}</h2><p>{report.TITLES[found.way]}</p>{asked(found.query)}</div>"
         f"<ol>{''.join(answers)}</ol></article>"
     )
-
-
-# Curves
 
 
 class Curves(NamedTuple):
@@ -166,10 +145,7 @@ class Curves(NamedTuple):
 
 
 def read_curves(folder: Path) -> Curves:
-    """The curves of a run folder, from run.json and TensorBoard's files; empty where there are none.
-
-    Raises InputError where it is not the folder of a run.
-    """
+    """The curves in run.json and TensorBoard's files, empty where there are none. Raises InputError without a run."""
     if (record := read_record(folder)) is None:
         raise InputError(f"{folder}: not the folder of a run: no {RECORD} in it")
     with refusing(f"{folder / RECORD}: damaged"):
@@ -199,9 +175,7 @@ def draw_curves(curves: dict[str, Curves]) -> Any:
     panels = {"loss": "Loss in training", "rsum": "rSum on dev", "sparsity": "Share of the gate's mask that is closed"}
     panels = {name: title for name, title in panels.items() if any(len(getattr(one, name)) for one in curves.values())}
     if not panels:
-        raise InputError(
-            f"{', '.join(curves)}: nothing to draw yet: no epoch is done, and there are no TensorBoard files"
-        )
+        raise InputError(f"{', '.join(curves)}: nothing to draw yet: no epoch is done, no TensorBoard files are there")
     figure = new_figure(8, 1.2 + 2.4 * len(panels))
     rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (name, title) in zip(rows, panels.items(), strict=True):

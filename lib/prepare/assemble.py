@@ -24,6 +24,8 @@ LEAST_SHARE = 0.5  # of the images or features, whichever are fewer, that must m
 # Arrays of a .npz file, as different tools call them.
 FEATURE_NAMES, ID_NAMES = ("features", "feat", "x", "image_features", "arr_0"), ("ids", "image_ids", "image_id")
 BOX_NAMES, COUNT_NAMES = ("boxes", "bbox"), ("num_boxes", "num_bbox")
+Splits = Mapping[str, Mapping[str, Sequence[str]]]  # name -> image -> captions
+Names = Mapping[str, Mapping[str, str]]  # kind of name -> image id -> name
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -61,12 +63,11 @@ class Features:
         return np.dtype(np.float16 if types == {np.dtype(np.float16)} else np.float32)
 
 
-def match(names: Mapping[str, Mapping[str, str]], ids: Sequence[str], flag: str, what: str) -> dict[str, str]:
+def match(names: Names, ids: Sequence[str], flag: str, what: str) -> dict[str, str]:
     """Image id -> the one of `ids` that is its own, where there is one; prints how they were matched, and an example.
 
-    names: kind of name (`filename`) -> image id -> name. One kind and one of WAYS count for all images: those that
-    find most. flag: what gave the ids, which are those of `what`, for messages. Raises InputError where they find none,
-    or are not the first and find only a small part.
+    One kind of name (`filename`) and one of WAYS count for all images: those that find most. flag: what gave the ids,
+    those of `what`, for messages. Raises InputError where none are found, or a small part by other than the first.
     """
     images = list(dict.fromkeys(image_id for wanted in names.values() for image_id in wanted))
     tried = [
@@ -76,26 +77,19 @@ def match(names: Mapping[str, Mapping[str, str]], ids: Sequence[str], flag: str,
     how, found = max(tried, key=lambda one: len(one[1]))  # of equal ones the first
     if not found or (how != tried[0][0] and len(found) < LEAST_SHARE * min(len(images), len(ids))):
         common = f"{len(found) or 'none'} in common" + f" (by {how})" * bool(found)
-        raise InputError(
-            f"{flag}: the captions are of {some(images, 'image')}, the {what} of {some(ids, 'image')}: {common}"
-        )
+        sides = f"the captions are of {some(images, 'image')}, the {what} of {some(ids, 'image')}"
+        raise InputError(f"{flag}: {sides}: {common}")
     image_id, example = next(iter(found.items()))
     print(f"matched by {how}: {len(found):,} of {len(images):,} images, {image_id} is {example}")
     return found
 
 
-def write_dataset(
-    folder: Path,
-    splits: Mapping[str, Mapping[str, Sequence[str]]],
-    names: Mapping[str, Mapping[str, str]],
-    features: Features,
-) -> None:
+def write_dataset(folder: Path, splits: Splits, names: Names, features: Features) -> None:
     """Write a data set, and print what it holds.
 
-    splits: name -> image id -> captions. names: what the features of an image may be called, see `match`. Images
-    without features are left out, named, and listed in {split}_missing.txt; images in no split, which have no captions,
-    in without_captions.txt. Raises InputError where too few images have features, the name is taken, or features are
-    not sound.
+    names: what the features of an image may be called, see `match`. Images without features are left out, named, and
+    listed in {split}_missing.txt, those without captions in without_captions.txt. Raises InputError where few images
+    have features, these are not sound, the name is taken.
     """
     captioned = {image_id for captions in splits.values() for image_id in captions}
     without = sorted({image_id for wanted in names.values() for image_id in wanted}.difference(captioned))
@@ -110,12 +104,7 @@ def write_dataset(
 
 
 def fill(
-    temporary: Path,
-    folder: Path,
-    splits: Mapping[str, Mapping[str, Sequence[str]]],
-    found: Mapping[str, str],
-    features: Features,
-    left_out: Mapping[str, tuple[str, Sequence[str]]],
+    temporary: Path, folder: Path, splits: Splits, found: Mapping[str, str], features: Features, left_out: Mapping
 ) -> str:
     """Write the files of a data set to a folder that will be called `folder`; returns what it holds, in lines.
 
@@ -140,17 +129,13 @@ def fill(
     img_dim = features.read(next(iter(found.values()))).features.shape[1]
     lines = [f"{folder}\n\n{io.table(HEADER, rows)}\n", io.describe(counts, [str(dtype)], img_dim)]
     lines += [f"{what}: {some(sorted(ids), 'image')}" for what, ids in features.notes.items()]
-    lines += [
-        f"{what}: {some(some_ids, 'image')}; all are in {folder / file}" for file, (what, some_ids) in lacking.items()
-    ]
+    lines += [f"{what}: {some(ids, 'image')}; all are in {folder / file}" for file, (what, ids) in lacking.items()]
     return "\n".join(lines)
 
 
 def _pair(part: Callable[[str], str], wanted: Mapping[str, str], ids: Sequence[str]) -> dict[str, str]:
-    """Image id -> id of its features, where the parts of their names are equal.
-
-    None at all where a name has no such part, two share one, or names on both sides lose more than an ending by it.
-    """
+    """Image id -> id of its features, where parts of their names are equal; none at all where a name has no such part,
+    two share one, or names on both sides lose more than an ending by it."""
     there, parts = {part(one): one for one in ids}, {image_id: part(name) for image_id, name in wanted.items()}
     unique = len(there) == len(ids) and len(set(parts.values())) == len(parts)
     whole = any(all(part(one) in (one, without_ending(one)) for one in names) for names in (wanted.values(), ids))
@@ -190,10 +175,10 @@ def _open(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
 
 def _open_split(folder: Path, name: str) -> Iterator[tuple[str, Callable[[], Image]]]:
     split = io.open_features(folder, name)
-    ids, boxes, objects = read_ids(split), read_boxes(split), read_boxes(split, "objects", io.OBJECT)
+    ids, arrays = read_ids(split), (read_boxes(split), read_boxes(split, "objects", io.OBJECT))
     if ids is None:
         raise InputError(f"--features {split.features.path}: needs {name}_ids.txt beside it, an image id a line")
-    read = partial(io.read_image, split, boxes, objects=objects)
+    read = partial(io.read_image, split, arrays, split.features.dtype)
     yield from ((one, partial(read, place, one)) for place, one in enumerate(ids))
 
 

@@ -66,10 +66,8 @@ def _find(data_set: str, root: Path) -> dict[str, Path]:
                 raise InputError(f"{root}: {path.name} is there twice ({places}); link the right files yourself")
             found[path.name] = path
     if missing := [name for name in _needed(data_set) if name not in found]:
-        raise InputError(
-            f"{root}: no {', '.join(missing)} in a folder that names {data_set}; if they are there, packed or under "
-            "another name, unpack or link them yourself"
-        )
+        advice = "if they are there, packed or under another name, unpack or link them yourself"
+        raise InputError(f"{root}: no {', '.join(missing)} in a folder that names {data_set}; {advice}")
     return found
 
 

@@ -6,12 +6,11 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,21 +19,19 @@ from torch.utils.data import Dataset, Subset
 
 from lib import distributed
 from lib.cli import InputError, with_bar
-from lib.data.batches import allocate, loader
+from lib.data.batches import allocate, in_threads, loader
 from lib.data.dataset import ENCODER
-from lib.data.images import NotAPicture, list_pictures, load_picture
+from lib.data.images import NotAPicture, list_photographs, load_picture
 from lib.files import TEMPORARY, new_folder, read_lines
-from lib.model.vision import Preprocessing, Regions, VisionModel, load_vision
+from lib.model.vision import Preprocessing, VisionModel, load_vision
 from lib.prepare import own
-from lib.prepare.assemble import Features, fill, match
+from lib.prepare.assemble import Features, Splits, fill, match
 from lib.prepare.io import FEATURES, Image, add_data_flags, read_json, some, write_lines, write_split
 from lib.prepare.karpathy import read_karpathy
 from lib.runtime import Compute, choose_compute
 
 DEFAULT_ENCODER = "torchvision:regnet_y_1_6gf"  # why: docs/results.md
 BATCH_SIZE, BATCH_SIZE_OF_GPU = 8, 64  # on CPUs, what larger ones take no longer fits into the processor's caches
-Result = TypeVar("Result")
-Splits = Mapping[str, Mapping[str, Sequence[str]]]  # name -> picture -> captions
 
 
 class Pictures(NamedTuple):
@@ -79,15 +76,10 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of pictures, which may have folders in it")
     flags.add_argument("captions", type=Path, metavar="CAPTIONS", nargs="?", help="a file of captions of them")
     flags.add_argument("--no_captions", action="store_true", help="none: one split, `all`, of all pictures")
-    flags.add_argument(
-        "--encoder",
-        default=DEFAULT_ENCODER,
-        metavar="NAME",
-        help="vision model: torchvision:NAME, a classifier or detector; hf:NAME, of the Hugging Face hub or a folder",
-    )
-    flags.add_argument(
-        "--weights", default="", metavar="FILE", help="its weights (default: the library's, fetched once)"
-    )
+    what = "vision model: torchvision:NAME, a classifier or detector; hf:NAME, of the Hugging Face hub or a folder"
+    flags.add_argument("--encoder", default=DEFAULT_ENCODER, metavar="NAME", help=what)
+    whose = "its weights (default: the library's, fetched once)"
+    flags.add_argument("--weights", default="", metavar="FILE", help=whose)
     flags.add_argument("--regions", type=int, default=36, help="cells or boxes of a picture, at most; 0: all")
     flags.add_argument("--image_size", type=int, default=0, help="pixels of each side; 0: the vision model's own")
     sizes = f"pictures at a time; 0: {BATCH_SIZE}, on a GPU {BATCH_SIZE_OF_GPU} where all are of one size"
@@ -102,7 +94,9 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if min(args.regions, args.image_size, args.workers, args.batch_size) < 0:
         raise InputError("--regions, --image_size, --batch_size, --workers: give 0 or more")
-    names, unreadable = _list(args.photos)
+    names, unreadable, others = list_photographs(args.photos)
+    if others:
+        print(f"{args.photos}: other files than pictures, not looked at: {others:,}")
     splits, without = _choose(args, names)
     wanted = sorted({name for captions in splits.values() for name in captions}.intersection(names))
     folder, compute = args.data_path / args.data_name, choose_compute(args.device, args.precision)
@@ -113,7 +107,10 @@ def run(args: argparse.Namespace) -> None:
             parts.mkdir()
         with compute.in_force(), distributed.joined(compute.device):
             with distributed.local_main_first():  # the others find what the first one has fetched
-                model = _load(args)
+                try:
+                    model = load_vision(args.encoder, args.regions, args.weights, args.image_size)
+                except ValueError as error:
+                    raise InputError(f"--encoder {args.encoder}: {error}") from None
             record = {**model.record(), "folder": str(args.photos.resolve()), "categories": list(model.categories)}
             _describe(model, record["weights"], len(wanted))
             on_gpu, started = compute.device.type == "cuda" and any(model.preprocessing.size), time.time()
@@ -128,33 +125,15 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"{args.photos}: {some(sorted(unreadable), 'picture')}, of which none can be read")
         write_lines(temporary / ENCODER, [json.dumps(record, indent=2)])
         features = Features([parts])
-        left_out = {
-            "without_captions.txt": ("no captions", without),
-            "unreadable.txt": ("unreadable", sorted(unreadable)),
-        }
+        left_out = {"without_captions.txt": ("no captions", without)}
+        left_out |= {"unreadable.txt": ("unreadable", sorted(unreadable))}
         report = fill(temporary, folder, splits, {name: name for name in features.ids}, features, left_out)
         shutil.rmtree(parts)
     print(f"{len(wanted):,} pictures in {seconds:.1f} s, {len(wanted) / seconds:.1f} a second, on {compute}\n{report}")
 
 
-def _list(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the pictures in a folder, and "NAME: why" of those that no file of ids can hold. Raises InputError."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of pictures")
-    found, others = list_pictures(folder)
-    names = [name for name in found if name.isprintable() and name == name.strip()]
-    if not names:
-        raise InputError(f"{folder}: no pictures in it, nor in folders below it; other files: {others:,}")
-    if others:
-        print(f"{folder}: other files than pictures, not looked at: {others:,}")
-    return names, [f"{name!a}: its name is not printable text" for name in sorted(set(found).difference(names))]
-
-
 def _choose(args: argparse.Namespace, names: Sequence[str]) -> tuple[Splits, list[str]]:
-    """Captions by split and picture, and the pictures that have none. Images without pictures stay, by their ids.
-
-    Raises InputError.
-    """
+    """Captions by split and picture, or id where no picture is there; pictures without captions. Raises InputError."""
     if args.no_captions == bool(args.captions):
         raise InputError("give a file of captions after the folder of pictures, or --no_captions for a gallery")
     if args.no_captions:
@@ -171,24 +150,14 @@ def _choose(args: argparse.Namespace, names: Sequence[str]) -> tuple[Splits, lis
     return splits, sorted(without)
 
 
-def _load(args: argparse.Namespace) -> VisionModel:
-    """The vision model, on the CPU. Raises InputError."""
-    try:
-        return load_vision(args.encoder, args.regions, args.weights, args.image_size)
-    except ValueError as error:
-        raise InputError(f"--encoder {args.encoder}: {error}") from None
-
-
 def _describe(model: VisionModel, weights: str, pictures: int) -> None:
     """Print what is going to be done."""
-    height, width = model.preprocessing.size
-    shorter, longer = model.preprocessing.limits
-    size = (
-        f"{height} x {width} pixels" if height else f"{shorter} to {longer} pixels a side" if shorter else "their size"
-    )
+    (height, width), (shorter, longer) = model.preprocessing.size, model.preprocessing.limits
+    size = f"{shorter} to {longer} pixels a side" if shorter else "their size"
+    size = f"{height} x {width} pixels" if height else size
     regions = f"{model.regions} regions" if model.regions else "boxes"
-    print(f"{model.name}, weights {weights}: {regions} of {model.width:,} numbers", end=" ")
-    print(f"of each of {pictures:,} pictures, seen at {size}", flush=True)
+    what = f"{model.name}, weights {weights}: {regions} of {model.width:,} numbers"
+    print(f"{what} of each of {pictures:,} pictures, seen at {size}", flush=True)
 
 
 def write_part(folder: Path, pictures: PictureBatches, model: VisionModel, compute: Compute, workers: int) -> None:
@@ -201,33 +170,18 @@ def write_part(folder: Path, pictures: PictureBatches, model: VisionModel, compu
         unreadable.extend(batch.unreadable)
         with torch.inference_mode(), compute.autocast():
             regions = model.describe(batch.each(), batch.sizes) if batch.names else []
-        return [_to_image(name, one, pictures.folder) for name, one in zip(batch.names, regions, strict=True)]
+        images = []
+        for name, one in zip(batch.names, regions, strict=True):
+            boxes, objects = (None if part is None else part.float().cpu().numpy() for part in one[1:])
+            features = one.features.half().cpu().numpy()
+            images.append(Image(name, features, boxes, objects=objects, origin=str(pictures.folder / name)))
+        return images
 
     if compute.device.type == "cuda":
         described = map(describe, loader(share, workers, compute.device))
     else:
-        described = _in_threads(lambda k: describe(share[k]), range(len(share)))
+        described = in_threads(lambda k: describe(share[k]), range(len(share)), torch.get_num_threads(), alone=True)
     images = chain.from_iterable(with_bar(described, "batches of pictures", len(share)))
     if first := next(images, None):
         write_split(folder, f"part{rank}", chain([first], images), np.float16)
     write_lines(folder / f"unreadable{rank}.txt", unreadable)
-
-
-def _to_image(name: str, regions: Regions, folder: Path) -> Image:
-    numbers = [None if one is None else one.float().cpu().numpy() for one in regions[1:]]
-    features = regions.features.half().cpu().numpy()
-    return Image(name, features, numbers[0], objects=numbers[1], origin=str(folder / name))
-
-
-def _in_threads(work: Callable[[int], Result], items: Iterable[int]) -> Iterator[Result]:
-    """The results of some work, in order. Each thread of this process does a whole piece of it alone.
-
-    The threads of one operation would wait for each other, and its last bits would depend on their number.
-    """
-    threads = torch.get_num_threads()
-    executor = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from executor.map(work, items)
-    finally:
-        executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)

@@ -130,20 +130,12 @@ def open_features(folder: Path, name: str) -> Split:
     return Split(name, folder, FeatureFile(folder / f"{name}{FEATURES}"), [], np.zeros(0, np.int64))
 
 
-def read_image(
-    split: Split,
-    boxes: np.ndarray | None,
-    place: int,
-    image_id: str,
-    dtype: type | None = None,
-    objects: np.ndarray | None = None,
-) -> Image:
-    """The image at a place of a split; boxes, objects: of all its images. dtype None: features in the file's."""
+def read_image(split: Split, arrays: Iterable, dtype: Any, place: int, image_id: str) -> Image:
+    """The image at a place of a split. arrays: boxes and objects of all images, or None. dtype: of its features."""
     features, (first, last) = split.features, split.features.starts[place : place + 2]
-    stored = np.empty((last - first, features.img_dim), dtype or features.dtype)
-    rows = features.read_rows(np.arange(first, last), out=stored)
-    of_image = [None if array is None else array[first:last] for array in (boxes, objects)]
-    return Image(image_id, rows, of_image[0], objects=of_image[1], origin=f"{features.path}: image {image_id}")
+    rows = features.read_rows(np.arange(first, last), out=np.empty((last - first, features.img_dim), dtype))
+    boxes, objects = (None if array is None else array[first:last] for array in arrays)
+    return Image(image_id, rows, boxes, objects=objects, origin=f"{features.path}: image {image_id}")
 
 
 def read_json(path: Path) -> Any:

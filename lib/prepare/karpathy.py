@@ -27,10 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str, dict[str, str]]]:
-    """Captions, by split and image id, and the names that images have: by KEYS and image id. No captions, no split.
-
-    Raises InputError, with the image's place in the file.
-    """
+    """Captions by split, without empty ones, and image id; names of images by KEYS and image id. Raises InputError."""
     data = read_json(path)
     names: dict[str, dict[str, str]] = {key: {} for key in KEYS}
     if isinstance(data, dict) and "annotations" in data:
@@ -45,7 +42,8 @@ def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str
             if any(image_id in images for images in names.values()):
                 raise ValueError(f"its id {image_id} is that of an image before")
             split = splits[SPLITS[image["split"]]]
-            if captions := _captions(image):
+            texts = [one.get("raw", "").strip() or " ".join(one["tokens"]) for one in image["sentences"]]
+            if captions := [caption for caption in map(clean_caption, texts) if caption][:CAPTIONS_PER_IMAGE]:
                 split[image_id] = captions
             for key, name in known.items():
                 names[key][image_id] = name
@@ -56,9 +54,3 @@ def read_karpathy(path: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str
         first = {split: dict(list(splits[split].items())[:FIRST]) for split in ("dev", "test")}
         splits = {"train": splits["train"], **first, "devall": splits["dev"], "testall": splits["test"]}
     return {split: captions for split, captions in splits.items() if captions}, names
-
-
-def _captions(image: dict) -> list[str]:
-    """The first captions of an image, each as it was written (`raw`), else its words (`tokens`)."""
-    texts = [sentence.get("raw", "").strip() or " ".join(sentence["tokens"]) for sentence in image["sentences"]]
-    return [caption for caption in map(clean_caption, texts) if caption][:CAPTIONS_PER_IMAGE]

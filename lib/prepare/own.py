@@ -70,9 +70,7 @@ def read_splits(args: argparse.Namespace) -> tuple[dict[str, dict[str, list[str]
     return splits, {kind: {one: table[one] for one in captions if one in table} for kind, table in named.items()}
 
 
-def read_captions(
-    path: Path, image: str = "", caption: str = ""
-) -> tuple[dict[str, list[str]], dict[str, str], dict[str, str]]:
+def read_captions(path: Path, image: str = "", caption: str = "") -> tuple[dict, dict[str, str], dict[str, str]]:
     """Captions of each image and, where the file says so, its split and its file's name; in the order of the images.
 
     image, caption: the columns or keys that hold them; empty: the one of IMAGES and of CAPTIONS that is there, which is
@@ -106,10 +104,7 @@ def read_captions(
 
 
 def draw_splits(image_ids: Iterable[str], dev: float, test: float, seed: int) -> dict[str, str]:
-    """The split of each image. Depends on the ids, the parts and the seed, not on the order of the ids.
-
-    Raises InputError where no image would be left for train.
-    """
+    """The split of each image, whatever the order of the ids. Raises InputError where no image is left for train."""
     if not (0 < dev < 1 and 0 < test < 1 and seed >= 0):
         raise InputError(f"--dev {dev} --test {test} --seed {seed}: expected parts from 0 to 1, a seed from 0 on")
     ids = sorted(image_ids)

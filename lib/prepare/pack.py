@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _halve(split: Split) -> Iterator[io.Image]:
     """The images in float16. Raises InputError on NaN and on what float16 cannot hold, with the row in the file."""
-    images, boxes, objects = len(split.features), read_boxes(split), read_boxes(split, "objects", io.OBJECT)
+    images, arrays = len(split.features), (read_boxes(split), read_boxes(split, "objects", io.OBJECT))
     ids = read_ids(split) or list(map(str, range(images)))
     ends = np.searchsorted(split.image_of_caption, np.arange(images + 1))
     for place, image_id in enumerate(with_bar(ids, split.name)):
-        image = io.read_image(split, boxes, place, image_id, np.float16, objects)
+        image = io.read_image(split, arrays, np.float16, place, image_id)
         yield image._replace(captions=split.captions[ends[place] : ends[place + 1]])

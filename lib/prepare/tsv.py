@@ -46,14 +46,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"repeated image ids left out: {len(noted['repeated']):,}")
 
 
-def _read(
-    paths: Sequence[Path], read: Callable[[int], object], noted: dict[str, list[str]], skip_damaged: bool
-) -> Iterator[Image]:
-    """The images of TSV files. `read` gets the bytes of each line.
-
-    noted: gets ids that were there before (`repeated`), each image's `type`, and what is wrong with lines left out
-    (`damaged`).
-    """
+def _read(paths: Sequence[Path], read: Callable, noted: dict[str, list], skip_damaged: bool) -> Iterator[Image]:
+    """The images of TSV files. read: gets the bytes of each line. noted: gets ids that were there before (`repeated`),
+    each image's `type`, and what is wrong with lines left out (`damaged`)."""
     seen, before = set(), (0, 0)
     for path in paths:
         with open(path, "rb") as file:
@@ -95,9 +90,8 @@ def _read_row(line: bytes, origin: str) -> Image:
         return Image(image_id.decode("utf-8-sig"), _features(features, regions), of_boxes, origin=origin)
     except ValueError as error:
         what_to_do = "" if line.endswith(b"\n") else "; the file ends in this line: copy or download it again"
-        raise InputError(
-            f"{origin}: not a line of bottom-up attention, with tabs and no header ({reason(error)}){what_to_do}"
-        ) from None
+        kind = f"not a line of bottom-up attention, with tabs and no header ({reason(error)})"
+        raise InputError(f"{origin}: {kind}{what_to_do}") from None
 
 
 def _features(content: bytes, regions: int) -> np.ndarray:

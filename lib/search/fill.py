@@ -7,27 +7,26 @@ kill loses nothing of it. The processes of a job embed and write their own share
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from lib import collectives, distributed
 from lib.checkpoints.native import trained_encoder
 from lib.cli import InputError, one_line, progress_bar, reason
 from lib.config import IndexSettings
+from lib.data.batches import in_threads
 from lib.data.dataset import Split, describe_encoder, is_same_encoder, read_boxes, read_encoder, read_ids
-from lib.data.images import NotAPicture, list_pictures, load_picture
+from lib.data.images import NotAPicture, list_photographs, load_picture
 from lib.evaluation.evaluate import open_split_of
 from lib.evaluation.score import BLOCK, SEEN, Matcher, load
+from lib.files import hold_lock
+from lib.model.pooling import MeanPooling
 from lib.model.vision import Regions
 from lib.search.index import (
     ABOUT,
@@ -36,7 +35,6 @@ from lib.search.index import (
     PICTURES,
     UNREADABLE,
     Index,
-    check_model,
     connect,
     embed,
     encode,
@@ -44,20 +42,16 @@ from lib.search.index import (
     fingerprint,
     quote,
     read_about,
-    see_with,
-    vector_of,
 )
 
 COMMIT, COMMITS, LARGEST = 512, 1000, 8192  # pictures of a commit: more in a run of more commits than that, to a limit
 FILES = 16  # small files of a table above which they are joined
 AT_ONCE = 1000  # ids of one deletion
-LOCK = "index.lock"
+LOCK, BUSY = "index.lock", "writing it; wait until it has ended"
 NAMED = 20  # unreadable pictures that are printed
 APPROXIMATE = 50_000  # rows from which on the nearest ones are found by an approximate index
 UNINDEXED = 0.1  # share of them that may be compared one by one, after which that index is made anew
 OLD = timedelta(seconds=10)  # how long a query may take whose files have been replaced
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Picture(NamedTuple):
@@ -74,64 +68,52 @@ class Picture(NamedTuple):
 class Source:
     """Where pictures come from: a folder of files, or a data set's split of pictures or of region features."""
 
-    def __init__(self, name: str, pictures: list[Picture], split: Split | None = None):
-        """name: of folder or split, for the index's record. split: of region features."""
-        self.name, self.pictures, self.split = name, pictures, split
+    def __init__(self, name: str, pictures: list[Picture], preprocessing: Any, split: Split | None):
+        """name: of folder or split, for the index's record. preprocessing: of files. split: of region features."""
+        self.name, self.pictures, self.preprocessing, self.split = name, pictures, preprocessing, split
         self.boxes = read_boxes(split) if split else None
 
-    def load(self, preprocessing: Any, part: Sequence[Picture]) -> list[Any]:
+    def load(self, part: Sequence[Picture]) -> list[Any]:
         """Of each picture its regions, what `Matcher.see` takes, or NotAPicture that says why it cannot be had."""
-        if self.split:
-            return [self._regions(picture.place) for picture in part]
-        return [_load(picture.path, preprocessing) for picture in part]
-
-    def _regions(self, place: int) -> Regions:
-        assert self.split
-        features, rows = self.split.features, slice(*self.split.features.starts[place : place + 2])
-        boxes: Any = None if self.boxes is None else torch.from_numpy(self.boxes[rows])
-        return Regions(torch.from_numpy(features.read(np.array([place]))), boxes)
-
-
-def _load(path: str, preprocessing: Any) -> Any:
-    try:
-        return load_picture(path, preprocessing)
-    except NotAPicture as error:
-        return error
+        loaded: list[Any] = []
+        for one in part:
+            if self.split:
+                features = self.split.features
+                rows = slice(*features.starts[one.place : one.place + 2])
+                boxes: Any = None if self.boxes is None else torch.from_numpy(self.boxes[rows])
+                loaded.append(Regions(torch.from_numpy(features.read(np.array([one.place]))), boxes))
+                continue
+            try:
+                loaded.append(load_picture(one.path, self.preprocessing))
+            except NotAPicture as error:
+                loaded.append(error)
+        return loaded
 
 
 def index(settings: IndexSettings) -> None:
-    """Make an index of a folder of pictures or a split, or bring it up to date. All processes of a job must call this.
-
-    Raises InputError.
-    """
-    about, first = read_about(settings.index), distributed.is_first()
-    matcher = load_matcher(settings, about)
-    if about:
-        check_model(about, settings.index, matcher)
-    source = find_pictures(settings, matcher)
-    with writing_alone(settings.index) if first else nullcontext():
+    """Make an index or bring it up to date. All processes of a job must call this. Raises InputError."""
+    uri, first = settings.index, distributed.is_first()
+    given = {name: getattr(settings, name) for name in ("device", "precision", "engine", "image_weights")}
+    about = {"checkpoint": "", "bert": "", **read_about(uri)}  # by default the index's own model, else the newest
+    matcher = load(settings.checkpoint or about["checkpoint"], settings.bert or about["bert"], **given)
+    if "model" in about:
+        Index(uri, matcher)  # refuses another model
+    source, alone = find_pictures(settings, matcher), first and "://" not in uri
+    with hold_lock(Path(uri) / LOCK, f"--index {uri}", BUSY) if alone else nullcontext():
         if first:
             make_tables(settings, matcher, source)
         with matcher.compute.in_force(), distributed.joined(matcher.compute.device):  # the others wait there
-            job = Filling(Index(settings.index, matcher), source)
+            job = Filling(Index(uri, matcher), source)
             todo, changed = collectives.from_first(job.compare() if first else None)
             job.embed(todo, changed, settings.workers)
         if first:
             job.finish(todo, changed)
 
 
-def load_matcher(settings: IndexSettings, about: dict[str, Any]) -> Matcher:
-    """The model that is asked for, else the index's own, else the newest. about: what the index says of itself."""
-    given = {name: getattr(settings, name) for name in ("device", "precision", "engine", "image_weights")}
-    checkpoint, bert = settings.checkpoint or about.get("checkpoint", ""), settings.bert or about.get("bert", "")
-    return load(checkpoint, bert=bert, **given)
-
-
 def find_pictures(settings: IndexSettings, matcher: Matcher) -> Source:
     """The pictures of the folder, or of the split. Raises InputError where there are none."""
     if settings.photos:
-        see_with(matcher)  # which may not be known: before anything is made
-        return _find_photographs(Path(settings.photos))
+        return _find_photographs(Path(settings.photos).resolve(), matcher.vision.preprocessing)
     split, _ = open_split_of([matcher.content], settings)
     ids = read_ids(split) or []
     if len(set(ids)) != len(split.features):
@@ -139,52 +121,30 @@ def find_pictures(settings: IndexSettings, matcher: Matcher) -> Source:
     captions: list[list[str]] = [[] for _ in ids]
     for caption, image in zip(split.captions, split.image_of_caption, strict=True):
         captions[image].append(caption)
-    if matcher.model.vision:
+    if vision := matcher.model.vision:
         found = [(str(path), os.stat(path)) for path in split.features.paths]
     else:  # one file of all images, and perhaps the folder that it was made of
         folder = (read_encoder(split.folder) or {}).get("folder")
         of_file = os.stat(split.features.path)
         found = [(str(split.folder.resolve() / folder / one) if folder else "", of_file) for one in ids]
-    pictures = [
-        Picture(one, path, stat.st_size, stat.st_mtime_ns, place, tuple(captions[place]))
-        for place, (one, (path, stat)) in enumerate(zip(ids, found, strict=True))
-    ]
-    return Source(f"{split.folder.resolve()} {split.name}", pictures, None if matcher.model.vision else split)
+    pictures = []
+    for place, (one, (path, stat)) in enumerate(zip(ids, found, strict=True)):
+        pictures.append(Picture(one, path, stat.st_size, stat.st_mtime_ns, place, tuple(captions[place])))
+    read = (vision.preprocessing, None) if vision else (None, split)
+    return Source(f"{split.folder.resolve()} {split.name}", pictures, *read)
 
 
-def _find_photographs(folder: Path) -> Source:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of pictures")
-    folder, pictures = folder.resolve(), []
-    names, others = list_pictures(folder)
+def _find_photographs(folder: Path, preprocessing: Any) -> Source:
+    names, unlisted, _ = list_photographs(folder)  # refuses none: the disk may be missing, and its index stays
+    print(*(f"left out: {name}\n" for name in unlisted), sep="", end="")
+    pictures = []
     for place, name in enumerate(names):
-        if not name.isprintable():
-            print(f"left out: {name!a}: its name is not printable text")
-            continue
         with suppress(FileNotFoundError):  # deleted meanwhile
             stat = os.stat(folder / name)
             pictures.append(Picture(name, str(folder / name), stat.st_size, stat.st_mtime_ns, place))
-    if not pictures:  # perhaps a disk that is not there: an index that was made of it stays
-        raise InputError(f"{folder}: no pictures in it, nor in folders below it; other files: {others:,}")
-    return Source(str(folder), pictures)
-
-
-@contextmanager
-def writing_alone(uri: str) -> Iterator[None]:
-    """Holds the lock of an index on a disk of this machine. Raises InputError where another process writes it."""
-    if "://" in uri:
-        yield
-        return
-    lock = FileLock(Path(uri) / LOCK)
-    try:
-        Path(uri).mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)  # released with the process, however it ends
-    except Timeout:
-        raise InputError(f"--index {uri}: another process is writing it; wait until it has ended") from None
-    except OSError as error:
-        raise InputError(f"--index {uri}: cannot be written ({reason(error)})") from None
-    with lock:
-        yield
+    if not pictures:
+        raise InputError(f"{folder}: its pictures have just gone")
+    return Source(str(folder), pictures, preprocessing, None)
 
 
 @contextmanager
@@ -212,14 +172,16 @@ def make_tables(settings: IndexSettings, matcher: Matcher, source: Source) -> No
             made, now = (describe_encoder(one) for one in (about["encoder"], encoder))
             raise InputError(f"--index {uri}: was made of regions by {made}, these are by {now}; take another index")
         return
-    path = Path(matcher.content["path"])
+    path, head, pooling = Path(matcher.content["path"]), matcher.model.global_head, matcher.model.pooling
+    found_by = "global head" if pooling is head else "pooled by the similarity itself"
+    if type(pooling) is MeanPooling:
+        found_by = "mean region and mean word: the model has no global head"
     about = {
         **{"format": FORMAT, "model": fingerprint(matcher), "encoder": encoder, "source": source.name},
         **{"checkpoint": str(path.resolve() if path.exists() else path), "bert": settings.bert},  # a hub's name stays
         **{"dims": matcher.model.architecture["embed_size"], "regions": settings.compress or "float16"},
-        "vector": vector_of(matcher),
+        "vector": found_by,
     }
-    head = matcher.model.global_head
     vector = ("vector", pa.list_(pa.float32(), head.dims if head else about["dims"]))
     file = [("id", pa.string()), ("path", pa.string()), ("size", pa.int64()), ("time", pa.int64())]
     pictures = pa.schema([*file, vector, ("regions", pa.large_binary()), ("boxes", pa.binary())])
@@ -242,7 +204,10 @@ class Filling:
 
     def compare(self) -> tuple[list[Picture], set[str]]:
         """The pictures to embed, and the ids of those among them that have changed; what is gone is taken out."""
-        known, unreadable = _files(self.index.pictures), _files(self.index.unreadable)
+        known, unreadable = (  # by id: size and time of the file
+            {one: tuple(file) for one, *file in zip(*_columns(table, "id", "size", "time"), strict=True)}
+            for table in (self.index.pictures, self.index.unreadable)
+        )
         listed = {picture.id: (picture.size, picture.time) for picture in self.source.pictures}
         changed = {one for one, file in known.items() if listed.get(one, file) != file}
         todo = [one for one in self.source.pictures if one.id not in known and unreadable.get(one.id) != listed[one.id]]
@@ -251,12 +216,9 @@ class Filling:
         again = [one for one, file in unreadable.items() if listed.get(one) != file]
         orphans = set(_columns(self.index.captions, "picture")[0]) - (known.keys() - gone)
         with written_whole(self.index.uri):
-            for table, column, ids in (
-                (self.index.captions, "picture", orphans),  # of a write that was cut off, too
-                (self.index.pictures, "id", gone),
-                (self.index.unreadable, "id", again),
-            ):
-                _remove(table, column, ids)
+            _remove(self.index.captions, "picture", orphans)  # of a write that was cut off, too
+            _remove(self.index.pictures, "id", gone)
+            _remove(self.index.unreadable, "id", again)
         self.removed = len(gone)
         return todo, changed
 
@@ -267,9 +229,8 @@ class Filling:
         parts = parts[distributed.rank() :: distributed.world_size()]
         rows: dict[str, list[dict]] = {PICTURES: [], CAPTIONS: [], UNREADABLE: []}
         threads = min(workers, max(1, (os.cpu_count() or 1) // distributed.local_count()))
-        read = partial(self.source.load, None if self.source.split else see_with(self.matcher).preprocessing)
         with progress_bar("pictures", sum(map(len, parts))) as bar:
-            for part, loaded in zip(parts, ahead(read, parts, threads), strict=True):
+            for part, loaded in zip(parts, in_threads(self.source.load, parts, threads), strict=True):
                 self._describe(part, loaded, rows)
                 bar.update(len(part))
                 distributed.heartbeat()
@@ -282,7 +243,7 @@ class Filling:
         readable = [pair for pair in zip(part, loaded, strict=True) if not isinstance(pair[1], NotAPicture)]
         for picture, error in zip(part, loaded, strict=True):
             if isinstance(error, NotAPicture):
-                rows[UNREADABLE].append(_of_file(picture) | {"why": one_line(str(error))})
+                rows[UNREADABLE].append(picture._asdict() | {"why": one_line(str(error))})
         if not readable:
             return
         regions = [one for _, one in readable]
@@ -296,7 +257,7 @@ class Filling:
         for (picture, _), one, own, vector in zip(readable, regions, embedded, vectors.cpu().numpy(), strict=True):
             boxes = None if one.boxes is None else one.boxes.float().cpu().numpy().tobytes()
             stored = {"vector": vector, "regions": encode(own, about["regions"]), "boxes": boxes}
-            rows[PICTURES].append(_of_file(picture) | stored)
+            rows[PICTURES].append(picture._asdict() | stored)
         captions = [(picture.id, caption) for picture, _ in readable for caption in picture.captions]
         of_captions = encode_captions(self.matcher, [caption for _, caption in captions])[2] if captions else []
         for (one, caption), vector in zip(captions, of_captions, strict=True):
@@ -325,13 +286,9 @@ class Filling:
             for table in (self.index.pictures, self.index.captions, self.index.unreadable):
                 tidy(table)
         tried = {picture.id for picture in todo}
-        failed = {
-            one: rest
-            for one, *rest in zip(*_columns(self.index.unreadable, "id", "path", "why"), strict=True)
-            if one in tried
-        }
-        for path, why in list(failed.values())[:NAMED]:
-            print(f"unreadable: {path}: {why}")
+        unreadable = zip(*_columns(self.index.unreadable, "id", "path", "why"), strict=True)
+        failed = {one: f"unreadable: {path}: {why}" for one, path, why in unreadable if one in tried}
+        print(*(f"{line}\n" for line in list(failed.values())[:NAMED]), sep="", end="")
         done = {"new": tried - changed - failed.keys(), "changed": changed - failed.keys(), "unreadable": failed}
         parts = {name: len(ids) for name, ids in done.items()} | {"removed": self.removed}
         what = ", ".join(f"{number:,} {name}" for name, number in parts.items() if number) or "nothing new"
@@ -360,34 +317,6 @@ def tidy(table: Any) -> None:
         parts = round(count**0.5)
         config = lancedb.index.IvfFlat("dot", num_partitions=parts, max_iterations=10, sample_rate=64)
         table.create_index("vector", config=config, replace=True)
-
-
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """The results of some work, in order; so many threads do it in advance, this one where there are none."""
-    if not threads:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(threads) as executor:
-        waiting: deque[Future] = deque()
-        for item in items:
-            waiting.append(executor.submit(work, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-# Rows
-
-
-def _of_file(picture: Picture) -> dict[str, Any]:
-    return {"id": picture.id, "path": picture.path, "size": picture.size, "time": picture.time}
-
-
-def _files(table: Any) -> dict[str, tuple[int, int]]:
-    """Size and time of the file of each id."""
-    ids, sizes, times = _columns(table, "id", "size", "time")
-    return dict(zip(ids, zip(sizes, times, strict=True), strict=True))
 
 
 def _columns(table: Any, *names: str) -> list[list]:

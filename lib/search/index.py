@@ -29,7 +29,6 @@ from lib.evaluation.attention import Attention, explain
 from lib.evaluation.score import Block, Matcher, load
 from lib.model.engine import CombinedScorer
 from lib.model.layers import pad_rows, real_rows, upload
-from lib.model.pooling import MeanPooling
 
 FORMAT, ABOUT = "x-dim index 1", b"x-dim"  # what the metadata of `pictures` say, and under which name
 PICTURES, CAPTIONS, UNREADABLE = "pictures", "captions", "unreadable"
@@ -57,7 +56,9 @@ class Index:
     def __init__(self, uri: str, matcher: Matcher):
         """Raises InputError where the index is another model's."""
         self.uri, self.matcher, self.about = uri, matcher, read_about(uri)
-        check_model(self.about, uri, matcher)
+        if self.about["model"] != (found := fingerprint(matcher)):
+            by = f"was made by the model {self.about['model'][:16]} ({self.about['checkpoint']}), not by {found[:16]}"
+            raise InputError(f"--index {uri}: {by} ({matcher.content['path']}); name its checkpoint, or another index")
         database = connect(uri)
         self.pictures, self.captions, self.unreadable = map(database.open_table, (PICTURES, CAPTIONS, UNREADABLE))
 
@@ -97,41 +98,38 @@ class Index:
         times["find"] = time.perf_counter()
         if not len(rows):
             return []
-        regions, real = self.read_regions(rows)
+        block = self.read_regions(rows)
         times["read"] = time.perf_counter()
-        scores = self.score(words, lengths, regions, real, 1 - torch.tensor(rows["_distance"].to_numpy()))
+        scores = self.score(words, lengths, block, 1 - torch.tensor(rows["_distance"].to_numpy()))
         ids = rows["id"].to_pylist()
         order = sorted(range(len(ids)), key=lambda k: (-scores[k], ids[k]))[:top]
-        best = torch.tensor(order)
-        of_words = self._score_words(text, words, regions[best], None if real is None else real[best])
+        of_words: list[list] = [[]] * len(order)
+        if hasattr(self.matcher.model.similarity, "explain"):
+            best = Block(slice(top), block.regions[order], None if block.real is None else block.real[order])
+            seen = explain(self.matcher, best, words, text, self.dependency)
+            of_words = [list(zip(one.words, one.scores.tolist(), strict=True)) for one in seen]
         times["rank"] = time.perf_counter()
-        answers = zip(rows.take(order).to_pylist(), order, of_words, strict=True)
         return [
             Found(row["id"], row["path"], float(scores[k]), each, boxes=_to_boxes(row["boxes"]))
-            for row, k, each in answers
+            for row, k, each in zip(rows.take(order).to_pylist(), order, of_words, strict=True)
         ]
 
     def explain(self, id: str, text: str) -> Attention:
-        """What the score of a picture and a sentence is made of, from the regions that the index holds.
-
-        Raises InputError where the picture is no longer in it, or the similarity attends to nothing.
-        """
+        """What the score of a stored picture and a sentence is made of. Raises InputError, also without attention."""
         with refusing(f"--index {self.uri}: cannot be read"):
             row = self.pictures.search().where(f"id = {quote(id)}").select(["vector", "regions", "boxes"]).to_arrow()
         if not len(row):
             raise InputError(f"--index {self.uri}: {id} is no longer in it")
-        (words, lengths, vector), (regions, real) = self.encode(text), self.read_regions(row)
-        score = self.score(words, lengths, regions, real, vector.cpu() @ torch.tensor(row["vector"][0].as_py()))
-        (found,) = explain(self.matcher, regions, real, words, text, [0.0])
+        (words, lengths, vector), block = self.encode(text), self.read_regions(row)
+        score = self.score(words, lengths, block, vector.cpu() @ torch.tensor(row["vector"][0].as_py()))
+        (found,) = explain(self.matcher, block, words, text, self.dependency)
         return found._replace(score=score.item(), boxes=_to_boxes(row["boxes"][0].as_py()))
 
     def query_picture(self, picture: Any, top: int = 10, times: Times = None) -> tuple[list[Found], list[Found]]:
-        """The pictures and the captions nearest to a picture (a path, or PIL's), by the cosine of their vectors.
-
-        X-Dim scores pictures against words only, so that nothing is ranked again. Raises InputError.
-        """
+        """The pictures and captions nearest to a picture (a path, or PIL's), by the cosine of vectors alone, as X-Dim
+        scores pictures against words only. Raises InputError."""
         try:
-            pixels, size = load_picture(picture, see_with(self.matcher).preprocessing)
+            pixels, size = load_picture(picture, self.matcher.vision.preprocessing)
         except NotAPicture as error:
             raise InputError(f"{picture}: {error}") from None
         times = {} if times is None else times
@@ -163,39 +161,32 @@ class Index:
                 search = search.bypass_vector_index()
             return search.select([*columns, "_distance"]).to_arrow()
 
-    def read_regions(self, rows: Any) -> tuple[Tensor, Tensor | None]:
-        """Regions (n, R, D) float32 of rows, on the device, and which of them are real, None for all."""
+    def read_regions(self, rows: Any) -> Block:
+        """The regions of rows (n), in float32, on the device."""
         device, dims = self.matcher.compute.device, self.about["dims"]
-        regions = [decode(one, dims, self.about["regions"]) for one in _buffers(rows["regions"])]
+        buffers = (memoryview(one.as_buffer()) for one in rows["regions"])  # which are not copied
+        regions = [decode(one, dims, self.about["regions"]) for one in buffers]
         counts = torch.tensor([len(one) for one in regions])
         packed = upload(torch.from_numpy(np.concatenate(regions)), device).float()
-        return pad_rows(packed, counts), real_rows(counts, device)
+        return Block(slice(len(rows)), pad_rows(packed, counts), real_rows(counts, device))
 
-    def score(self, words: Tensor, lengths: Tensor, regions: Tensor, real: Tensor | None, cosines: Tensor) -> Tensor:
-        """Exact scores (n,) of regions (n, R, D) and one sentence, on the CPU. cosines: (n,), of the vectors."""
+    def score(self, words: Tensor, lengths: Tensor, block: Block, cosines: Tensor) -> Tensor:
+        """Exact scores (n,) of pictures and one sentence, on the CPU. cosines: (n,), of the vectors."""
         with self.matcher.compute.in_force():
             scorer: Any = self._scorer
-            cosine = torch.zeros(())
+            added = torch.zeros(())
             if isinstance(scorer, CombinedScorer):
-                cosine = scorer.weight.cpu() * cosines
-                scorer = scorer.own
-            return scorer.all_pairs(regions, scorer.captions(words, lengths), real)[:, 0].cpu() + cosine
+                scorer, added = scorer.own, scorer.weight.cpu() * cosines
+            return scorer.all_pairs(block.regions, scorer.captions(words, lengths), block.real)[:, 0].cpu() + added
 
     @cached_property
     def _scorer(self) -> Any:
         return self.matcher.scorer()
 
     @cached_property
-    def _dependency(self) -> Tensor | None:
-        """X-Dim's dependency matrix: with 1,024 dimensions it takes as long as all else of a word's scores."""
-        return self.matcher.model.similarity.dependency()
-
-    def _score_words(self, text: str, words: Tensor, regions: Tensor, real: Tensor | None) -> list[list]:
-        """For each picture (n) the words of a sentence with their scores; nothing where the similarity has none."""
-        if not hasattr(self.matcher.model.similarity, "explain"):
-            return [[]] * len(regions)
-        found = explain(self.matcher, regions, real, words, text, [0.0] * len(regions), self._dependency)
-        return [list(zip(one.words, one.scores.tolist(), strict=True)) for one in found]
+    def dependency(self) -> Tensor | None:
+        """The model's: with 1,024 dimensions it takes as long as all else of a word's scores."""
+        return self.matcher.dependency()
 
 
 # The database
@@ -231,32 +222,12 @@ def read_about(uri: str) -> dict[str, Any]:
     return about
 
 
-def check_model(about: dict[str, Any], uri: str, matcher: Matcher) -> None:
-    """Raises InputError where an index is another model's."""
-    if about["model"] != (found := fingerprint(matcher)):
-        by = f"was made by the model {about['model'][:16]} ({about['checkpoint']}), not by {found[:16]}"
-        raise InputError(f"--index {uri}: {by} ({matcher.content['path']}); name its checkpoint, or another index")
-
-
 def fingerprint(matcher: Matcher) -> str:
     """SHA-256 of a model: the checksum that its file carries, else one of its weights."""
     return matcher.content.get("sha256") or digest("", matcher.model.state_dict())
 
 
-def vector_of(matcher: Matcher) -> str:
-    """What the vectors of a model are, in words."""
-    model, pooling = matcher.model, matcher.model.pooling
-    if type(pooling) is MeanPooling:
-        return "mean region and mean word: the model has no global head"
-    return "global head" if pooling is model.global_head else "pooled by the similarity itself"
-
-
 # Embeddings as they are stored
-
-
-def see_with(matcher: Matcher) -> Any:
-    """The vision model that a model's pictures go through, its own or that of its regions. Raises InputError."""
-    return matcher.model.vision or matcher.vision
 
 
 @torch.inference_mode()
@@ -292,11 +263,6 @@ def decode(data: Any, dims: int, form: str) -> np.ndarray:
     return np.frombuffer(data, np.int8, offset=4 * count).reshape(count, dims) * scales
 
 
-def _buffers(column: Any) -> list[memoryview]:
-    """The bytes of each row of a binary column, without copying them."""
-    return [memoryview(one.as_buffer()) for one in column]
-
-
 def quote(text: str) -> str:
     """A text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
@@ -304,9 +270,6 @@ def quote(text: str) -> str:
 
 def _to_boxes(data: bytes | None) -> np.ndarray | None:
     return None if data is None else np.frombuffer(data, np.float32).reshape(-1, 4)
-
-
-# The program
 
 
 def answer(settings: QuerySettings) -> str:
@@ -330,9 +293,8 @@ def _table(rows: Sequence[Found]) -> str:
     """A line for each answer, the words' scores below it."""
     lines = []
     for rank, one in enumerate(rows, start=1):
-        lines.append(
-            f"{rank:>4}  {one.score:7.4f}  {one.caption or one.path or one.id}" + f"  ({one.id})" * bool(one.caption)
-        )
+        name = f"{one.caption}  ({one.id})" if one.caption else one.path or one.id
+        lines.append(f"{rank:>4}  {one.score:7.4f}  {name}")
         if one.words:
             lines.append(" " * 15 + "  ".join(f"{word} {score:.2f}" for word, score in one.words))
     return "\n".join(lines)

@@ -134,16 +134,13 @@ class Page:
         with self.alone:
             seen = self.index.explain(found[place].id, text)
             used = np.argsort(-np.abs(seen.groups), kind="stable")[:GROUPS].tolist()
-            others = partners(self.index.matcher, used, PARTNERS)
+            others = partners(self.index.dependency, used, PARTNERS)
         return title + _draw_words(found[place], seen) + _list_groups(seen.groups, used, others)
 
 
 def _spell(times: dict[str, float], how: str) -> str:
     spent = dict(zip([*times][1:], 1000 * np.diff([*times.values()]), strict=True))
     return f"{sum(spent.values()):.0f} ms = {' + '.join(f'{part} {one:.0f}' for part, one in spent.items())}; {how}"
-
-
-# Pictures
 
 
 def open_own(found: Found) -> PIL.Image.Image:
@@ -176,10 +173,8 @@ def _draw_words(found: Found, seen: Attention) -> str:
             raise NotAPicture("the index has no boxes of its regions")
     except NotAPicture as error:
         return f"<p>Nothing to draw: {escape(str(error))}. Scores of the words: {', '.join(named)}</p>"
-    figures = ""
-    for pixels, text in zip(
-        light(picture, seen.boxes, seen.weights[:DRAWN], LIT), ["the picture", *named], strict=False
-    ):
+    figures, lit = "", light(picture, seen.boxes, seen.weights[:DRAWN], LIT)
+    for pixels, text in zip(lit, ["the picture", *named], strict=False):
         PIL.Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG")
         data = base64.b64encode(file.getvalue()).decode()
         figures += f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption>{text}</figcaption></figure>'

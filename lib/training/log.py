@@ -48,10 +48,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, tensorboard_folder: Path, step: int, settings: TrainSettings | None = None):
-        """step: finished steps; what TensorBoard has of later ones, left by the run that is now resumed, is dropped.
-
-        Raises InputError where the package of --track is missing.
-        """
+        """step: finished ones; TensorBoard's of later ones are dropped. Raises InputError without --track's package."""
         self._path, self._tensorboard_folder, self._step = folder / "run.log", tensorboard_folder, step
         self._writer: Any = None  # SummaryWriter
         self._settings, self._end = settings, None  # the end: what tells TensorBoard that a run is done
@@ -176,10 +173,7 @@ class StepFigures:
         self._since, self._has_line = 0.0, False  # when they began; whether there was a line
 
     def add(self, step: int, figures: Tensor) -> bool:
-        """figures: (3,) on the device, as `train_step` returns them. Raises as `read` does.
-
-        Returns whether a line is overdue: the first one, or another one after LINE_INTERVAL.
-        """
+        """Note a step's (3,), on the device. Whether a line is due, as every LINE_INTERVAL. Raises as `read`."""
         self._unread.append((step, figures))
         if len(self._unread) >= READ_EVERY:
             self.read()
@@ -209,10 +203,9 @@ class StepFigures:
     def _check(self, step: int, loss: float, gradient_norm: float, spread: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             before = f"; the last checkpoint in {self._folder} is from before" * bool(checkpoints(Path(self._folder)))
-            raise TrainingStopped(
-                f"step {step}: the loss is {loss}, the gradient norm {gradient_norm}{before}; start again with a lower "
-                "--learning_rate or with --precision fp32"
-            )
+            advice = "start again with a lower --learning_rate or with --precision fp32"
+            found = f"the loss is {loss}, the gradient norm {gradient_norm}{before}"
+            raise TrainingStopped(f"step {step}: {found}; {advice}")
         limit, progress = COLLAPSED * self._margin, self._progress
         progress.collapsed = progress.collapsed + 1 if spread < limit else 0  # NaN is not below
         if progress.collapsed == COLLAPSED_STEPS:

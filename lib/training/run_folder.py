@@ -17,13 +17,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from lib import distributed
 from lib.checkpoints.native import BEST, LAST, OLD_BEST, Damaged, find_checkpoint, verify, write_state, write_weights
 from lib.checkpoints.record import RECORD, read_record, write_record
 from lib.cli import InputError, TrainingStopped, reason
-from lib.files import TEMPORARY, replacing, sync_folder
+from lib.files import TEMPORARY, hold_lock, replacing, sync_folder
 
 LOCK = "run.lock"
 OTHERS = (LAST, BEST, OLD_BEST)
@@ -92,10 +92,8 @@ def refuse_used(folder: Path, progress: Progress, resumed: Path | None, damaged:
         raise InputError(f"--model_name {folder}: holds a run already; --resume {folder} continues it, or name another")
     later = [path for path in step_files(folder) if path not in damaged and step_of(path) > progress.step]
     if resumed and later:
-        raise InputError(
-            f"--resume {resumed}: {later[0]} is later; continue with --resume {folder}, "
-            "or branch off into a new folder with --model_name"
-        )
+        advice = f"continue with --resume {folder}, or branch off into a new folder with --model_name"
+        raise InputError(f"--resume {resumed}: {later[0]} is later; {advice}")
 
 
 class RunFolder:
@@ -121,27 +119,18 @@ class RunFolder:
 
     def _take(self) -> None:
         """Make the folder where it is missing, and hold its lock. Raises InputError."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / LOCK)
-            lock.acquire(blocking=False)  # released with the process, however it ends
-        except Timeout:
-            raise InputError(f"--model_name {self.path}: another process is training there") from None
-        except OSError as error:
-            raise InputError(f"--model_name {self.path}: cannot be written ({reason(error)})") from None
-        self._lock, self._inode = lock, os.stat(self.path / LOCK).st_ino
-
-    def _is_own(self) -> bool:
-        """Whether the folder still has the lock that this process holds. Raises InputError where that is not known."""
-        try:
-            return os.stat(self.path / LOCK).st_ino == self._inode
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be looked at ({reason(error)})") from None
+        self._lock = hold_lock(self.path / LOCK, f"--model_name {self.path}", "training there")
+        self._inode = os.stat(self.path / LOCK).st_ino
 
     def _take_again(self) -> None:
         """Make the folder again where somebody has deleted it. Raises TrainingStopped where another run is in it."""
+        try:
+            if os.stat(self.path / LOCK).st_ino == self._inode:
+                return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be looked at ({reason(error)})") from None
         try:
             self._take()
             there = (read_record(self.path) or {"run": self._record["run"]}).get("run")
@@ -188,8 +177,7 @@ class RunFolder:
             return
         for wait in (*WAITS, None):
             try:
-                if not self._is_own():
-                    self._take_again()
+                self._take_again()
                 return self._write(state, progress)
             except InputError as error:
                 if wait is None:

@@ -28,7 +28,7 @@ def test_the_score_follows_from_the_weights_and_is_the_sum_of_the_groups(tmp_pat
     model, features, block, words = make(tmp_path, gate=gate)
     similarity, scores = model.model.similarity, model.score(features, [CAPTION])[:, 0]
     D = similarity.dependency().detach()
-    found = explain(model, block.regions, block.real, words, CAPTION, [0.0] * 3, joined=False)
+    found = explain(model, block, words, CAPTION, joined=False)
     for image, one in enumerate(found):
         regions = block.regions[image][: len(features[image])]
         assert one.weights.shape == (len(words), len(regions))
@@ -76,9 +76,9 @@ def test_pictures_have_boxes_and_a_sentence_of_500_words_ends_where_the_model_do
 
 def test_partners_are_the_largest_entries_of_a_row_of_the_dependency_matrix(tmp_path):
     model, _, _, _ = make(tmp_path)
-    D = model.model.similarity.dependency().detach().numpy()
-    for dim, found in zip((3, 0), partners(model, [3, 0], 4), strict=True):
-        others = sorted((k for k in range(16) if k != dim), key=lambda k: -D[dim, k])[:4]
+    D = model.model.similarity.dependency().detach()
+    for dim, found in zip((3, 0), partners(D, [3, 0], 4), strict=True):
+        others = sorted((k for k in range(16) if k != dim), key=lambda k: -D[dim, k].item())[:4]
         assert [k for k, _ in found] == others
         np.testing.assert_allclose([weight for _, weight in found], D[dim, others], rtol=1e-6)
 

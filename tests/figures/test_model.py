@@ -107,7 +107,7 @@ def test_a_word_gets_what_the_group_adds_by_the_formula_and_regions_share_it_by_
     (block,) = matcher.embed_images([matcher.batch([regions])])
     words, _ = matcher.embed_captions(matcher.tokenizer.tokenize(split.captions[:1]), 1)
     D = matcher.model.similarity.dependency().detach()
-    _, U = model.explain_pieces(matcher, block.regions, None, words)
+    _, U = model.explain_pieces(matcher, block, words)
     for dimension, added in enumerate(U[0, 1:-1].T):  # without [CLS] and [SEP]
         group = model.respond(matcher, split, dimension, pairs=1)
         assert group.partners[0] == (int(D[dimension].argmax()), pytest.approx(D[dimension].max().item()))

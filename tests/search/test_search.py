@@ -102,7 +102,7 @@ def test_with_all_pictures_as_candidates_the_answer_is_the_ranking_of_eval(featu
         rows = searched.pictures.search().where(f"id = '{first.id}'").to_arrow()
         with torch.inference_mode():
             D, temperature = (similarity := searched.matcher.model.similarity).dependency(), similarity.log_temperature
-            scores = score_words(searched.read_regions(rows)[0], words, D, temperature.exp())[0]
+            scores = score_words(searched.read_regions(rows).regions, words, D, temperature.exp())[0]
         assert first.score == pytest.approx(scores.mean().item(), abs=1e-5)
         pieces = tokenizer.tokenize([QUERY]).words
         for number, (_, of_word) in enumerate(first.words):

@@ -10,7 +10,6 @@ An interrupted run leaves nothing under the folders' names and begins again.
 import argparse
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from lib.cli import InputError, with_bar
+from lib.data.batches import in_threads
 from lib.data.dataset import ENCODER
 from lib.files import new_folder
 from lib.model.vision import Preprocessing, Regions, VisionModel
@@ -101,15 +101,11 @@ def _is_missing(folder: Path, flag: str, name: str, text: str) -> bool:
 
 def _write_splits(folder: Path, sizes: dict[str, int], seed: int) -> None:
     (folder / "images").mkdir()
-    threads = torch.get_num_threads()
-    # On tensors this small, the threads within an operation wait for one another longer than they work
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        for split, count in sizes.items():
-            make = partial(_make_images, folder / "images", feature_scale(), seed, split)
-            parts = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-            batches = with_bar(executor.map(make, parts), f"{split} batches", len(parts))
-            write_split(folder, split, chain.from_iterable(batches))
-    torch.set_num_threads(threads)
+    for split, count in sizes.items():
+        make = partial(_make_images, folder / "images", feature_scale(), seed, split)
+        parts = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+        made = in_threads(make, parts, torch.get_num_threads(), alone=True)
+        write_split(folder, split, chain.from_iterable(with_bar(made, f"{split} batches", len(parts))))
 
 
 def _make_images(folder: Path, scale: tuple, seed: int, split: str, indices: range) -> list[Image]:
@@ -163,9 +159,8 @@ class SceneVision(VisionModel):
 
     def __init__(self, name: str, regions: int, image_size: int, whole: bool, weights: str | None, config: dict | None):
         if weights or image_size not in (0, PICTURE_SIZE) or regions not in (0, REGIONS):
-            raise ValueError(
-                f"{name}: has no weights, and finds {REGIONS} regions in pictures of {PICTURE_SIZE} pixels"
-            )
+            what = f"has no weights, and finds {REGIONS} regions in pictures of {PICTURE_SIZE} pixels"
+            raise ValueError(f"{name}: {what}")
         preprocessing = Preprocessing((PICTURE_SIZE, PICTURE_SIZE), (0, 0), "bilinear", (0.0,) * 3, (1.0,) * 3)
         super().__init__(name, nn.Identity(), preprocessing)
         self.network.register_buffer("version", torch.tensor(VERSION))  # so that the fingerprint depends on it

@@ -27,11 +27,8 @@ IMG_DIM = 414  # of a feature: what the parts below add up to
 
 
 def describe(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Region boxes and features of pictures.
-
-    `pictures`: uint8 (B, 3, H, W), H = W. Returns boxes (B, REGIONS, 4), float32 x1 y1 x2 y2 in pixels, and features
-    (B, REGIONS, D), float32, not standardised.
-    """
+    """Of pictures uint8 (B, 3, H, W), H = W, boxes (B, REGIONS, 4), x1 y1 x2 y2 in pixels, and features
+    (B, REGIONS, D), not standardised, in float32."""
     rgb = pictures.float() / 255
     boxes = propose(rgb)
     pooled = torch.cat([_colour(rgb, boxes), _edges(rgb, boxes), _texture(rgb, boxes), _silhouette(rgb, boxes)], dim=1)
