@@ -24,6 +24,7 @@ MARGIN = 0.2
 VARIANTS = {  # name: (similarity, gate)
     "xdim": ("xdim", "adaptive"),
     "xdim:diagonal": ("xdim", "diagonal"),
+    "xdim:uniform": ("xdim", "uniform"),
     "independent": ("independent", "adaptive"),
     "gpo": ("gpo", "adaptive"),
 }

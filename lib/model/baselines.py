@@ -29,6 +29,40 @@ class DiagonalGate(AdaptiveGate):
 
     diagonal = True
 
+    def gram_rows(self, D: Tensor) -> Tensor:
+        """The diagonal (1, D) of D^T D."""
+        return D.square().sum(dim=0)[None]
+
+
+class UniformGate(nn.Module):
+    """All dimensions depend on each other alike, and nothing is learned: D^T D is 1 on its diagonal and `correlation`
+    elsewhere, so that an engine takes norms by two numbers (docs/gate.md).
+    """
+
+    diagonal = False
+    ones: Tensor
+
+    def __init__(self, embed_size: int, correlation: float = 0.08):
+        super().__init__()
+        if not 0 <= correlation < 1:
+            raise ValueError(f"--gate uniform: correlation={correlation} is not from 0 to below 1")
+        self.embed_size, self.correlation = embed_size, correlation
+        self.register_buffer("ones", torch.ones(embed_size), persistent=False)
+
+    def forward(self) -> Tensor:
+        """The dependency matrix D (D, D), the symmetric square root of D^T D."""
+        own = math.sqrt(1 - self.correlation)
+        of_all = math.sqrt(1 - self.correlation + self.embed_size * self.correlation)
+        return own * self.ones.diag() + (of_all - own) / self.embed_size
+
+    def gram_rows(self, D: Tensor) -> Tensor:
+        """D^T D as rows (2, D)."""
+        return torch.stack([(1 - self.correlation) * self.ones, math.sqrt(self.correlation) * self.ones])
+
+    def figures(self) -> dict[str, float]:
+        """Nothing to log: nothing of it changes."""
+        return {}
+
 
 class DenseGate(nn.Module):
     """No mask: every dimension depends on every other one, D = P with L2-normalised rows."""

@@ -22,6 +22,7 @@ GATES = {
     "fixed": "lib.model.baselines:FixedGate",
     "dense": "lib.model.baselines:DenseGate",
     "diagonal": "lib.model.baselines:DiagonalGate",
+    "uniform": "lib.model.baselines:UniformGate",
 }
 GLOBAL_HEADS = {"gpo": "lib.model.pooling:GpoHead"}
 IMAGE_ENCODERS = {"regions": "lib.model.encoders:RegionEncoder", "pixels": "lib.model.encoders:PixelEncoder"}

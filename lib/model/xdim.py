@@ -145,6 +145,12 @@ class XDimSimilarity(nn.Module):
         """The dependency matrix D (D, D); None where dimensions count as independent."""
         return self.gate()
 
+    def gram_rows(self, D: Tensor) -> Tensor | None:
+        """Rows (1 + N, D) k, w_1, ..., w_N of D^T D = diag(k) + sum of w_n w_n^T, by which the engine takes norms where
+        the gate has so few of them; else None.
+        """
+        return self.gate.gram_rows(D) if hasattr(self.gate, "gram_rows") else None
+
     def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
         """Scores (I, C) of all pairs by the plain formula, differentiable by ordinary autograd.
 

@@ -125,6 +125,16 @@ def test_the_published_gate_starts_nearly_closed_and_the_open_one_with_open_entr
     assert opened.figures()["partners"] > 5
 
 
+def test_the_uniform_gate_depends_on_all_dimensions_alike_as_the_open_one_does_on_average_at_its_start():
+    uniform, opened = (make(gate=gate, dims=256, half_open=False).gate() for gate in ("uniform", "open"))
+    ones = torch.ones(256, 256, dtype=torch.float64)
+    torch.testing.assert_close(uniform.T @ uniform, 0.92 * torch.eye(256, dtype=torch.float64) + 0.08 * ones)
+    of_open = (opened.T @ opened).detach()
+    assert of_open.diagonal().mean() == pytest.approx(1)
+    assert (of_open.sum() - of_open.trace()) / (256 * 255) == pytest.approx(0.08, abs=0.02)
+    assert set(make(gate="uniform").state_dict()) == {"log_temperature"}
+
+
 def test_gate_figures_count_closed_entries_open_rows_and_partners():
     gate = make(dims=32).gate
     closed = [[bool(value < 0.5) for value in row] for row in gate.mask()[0]]
@@ -167,6 +177,7 @@ def test_a_part_is_its_name_and_its_options():
         ({"similarity": "cosine"}, "--similarity cosine: expected xdim, independent, gpo"),
         ({"gate": "ajar"}, "--gate ajar: expected adaptive, open, fixed, dense, diagonal"),
         ({"similarity": "gpo", "gate": "dense"}, "--gate dense: --similarity gpo has no gate"),
+        ({"gate": "uniform:correlation=1.0"}, "--gate uniform: correlation=1.0 is not from 0 to below 1"),
         ({"gate": "open:begin=1"}, "--gate open: has no option 'begin'; it takes start"),
         ({"gate": "open:start"}, "--gate open:start: expected open:option=value"),
         ({"gate": "open:start=x"}, "--gate open: start='x' is no float"),

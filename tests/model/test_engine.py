@@ -34,7 +34,7 @@ def make(name="xdim", gate="adaptive", dims=12, half_open=True):
     torch.manual_seed(0)
     part = registry.describe({"similarity": name, "gate": gate})["similarity"]
     similarity = registry.build("similarity", part, dims).double()
-    if half_open and name == "xdim" and gate != "dense":
+    if half_open and name == "xdim" and gate not in ("dense", "uniform"):
         with torch.no_grad():
             similarity.gate.log_sharpness.fill_(2.0)
             similarity.gate.threshold_scale.fill_(0.5)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lib.model.engine.norms import ContextNorm, DiagonalNorm, FactorNorm, Norm, differentiable_norm
+from lib.model.engine.norms import ContextNorm, FactorNorm, Norm, RowsNorm, differentiable_norm
 from lib.model.engine.plain import Embedded, PairLoss, PlainEngine
 from lib.model.engine.tiles import CACHE_BYTES, Bags, SharedTile, Tile, pair_tiles, rows_of_tile, shared_tiles
 from lib.model.layers import EPSILON, Shard
@@ -34,7 +34,7 @@ ONE_IN = 8  # every eighth image is scored coarsely to estimate that share
 class TiledEngine(PlainEngine):
     """Scores by attention of words over regions; products in bfloat16 under autocast, the rest in float32.
 
-    similarity: has dependency() (D or None), diagonal, log_temperature; see XDimSimilarity.
+    similarity: has dependency() (D or None), gram_rows(D), log_temperature; see XDimSimilarity.
     """
 
     def __call__(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:
@@ -74,22 +74,23 @@ class TiledEngine(PlainEngine):
         return dependency, like.new_ones(like.shape[-1:] or 1) if dependency is None else dependency.sum(dim=0)
 
     def _parameters(self, regions: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-        """D, and what scores are differentiated in: delta, K (or its diagonal, or None), the attention's
-        temperature.
-        """
+        """D, and what scores are differentiated in: delta, K (or its rows, or None), the attention's temperature."""
         dependency, delta = self._gate(regions)  # delta before K: D's gradients are added up in this order
         if dependency is None:
             gram = None
+        elif (gram := self.similarity.gram_rows(dependency)) is not None:
+            gram = gram[None]  # of three dimensions, which tells them from K
         else:
-            gram = dependency.square().sum(dim=0) if self.similarity.diagonal else dependency.T @ dependency
+            gram = dependency.T @ dependency
         return dependency, delta, gram, self.similarity.log_temperature.exp()
 
     def _scoring_norm(self, dependency: Tensor | None, dtype: torch.dtype, once=False, coarse=False) -> Norm:
         if dependency is None:
             return ContextNorm()
-        if coarse or self.similarity.diagonal:
-            return DiagonalNorm(dependency.detach())
-        return scoring_norm(dependency.detach(), dtype, once)
+        rows = self.similarity.gram_rows(dependency)
+        if rows is None and coarse:
+            rows = dependency.square().sum(dim=0)[None]
+        return scoring_norm(dependency.detach(), dtype, once) if rows is None else RowsNorm(rows.detach(), dtype)
 
     @torch.no_grad()
     def _share_of_violations(self, loss: PairLoss, embedded: Embedded, shard: Shard) -> float:

@@ -59,7 +59,7 @@ class Norm:
         raise NotImplementedError
 
     def gradient(self, of_leaves: list[Tensor]) -> Tensor | None:
-        """Gradient in K, or in its diagonal, of all calls that were differentiated so far, from that in the leaves."""
+        """Gradient in K, or in its rows, of all calls that were differentiated so far, from that in the leaves."""
         return None
 
 
@@ -82,27 +82,34 @@ class FactorNorm(Norm):
         return torch.linalg.vector_norm(norms, dim=0).view(attention.shape[:2]) + guard
 
 
-class DiagonalNorm(Norm):
-    """sqrt(sum_j K_jj x_j^2): D instead of D^2 multiply-adds, for `--gate diagonal` and as a coarse score."""
+class RowsNorm(Norm):
+    """sqrt(sum_j k_j x_j^2 + sum_n (w_n . x)^2), for K = diag(k) + sum_n w_n w_n^T as rows (1 + N, D) k, w_1, ..., w_N.
 
-    def __init__(self, dependency: Tensor):
-        self.scale = dependency.norm(dim=0)
+    (1 + N) D instead of D^2 / 2 multiply-adds: for gates with such a K, and with any K's diagonal for coarse scores.
+    """
+
+    def __init__(self, rows: Tensor, dtype: torch.dtype):
+        self.scale = rows[0].sqrt()
+        self.others = (rows[1:] / self.scale).T.to(dtype)  # of words that are scaled already, see `weigh`
         self.scratch = Scratch()
 
     def weigh(self, words: Tensor) -> Tensor:
-        """Words times sqrt(K_jj), so that x needs no scaling of its own."""
+        """Words times sqrt(k_j), so that x needs no scaling of its own."""
         return words * self.scale
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         x, guard = _correspond(attention, regions, weights, self.scratch)
-        return _norms(x).view(attention.shape[:2]) + guard
+        norms = _norms(x)
+        if self.others.shape[1]:
+            norms = torch.hypot(norms, _norms(x @ self.others))
+        return norms.view(attention.shape[:2]) + guard
 
 
 def differentiable_norm(gram: Tensor | None, dtype: torch.dtype) -> Norm:
-    """The norm with gradients: by K (D, D), by its diagonal (D,) alone, or without K the norm of the context."""
+    """The norm with gradients: by K (D, D), by rows (1, 1 + N, D) of it, or without K the norm of the context."""
     if gram is None:
         return ContextNorm()
-    return GramNorm(gram, dtype) if gram.ndim == 2 else DiagonalGramNorm(gram)
+    return GramNorm(gram, dtype) if gram.ndim == 2 else DifferentiableRowsNorm(gram)
 
 
 class ContextNorm(Norm):
@@ -112,11 +119,11 @@ class ContextNorm(Norm):
         return _norms(torch.bmm(attention, regions)) + EPSILON
 
 
-class DiagonalGramNorm(Norm):
-    """sqrt(sum_j k_j x_j^2) with gradients, for the diagonal k (D,) of K, a leaf."""
+class DifferentiableRowsNorm(Norm):
+    """As RowsNorm, with gradients, for rows (1, 1 + N, D), a leaf."""
 
-    def __init__(self, diagonal: Tensor):
-        self.leaves = (diagonal.detach().requires_grad_(),)
+    def __init__(self, rows: Tensor):
+        self.leaves = (rows.detach().requires_grad_(),)
 
     def wide(self, regions: Tensor, pairs: bool = False) -> int:
         """Context, x and its squares, which autograd keeps, and two gradients."""
@@ -124,8 +131,11 @@ class DiagonalGramNorm(Norm):
 
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         context = torch.bmm(attention, regions)
-        weighted = (context * weights).square() * self.leaves[0].to(context.dtype)
-        squares = weighted.sum(dim=-1, dtype=torch.promote_types(context.dtype, torch.float32))
+        exact, x = torch.promote_types(context.dtype, torch.float32), context * weights
+        k, *others = self.leaves[0][0].to(context.dtype)
+        squares = (x.square() * k).sum(dim=-1, dtype=exact)
+        if others:
+            squares = squares + (x @ torch.stack(others, dim=1)).to(exact).square().sum(dim=-1)
         return squares.clamp(min=1e-30).sqrt() + _guard(context)
 
     def gradient(self, of_leaves: list[Tensor]) -> Tensor:
