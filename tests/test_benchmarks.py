@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import nullcontext, redirect_stdout
@@ -13,26 +14,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import evaluate, training
+from benchmarks import evaluate, gpu, training
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-PARTS = re.findall(r"^ *part (\w+)", (BENCHMARKS / "gpu.sh").read_text(), flags=re.MULTILINE)
+SCRIPT = (BENCHMARKS / "gpu.sh").read_text()
+PARTS = re.findall(r"^ *part (\w+) (\d+) benchmarks/(\w+)\.py ?(.*)$", SCRIPT, flags=re.MULTILINE)
 SMALL = ["--embed_size", "16", "--rounds", "1", "--device", "cpu", "--toy"]
 FLAGS = {
-    "images": [],
     "evaluate": ["--images", "4", "--ways", "float32, best 20 exact"],
     "loader": ["--batch_size", "8", "--batches", "4", "--img_dim", "4", "--workers", "0"],
     "micro_batch": ["--batch_size", "5", "--steps", "1"],
     "protocols": [],
     "scaling": ["--batch_size", "4", "--steps", "1", "--processes", "1"],
     "similarities": ["--batch_size", "4"],
-    "real_training": [],
-    "scoring": [],
     "search": [],
-    "similarity": [],
-    "train_step": [],
-    "training": [],
+    **{name: shlex.split(flags) for name, _, program, flags in PARTS if program != "gpu"},
 }
 
 
@@ -82,6 +79,9 @@ def test_a_benchmark_writes_figures(name, tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["machine"] in capsys.readouterr().out
     assert written["figures"]
+    if name in [part for part, *_ in PARTS]:
+        rows = [line.split(" | ")[0] for line in gpu.table(written["figures"])]
+        assert rows[2:] == [f"| {row}" for row in written["figures"]]
 
 
 def test_the_profile_of_a_step_counts_launches_waits_and_the_share_that_the_gpu_is_busy(monkeypatch):
@@ -103,34 +103,12 @@ def test_the_profile_of_a_step_counts_launches_waits_and_the_share_that_the_gpu_
 # gpu.sh
 
 
-def run_script(folder, python, *flags):
-    environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
-    command = ["sh", str(BENCHMARKS / "gpu.sh"), str(folder), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    return done, json.loads((folder / "gpu.json").read_text()), (folder / "gpu.md").read_text()
-
-
-def test_the_script_for_a_gpu_runs_in_toy_mode_and_says_what_it_leaves_out(tmp_path):
-    done, parts, text = run_script(tmp_path, sys.executable, "--toy")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert list(parts) == PARTS
-    assert parts["tests"]["machine"] in text
-    for name in PARTS[:-1]:
-        assert parts[name]["outcome"] == "done"
-        for row, figures in parts[name]["figures"].items():
-            assert f"| {row} |" in text
-            assert figures
-    (tests,) = parts["tests"]["figures"].values()
-    assert (tests["passed"], tests["failed"]) == (0, 0)
-    assert tests["skipped"] == sum(parts["tests"]["skipped"].values()) > 0
-    assert "tests: Skipped: needs a GPU" in text
-    assert "| demo | 0 | skipped: toy mode" in text
-    assert text in done.stdout
-
-
-PYTHON = f"""#!/bin/sh
+SUMMARY = f"""#!/bin/sh
+[ "$2" = summary ] && exec {sys.executable} "$@"
+"""
+MISHAPS = f"""{SUMMARY}
 case "$1 $2" in
-    *"gpu.py summary") exec {sys.executable} "$@" ;;
+    *"gpu.py tests") cp FOLDER/tests.json FOLDER/out ;;
     *similarity.py*) echo "out of memory"; exit 3 ;;
     *training.py*) exec {sys.executable} -c '
 import json, sys
@@ -138,18 +116,50 @@ json.dump({{"figures": {{"bf16": {{"bytes": 10**9, "seconds": 0.5}}}}}}, open(sy
 print("half of it"); sys.exit(124)' "$@" ;;
 esac
 """
+TESTS = """
+import pytest
+def test_a(): pass
+def test_b(): assert 1 > 2
+@pytest.mark.skip(reason="needs a GPU")
+def test_c(): pass
+"""
 
 
-def test_a_part_that_fails_or_is_cut_off_is_reported_and_the_next_one_runs(tmp_path):
-    (tmp_path / "python").write_text(PYTHON)
-    (tmp_path / "python").chmod(0o755)
-    done, parts, text = run_script(tmp_path / "out", tmp_path / "python")
+def run_script(folder, python, *flags):
+    """gpu.sh with a Python that runs the summary, and what is given in place of the parts."""
+    (folder / "python").write_text(python)
+    (folder / "python").chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(folder / "python")}
+    command = ["sh", str(BENCHMARKS / "gpu.sh"), str(folder / "out"), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    parts = json.loads((folder / "out" / "gpu.json").read_text())
+    assert list(parts) == [name for name, *_ in PARTS]
+    text = (folder / "out" / "gpu.md").read_text()
+    assert text in done.stdout
+    return done, parts, text
+
+
+def test_the_script_for_a_gpu_says_in_toy_mode_what_it_leaves_out(tmp_path):
+    done, parts, text = run_script(tmp_path, f"{SUMMARY}exit 0", "--toy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name for name, part in parts.items() if part["outcome"] != "done"} == {"demo"}
+    assert "| demo | 0 | skipped: toy mode" in text
+
+
+def test_a_part_that_fails_or_is_cut_off_is_reported_and_the_next_one_runs(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_cuda.py").write_text(TESTS)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.run_tests(str(tmp_path / "tests.json")) == 1
+    done, parts, text = run_script(tmp_path, MISHAPS.replace("FOLDER", str(tmp_path)))
     assert done.returncode == 1
-    assert list(parts) == PARTS
+    (tests,) = parts["tests"]["figures"].values()
+    assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 1, 1)
+    assert parts["tests"]["machine"] in text
+    assert "test_cuda.py::test_b: assert 1 > 2\n* 1 tests: Skipped: needs a GPU\n" in text
     assert parts["similarity"]["outcome"] == "exit code 3; its last line: out of memory"
     assert parts["training"]["outcome"] == "out of time; its last line: half of it"
     assert parts["scoring"]["outcome"] == parts["demo"]["outcome"] == "done"
     assert "| bf16 | 1 | 0.5 |" in text
     assert "similarity: exit code 3: out of memory" in done.stdout
-    limits = re.findall(r"^ *part \w+ (\d+)", (BENCHMARKS / "gpu.sh").read_text(), flags=re.MULTILINE)
-    assert sum(map(int, limits)) <= 480
+    assert sum(int(limit) for _, limit, *_ in PARTS) <= 480
