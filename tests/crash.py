@@ -2,7 +2,7 @@
 
 python -m tests.crash --kills 20
 
-Each training is `python train.py ... --resume auto` in a process of its own, ended by SIGKILL while it starts, between
+Each training is train.py with --resume auto in a process of its own, ended by SIGKILL while it starts, between
 steps, in the middle of a save or of an evaluation, and started again by the same command. At the end all losses, the
 weights, the scores on dev and the random state have to equal, to the bit, those of the uninterrupted run.
 """
@@ -12,18 +12,19 @@ import math
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import Process
 from pathlib import Path
 
 import torch
 
+import train
 from lib.checkpoints.native import BEST, LAST, read_checkpoint
 from tests.conftest import TINY_BERT, write_data
+from tests.ranks import start
 
-ROOT = Path(__file__).resolve().parent.parent
 LOSS = re.compile(r"step (\d+) loss ([\d.]+) gradient ([\d.]+)")
 MOMENTS = ("save", "step", "start", "save")
 STEPS_BETWEEN_KILLS = 6  # at the most, where a kill waits for steps
@@ -31,12 +32,18 @@ STEPS_LATE = 30  # a kill may come this much later on a busy machine and still f
 STEPS_AN_EPOCH = 15  # of the tiny data set at batch 8
 
 
-def command(data: Path, folder: Path, epochs: int, workers: int) -> list[str]:
+def flags_of(data: Path, folder: Path, epochs: int, workers: int) -> list[str]:
     flags = f"--img_dim 16 --embed_size 64 --batch_size 8 --device cpu --log_step 1 --save_steps 2 --workers {workers}"
     places = ["--data_path", str(data.parent), "--data_name", data.name, "--model_name", str(folder)]
     places += ["--bert", str(TINY_BERT), "--bert_from_scratch"]
     recipe = ["--num_epochs", str(epochs), "--lr_update", str(epochs - 1)]
-    return [sys.executable, str(ROOT / "train.py"), *flags.split(), *places, *recipe, "--resume", "auto"]
+    return [*flags.split(), *places, *recipe, "--resume", "auto"]
+
+
+def run(flags: list[str], said: Path) -> None:
+    """train.py in this process, which prints into a file."""
+    with open(said, "w") as sys.stdout, open(said.with_suffix(".err"), "w") as sys.stderr:
+        sys.exit(train.main(flags))
 
 
 def steps_logged(folder: Path) -> int:
@@ -44,33 +51,33 @@ def steps_logged(folder: Path) -> int:
     return len(LOSS.findall(log.read_text())) if log.is_file() else 0
 
 
-def wait_for(moment: str, process: subprocess.Popen, folder: Path, startup: float, rng: random.Random) -> None:
+def wait_for(moment: str, process: Process, folder: Path, startup: float, rng: random.Random) -> None:
     """Come back at a moment of the training, or when it has ended."""
     starting = moment == "start"
     goal = steps_logged(folder) + (1 if starting else rng.randint(1, STEPS_BETWEEN_KILLS))
     latest = time.perf_counter() + rng.uniform(0, startup) if starting else math.inf
-    while process.poll() is None and steps_logged(folder) < goal and time.perf_counter() < latest:
+    while process.is_alive() and steps_logged(folder) < goal and time.perf_counter() < latest:
         time.sleep(0.001)
     if moment == "step":
         time.sleep(rng.uniform(0, 0.02))
-    while moment == "save" and process.poll() is None and not any(n.endswith(".tmp") for n in os.listdir(folder)):
+    while moment == "save" and process.is_alive() and not any(n.endswith(".tmp") for n in os.listdir(folder)):
         pass
 
 
-def kill_and_resume(start: list[str], folder: Path, kills: int, startup: float, rng: random.Random) -> list[str]:
+def kill_and_resume(flags: list[str], folder: Path, kills: int, startup: float, rng: random.Random) -> list[str]:
     """Train to the end in spite of all kills. Returns at which moments they came."""
-    moments = []
+    moments, said = [], folder.with_suffix(".out")
     while True:
-        process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = start(run, flags, said)
         if len(moments) < kills:
             moment = MOMENTS[len(moments) % len(MOMENTS)]
             wait_for(moment, process, folder, startup, rng)
             process.kill()
-        said = process.communicate()[1].decode()
-        if process.returncode == 0:
+        process.join()
+        if process.exitcode == 0:
             return moments
-        if process.returncode != -9:
-            raise SystemExit(f"the resumed training failed: {said}")
+        if process.exitcode != -9:
+            raise SystemExit(f"the resumed training failed: {said.with_suffix('.err').read_text()}")
         half_written = folder.is_dir() and any(folder.glob("*.tmp"))
         moments.append("save" if half_written else "start" if moment == "start" else "step")
 
@@ -94,11 +101,11 @@ def crash_test(scratch: Path, kills: int, seed: int, workers: int) -> str:
     data = write_data(scratch / "data" / "tiny_precomp")
     epochs = 2 + kills * (STEPS_BETWEEN_KILLS + STEPS_LATE) // STEPS_AN_EPOCH
     started = time.perf_counter()
-    subprocess.run(command(data, scratch / "whole", epochs, workers), check=True, stdout=subprocess.DEVNULL)
+    kill_and_resume(flags_of(data, scratch / "whole", epochs, workers), scratch / "whole", 0, 0.0, random.Random())
     seconds, steps = time.perf_counter() - started, STEPS_AN_EPOCH * epochs
 
-    start = command(data, scratch / "killed", epochs, workers)
-    moments = kill_and_resume(start, scratch / "killed", kills, seconds / 2, random.Random(seed))
+    flags = flags_of(data, scratch / "killed", epochs, workers)
+    moments = kill_and_resume(flags, scratch / "killed", kills, seconds / epochs, random.Random(seed))
     if found := differences(scratch / "whole", scratch / "killed"):
         raise SystemExit(f"not equal after {len(moments)} kills: {', '.join(found)}")
     counts = ", ".join(f"{moments.count(name)} {words}" for name, words in WORDS.items())

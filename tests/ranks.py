@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -67,8 +68,7 @@ def run_ranks(target: Callable, count: int, *args: Any, check: bool = True) -> l
         environment = {**ENVIRONMENT, "MASTER_PORT": str(free.getsockname()[1])}
     environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     work = pickle.dumps((target, args))
-    with patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=str(ROOT)):
-        forkserver.ensure_running()
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         try:
@@ -100,6 +100,27 @@ def run_ranks(target: Callable, count: int, *args: Any, check: bool = True) -> l
             f"rank {failed} was killed, exit code {outcomes[failed].exitcode}\n{output}"
         )
     return outcomes
+
+
+def start_server() -> None:
+    """Start the server, if it does not run, from which multiprocessing's context "forkserver" forks."""
+    with patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=str(ROOT)):
+        forkserver.ensure_running()
+
+
+def start(target: Callable, *args: Any) -> ForkServerProcess:
+    """A process of its own, and no job, that runs target(*args) on one thread."""
+    start_server()
+    process = _context.Process(target=_run_alone, args=(target, args))
+    process.start()
+    return process
+
+
+def _run_alone(target: Callable, args: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    target(*args)
 
 
 def _receive(pipes: list[Connection]) -> tuple[list[tuple], int | None]:
@@ -135,6 +156,7 @@ def _run(pipe: Connection, work: bytes, environment: dict[str, str], files: str,
     import torch
 
     torch.set_num_threads(1)
+    shorten_waits()
     try:
         target, args = pickle.loads(work)
         report, code = pickle.dumps((target(*args), None, "")), 0
@@ -145,6 +167,13 @@ def _run(pipe: Connection, work: bytes, environment: dict[str, str], files: str,
         stream.flush()
     faulthandler.cancel_dump_traceback_later()
     sys.exit(code)
+
+
+def shorten_waits() -> None:
+    """Let the program wait a shorter time where it waits for other processes."""
+    from lib import distributed
+
+    distributed.CHECK_INTERVAL, distributed.STAGGER, distributed.EXIT_WAIT = 0.5, 1.0, 2.0  # the last is the longest
 
 
 def _describe(error: BaseException) -> bytes:

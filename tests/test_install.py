@@ -28,12 +28,16 @@ for command in sorted(distribution("x-dim").entry_points, key=lambda one: one.na
 assert "torch" not in sys.modules
 """
 SCORE = """
-import sys, torch, xdim
+import runpy, sys, torch, xdim
 from xdim.ablation import TRAIN
 from xdim.training.run_folder import command_to_resume
-print(xdim.load(sys.argv[1], device="cpu").score(torch.load(sys.argv[2]), ["a dog", "two men"]).tolist())
+run, regions, *sys.argv = sys.argv[1:]
+print(xdim.load(run, device="cpu").score(torch.load(regions), ["a dog", "two men"]).tolist())
 assert TRAIN.is_file() and command_to_resume("runs/a") == "xdim-train --resume runs/a"
-assert not {"lib", "train"} & set(sys.modules)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert not {"lib", "train"} & set(sys.modules)
 """
 
 
@@ -73,8 +77,9 @@ def test_the_installed_form_scores_as_lib_does_and_each_loads_what_the_other_wro
     regions = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0))
     torch.save(regions, tmp_path / "regions.pt")
     scores = load(trained_run, device="cpu").score(regions, ["a dog", "two men"])
-    assert run(installed, tmp_path, "-c", SCORE, trained_run, tmp_path / "regions.pt") == f"{scores.tolist()}\n"
-    run(installed, tmp_path, installed / "bin" / "xdim-share", "push", trained_run, "user/a", "--dry_run", "written")
+    share = [installed / "bin" / "xdim-share", "push", trained_run, "user/a", "--dry_run", "written"]
+    printed = run(installed, tmp_path, "-c", SCORE, trained_run, tmp_path / "regions.pt", *share)
+    assert printed.startswith(f"{scores.tolist()}\n")
     assert "xdim-train --data_name" in (tmp_path / "written" / "README.md").read_text()
     again = load(tmp_path / "written", device="cpu").score(regions, ["a dog", "two men"])
     assert torch.equal(again, scores)

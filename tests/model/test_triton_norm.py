@@ -127,7 +127,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from lib.model.engine.triton_norm import BLOCKS, LAUNCH, _squares
 
-LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB of shared memory by compute capability
+LIMITS = {80: 163, 86: 99, 90: 227, 120: 99}  # KiB of shared memory by compute capability
 KINDS = [(size, most, blocks) for size, of_size in BLOCKS.items() for most, blocks in of_size.items()]
 for capability, limit in LIMITS.items():
     for size, most, (words, rows, dims) in KINDS:

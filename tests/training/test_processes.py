@@ -3,12 +3,15 @@
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run
 
 import eval as eval_program
 import train
@@ -18,8 +21,8 @@ from lib.distributed import is_restarted, job, rank, world_size
 from lib.model.engine import autograd
 from lib.training import loop
 from tests import mishap
-from tests.conftest import ROOT, TINY_BERT, bert_without_dropout
-from tests.ranks import run_ranks
+from tests.conftest import TINY_BERT, bert_without_dropout
+from tests.ranks import run_ranks, start_server
 
 EXACT = 1e-8
 
@@ -69,7 +72,6 @@ def assert_close(tensors, others, exact=EXACT):
 
 RECIPES = {
     "all negatives, captions in micro batches": (["--micro_batch", "2"], None),
-    "all negatives of other images": (["--no_same_image_negatives"], None),
     "hardest negatives, uneven batches": (["--batch_size", "11", "--max_violation", "--mask_padding"], None),
     "hardest negatives, only the pairs that count differentiated": (["--max_violation"], 1.0),
     "ramped, the diagonal gate": (
@@ -209,29 +211,58 @@ def unlucky(tiny_flags, tmp_path):
     return [*tiny_flags, "--save_steps", "5", "--model_name", str(tmp_path / "run")]
 
 
-def torchrun(*arguments, module="torch.distributed.run"):
-    """The outcome of a job of two processes; arguments: of torchrun, then a mishap's."""
-    command = [sys.executable, "-m", module, "--standalone", "--nproc_per_node", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def torchrun(monkeypatch, capfd, tmp_path):
+    """Starts a job of two processes in torchrun's way, by flags of its own; each is forked like those of `run_ranks`.
+
+    Returns the exit code, what torchrun says, and what the processes print, of each of its attempts and in this order.
+    """
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+
+    def launch(happening, *flags):
+        def launcher(config, entrypoint, elastic_launch=run.elastic_launch):
+            forking = replace(config, start_method="forkserver")
+            return lambda *_: elastic_launch(forking, end_with_code)(*happening)
+
+        monkeypatch.setattr(run, "elastic_launch", launcher)
+        logs = ["--redirects", "3", "--log_dir", str(tmp_path / "logs")]
+        monkeypatch.setattr(sys, "argv", ["torchrun", "--standalone", "--nproc_per_node", "2", *flags, *logs, "train"])
+        start_server()
+        capfd.readouterr()
+        code = distributed.launch()
+        files = [sorted((tmp_path / "logs").rglob(f"{name}.log")) for name in ("stdout", "stderr")]
+        return code, capfd.readouterr().err, *("".join(path.read_text() for path in paths) for paths in files)
+
+    yield launch
+    for one, handler in handlers.items():
+        signal.signal(one, handler)
 
 
-def test_torchrun_names_a_killed_process_restarts_the_job_and_it_ends_with_the_same_weights(unlucky, by_two, tmp_path):
-    done = torchrun("--max_restarts", "1", "-m", "tests.mishap", "killed", "7", *unlucky)
-    assert done.returncode == 0, done.stderr
-    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
-    assert "error: " not in done.stderr  # the survivor has nothing to say
-    assert f"continues {tmp_path / 'run' / 'step-00000005.pt'}: 5 steps done" in done.stdout
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.is_file()]
-    assert not [command for command in commands if str(tmp_path).encode() in command]
+def end_with_code(*happening):
+    torch.set_num_threads(1)
+    sys.exit(mishap.main(*happening))
+
+
+def test_torchrun_names_a_killed_process_restarts_the_job_and_it_ends_with_the_same_weights(
+    unlucky, by_two, torchrun, tmp_path
+):
+    code, said, out, err = torchrun(("killed", 7, unlucky), "--max_restarts", "1")
+    assert code == 0, said
+    assert "Signal 9 (SIGKILL)" in said or "exitcode: -9" in said
+    assert "error: " not in err  # the survivor has nothing to say
+    assert f"continues {tmp_path / 'run' / 'step-00000005.pt'}: 5 steps done" in out
+    left = []
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):
+            left += [output] * str(output.readlink()).startswith(str(tmp_path))
+    assert not left
     assert_same_weights(tmp_path / "run" / "last.pt", by_two / "step-00000015.pt")
 
 
-def test_a_missing_data_set_is_one_line_and_no_traceback_where_the_scripts_start_processes(unlucky, tmp_path):
-    done = torchrun("train.py", *unlucky, "--data_path", str(tmp_path), module="lib.distributed")
-    assert done.returncode == 2
-    assert done.stderr.count(f"no data set at {tmp_path}") == 1
-    assert "Traceback" not in done.stderr
+def test_a_missing_data_set_is_one_line_and_no_traceback_where_the_scripts_start_processes(unlucky, torchrun, tmp_path):
+    code, _, _, err = torchrun(("none", 0, [*unlucky, "--data_path", str(tmp_path)]))
+    assert code == 2  # of torchrun's own program it would be an exception
+    assert err.count("\n") == err.count(f"error: rank 0: no data set at {tmp_path}") == 1
 
 
 def test_a_restart_does_not_continue_another_jobs_run(unlucky, monkeypatch, capsys):

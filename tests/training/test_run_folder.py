@@ -5,9 +5,7 @@ import contextlib
 import errno
 import os
 import resource
-import shlex
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -20,7 +18,8 @@ from lib.cli import InputError, TrainingStopped
 from lib.training import run_folder as module
 from lib.training.log import RunLog
 from lib.training.run_folder import Progress, RunFolder, checkpoints, command_to_resume
-from tests.conftest import ROOT
+from tests import mishap
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -267,15 +266,17 @@ def test_a_training_on_a_full_disk_stops_in_order_and_continues_when_there_is_ro
     assert read_checkpoint(folder / "last.pt")["progress"]["epoch"] == 1
 
 
-def test_output_that_cannot_be_printed_costs_a_run_nothing_and_is_one_line_at_the_start(tiny_flags, tmp_path):
-    def run(where, *more):
-        command = [sys.executable, "-u", "train.py", *tiny_flags, "--model_name", str(tmp_path / "run"), *more]
-        line = f"{shlex.join(command)} {where}; exit ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
-        return done.returncode, done.stderr
+def train_into_full_disk(flags):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), sys.stdout.fileno())
+    return train.main(flags)
 
-    assert run("> /dev/full") == (2, "error: the output: No space left on device\n")
-    assert run("2>&1 | head -n 3", "--log_step", "1") == (0, "")
+
+def test_output_that_cannot_be_printed_costs_a_run_nothing_and_is_one_line_at_the_start(tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--model_name", str(tmp_path / "run"), "--log_step", "1"]
+    (outcome,) = run_ranks(train_into_full_disk, 1, flags)
+    assert (outcome.value, outcome.err) == (2, "error: the output: No space left on device\n")
+    (outcome,) = run_ranks(mishap.main, 1, "output closed", 3, flags)
+    assert (outcome.value, outcome.err) == (0, "")
     log = (tmp_path / "run" / "run.log").read_text()
     assert log.count("warning: output cannot be printed (Broken pipe); the run goes on") == 1
     assert "best dev rSum" in log
