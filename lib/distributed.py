@@ -118,10 +118,12 @@ def joined(device: "torch.device") -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TORCH_TIMEOUT)
     watchdog.start()
     try:
-        yield
-        stopped.set()
-        watchdog.join()  # before the barrier: afterwards the process that hosts the store may end at any time
-        dist.barrier()
+        try:
+            yield
+        finally:
+            stopped.set()
+            watchdog.join()  # a thread that is within the store when Python ends aborts the process
+        dist.barrier()  # afterwards the process that hosts the store may end at any time
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
@@ -211,14 +213,15 @@ def _watch(stopped: threading.Event) -> None:
         while_busy += _busy.is_set()
         try:
             store.set(keys[rank()], f"{_heartbeats} {while_busy}")
-            now = [tuple(map(int, count.split())) for count in store.multi_get(keys)]
+            all_there = store.check(keys)  # multi_get would wait for the others, and not end with this process
+            now = [tuple(map(int, count.split())) for count in store.multi_get(keys)] if all_there else []
         except RuntimeError:  # the process that hosts the store has ended
             if not stopped.is_set():
                 _exit("torchrun or the first process of the job has ended" if local_rank() == 0 else "")
             return
         if stopped.wait(CHECK_INTERVAL):
             return
-        if now != counts:
+        if now != counts or not now:
             counts, since = now, time.monotonic()
         elif time.monotonic() - since > HANG_TIMEOUT:
             _exit(_describe_hang([heartbeats for heartbeats, _ in counts]))

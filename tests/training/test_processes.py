@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import eval as eval_program
 import train
 from lib import distributed
 from lib.checkpoints.native import BEST, read_checkpoint
+from lib.cli import InputError
 from lib.distributed import is_restarted, job, rank, world_size
 from lib.model.engine import autograd
 from lib.training import loop
@@ -263,6 +265,19 @@ def test_a_missing_data_set_is_one_line_and_no_traceback_where_the_scripts_start
     code, _, _, err = torchrun(("none", 0, [*unlucky, "--data_path", str(tmp_path)]))
     assert code == 2  # of torchrun's own program it would be an exception
     assert err.count("\n") == err.count(f"error: rank 0: no data set at {tmp_path}") == 1
+
+
+def fail_within_the_job():
+    """Where the other process has given no sign of life yet. Returns how many threads are left."""
+    if distributed.rank() == 1:
+        distributed._watch = threading.Event.wait
+    with suppress(InputError), distributed.joined(torch.device("cpu")):
+        raise InputError("wrong")
+    return threading.active_count()
+
+
+def test_a_process_that_fails_leaves_no_thread_that_would_abort_it_while_it_ends():
+    assert [rank.value for rank in run_ranks(fail_within_the_job, 2)] == [1, 1]
 
 
 def test_a_restart_does_not_continue_another_jobs_run(unlucky, monkeypatch, capsys):
