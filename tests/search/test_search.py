@@ -257,10 +257,10 @@ def assert_equal_rows(one, other):
         np.testing.assert_allclose(*regions, atol=1e-3)
 
 
-def test_after_five_kills_the_same_command_ends_with_every_picture_once(pixels, tmp_path):
-    photos = write_pictures(tmp_path / "photos", [f"{k}.png" for k in range(100)])
+def test_after_three_kills_the_same_command_ends_with_every_picture_once(pixels, tmp_path):
+    photos = write_pictures(tmp_path / "photos", [f"{k}.png" for k in range(60)])
     flags, rng, counts = index_flags(photos, pixels, tmp_path / "index"), random.Random(0), [0]
-    for _ in range(5):
+    for _ in range(3):
         (outcome,) = run_ranks(killed, 1, flags, rng.uniform(0, 0.1), check=False)
         assert outcome.exitcode == -signal.SIGKILL, outcome.err
         counts.append(len(stored(tmp_path / "index")))
