@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.utils.data._utils
 
 import train
 from lib.checkpoints.native import new_model, write_weights
@@ -24,6 +25,7 @@ from lib.config import TrainSettings
 from lib.runtime import versions
 from lib.training.run_folder import Progress
 
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that a loader waits for a worker that met an error
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 TINY_BERT = GOLDEN / "tiny_bert"
@@ -59,6 +61,21 @@ def write_data(
         ]
         (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
         (folder / f"{split}_ids.txt").write_text("".join(f"{i}\n" for i in range(count)))
+    return folder
+
+
+def write_varying_data(folder, images) -> Path:
+    """Images with 1 to 8 regions and 1 to 7 captions of 1 to 8 words and a number. images: number for each split."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for split, count in images.items():
+        regions, captions = rng.integers(1, 9, size=count), rng.integers(1, 8, size=count)
+        np.save(folder / f"{split}_ims.npy", rng.standard_normal((regions.sum(), 16)).astype(np.float32))
+        np.save(folder / f"{split}_offsets.npy", np.cumsum([0, *regions]))
+        words = ["man", "dog", "ball", "park", "bench", "red", "black"]
+        lines = [" ".join([*rng.choice(words, size=rng.integers(1, 9)), *str(k)]) for k in range(captions.sum())]
+        (folder / f"{split}_caps.txt").write_text("".join(f"{line}\n" for line in lines))
+        (folder / f"{split}_caps_counts.txt").write_text("".join(f"{one}\n" for one in captions))
     return folder
 
 

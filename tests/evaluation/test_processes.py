@@ -12,6 +12,7 @@ import train
 from lib import distributed, load
 from lib.evaluation import score
 from lib.model.engine.autograd import Scorer
+from tests.conftest import write_varying_data
 from tests.ranks import run_ranks
 
 FLAGS = ["--split", "testall", "--device", "cpu", "--workers", "0", "--batch_size", "32"]  # five blocks of images
@@ -22,16 +23,8 @@ CHUNK = 200  # captions: three chunks
 def run(tiny_flags, tmp_path_factory):
     """A run on images with 1 to 8 regions and 1 to 7 captions of 1 to 8 words, with an odd number of dimensions: rows
     of embeddings then start anywhere in memory."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("shared") / "varying_precomp"
-    folder.mkdir()
-    for split, images in (("train", 24), ("dev", 10), ("testall", 150)):
-        regions, captions = rng.integers(1, 9, size=images), rng.integers(1, 8, size=images)
-        np.save(folder / f"{split}_ims.npy", rng.standard_normal((regions.sum(), 16)).astype(np.float32))
-        np.save(folder / f"{split}_offsets.npy", np.cumsum([0, *regions]))
-        words = ["man", "dog", "ball", "park", "bench", "red", "black"]
-        lines = [" ".join(rng.choice(words, size=rng.integers(1, 9))) for _ in range(captions.sum())]
-        (folder / f"{split}_caps.txt").write_text("".join(f"{line}\n" for line in lines))
-        (folder / f"{split}_caps_counts.txt").write_text("".join(f"{count}\n" for count in captions))
+    images = {"train": 24, "dev": 10, "testall": 150}
+    folder = write_varying_data(tmp_path_factory.mktemp("shared") / "varying_precomp", images)
     run = tmp_path_factory.mktemp("runs") / "shared"
     flags = ["--data_path", str(folder.parent), "--data_name", folder.name, "--embed_size", "11"]
     assert train.main([*tiny_flags, *flags, "--model_name", str(run)]) == 0

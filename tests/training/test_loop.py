@@ -102,17 +102,12 @@ def test_an_images_other_captions_are_negatives_unless_the_flag_leaves_them_out(
     assert f"{share}left out\n" in (tmp_path / "without" / "run.log").read_text()
 
 
-def test_float16_features_train_like_float32_ones_and_on_the_device_like_in_the_file(make_data, tiny_flags, tmp_path):
-    losses = {}
-    for name, dtype, more in (("whole", np.float32, []), ("half", np.float16, []), ("device", np.float32, DEVICE)):
+def test_features_on_the_device_train_like_float16_ones_in_the_file(make_data, tiny_flags, tmp_path):
+    device = ["--device_features", "--workers", "2"]
+    for name, dtype, more in (("half", np.float16, []), ("device", np.float32, device)):
         make_data(tmp_path / name / "tiny_precomp", {"train": 24, "dev": 10}, dtype=dtype)  # no test split
-        losses[name] = run([*tiny_flags, "--data_path", str(tmp_path / name)], tmp_path / f"run-{name}", *more)
-    assert list(losses["half"].values()) == pytest.approx(list(losses["whole"].values()), rel=1e-2)
-    assert losses["half"] != losses["whole"]
+        run([*tiny_flags, "--data_path", str(tmp_path / name)], tmp_path / f"run-{name}", *more)
     assert_same(weights(tmp_path / "run-half"), weights(tmp_path / "run-device"))
-
-
-DEVICE = ["--device_features", "--workers", "2"]
 
 
 @pytest.mark.parametrize(
