@@ -20,7 +20,7 @@ import torch
 import torch.utils.data._utils
 
 import train
-from lib.checkpoints.native import new_model, write_weights
+from lib.checkpoints.native import LAST, new_model, read_checkpoint, write_weights
 from lib.config import TrainSettings
 from lib.runtime import versions
 from lib.training.run_folder import Progress
@@ -91,6 +91,13 @@ def write_model(path, data, **settings):
     content |= {"settings": asdict(flags), "progress": asdict(Progress()), "data": {}, "versions": versions()}
     write_weights(path, content)
     return path
+
+
+def assert_same_weights(one, other):
+    """Of two checkpoints, or of the last ones of two run folders: equal to the bit."""
+    ours, theirs = (read_checkpoint(path / LAST if path.is_dir() else path)["model"] for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
 def write_pictures(folder, names):

@@ -18,7 +18,6 @@ import torch
 import eval as eval_program
 import train
 from lib import load
-from lib.checkpoints.native import read_checkpoint
 from lib.data.batches import Batch, EpochBatches, loader, on_device
 from lib.data.dataset import open_split
 from lib.data.features import DeviceFeatures
@@ -32,7 +31,7 @@ from lib.training import loop
 from lib.training.loop import BatchLoss, batch_loss, train_step
 from lib.training.optim import build_optimizer
 from tests import mishap
-from tests.conftest import TINY_BERT, bert_without_dropout
+from tests.conftest import TINY_BERT, assert_same_weights, bert_without_dropout
 from tests.model.test_engine import COUNTS, LENGTHS, VARIANTS, gradients, make, random_inputs
 from tests.ranks import run_ranks
 from tests.training.test_pixels import KINDS, flags_of, vision_flags, write_pictures
@@ -194,16 +193,6 @@ def test_three_steps_are_those_of_the_cpu(steady_bert, loss, head):
 
 def losses(folder):
     return [float(loss) for _, loss in LOSS.findall((folder / "run.log").read_text())]
-
-
-def weights(folder):
-    return read_checkpoint(folder / "last.pt")["model"]
-
-
-def assert_same_weights(one, other):
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.fixture(scope="module")

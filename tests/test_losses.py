@@ -119,14 +119,7 @@ def test_captions_of_an_image_can_be_left_out_of_its_negatives(monkeypatch, doub
         torch.testing.assert_close(one, other)
 
 
-def test_the_published_recipe_takes_all_negatives_in_its_warm_up_epochs_and_the_hardest_after_it():
-    scores = torch.randn(6, 6)
-    for part, epochs in (
-        ({"name": "hinge", "options": {}}, [hinge_all, hinge, hinge]),
-        ({"name": "ramped", "options": {}}, [ramped] * 3),
-    ):
-        for epoch, expected in enumerate(epochs):
-            assert loss_of_epoch(part, epoch, warmup_epochs=1)(scores, 0.2) == expected(scores, 0.2)
+def test_all_negatives_are_taken_pair_by_pair_and_a_loss_is_given_no_option_that_it_does_not_have():
     assert loss_of_epoch({"name": "hinge", "options": {}}, 0, 1).pairwise.func is violations
     assert not hasattr(loss_of_epoch({"name": "hinge", "options": {}}, 1, 1), "pairwise")
     with pytest.raises(ValueError, match="--loss ramped: has no option 'x'"):

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 import eval as eval_program
 import train
 from lib.checkpoints.native import build_model, read_checkpoint
-from lib.cli import InputError
 from lib.data.dataset import Split, open_split
 from lib.evaluation.coco import open_coco
 from lib.evaluation.metrics import bootstrap_means, interval
 from tests.conftest import write_data
+from tests.data.samples import refusal
 from tests.evaluation.test_rankings import sorted_items
 
 IMAGES = 5000
@@ -220,14 +220,6 @@ def test_a_table_has_a_row_and_an_interval_for_each_protocol(evaluated):
 # What is refused
 
 
-def refusal(split):
-    """The one line that says why a split is refused."""
-    with pytest.raises(InputError) as caught:
-        open_coco(split)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
 def test_without_a_file_of_ids_the_packages_order_is_taken_and_the_note_says_so(tmp_path, few):
     without, given = open_coco(split_of_few(tmp_path / "a")), open_coco(split_of_few(tmp_path / "b", few.images))
     assert "ids: testall_ids.txt is missing, the order of eccv_caption is taken; captions of an image" in without.note
@@ -239,14 +231,16 @@ def test_without_a_file_of_ids_the_packages_order_is_taken_and_the_note_says_so(
 
 def test_a_missing_package_is_an_error_that_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "eccv_caption", None)
-    assert refusal(split_of_few(tmp_path)) == "--eccv: needs the package eccv_caption: pip install eccv_caption"
+    assert (
+        refusal(open_coco, split_of_few(tmp_path)) == "--eccv: needs the package eccv_caption: pip install eccv_caption"
+    )
 
 
 @pytest.mark.parametrize("counts", [(5,) * 19, (4, 6, *(5,) * (FEW - 2))])
 def test_other_numbers_of_images_or_captions_are_an_error(tmp_path, few, counts):
     found = f"{tmp_path} testall has {len(counts)} images and {sum(counts)} captions, but these protocols are for"
     expected = f"--eccv: {found} COCO's {FEW} test images with five captions each (--split testall)"
-    assert refusal(split_of_few(tmp_path, counts=counts)) == expected
+    assert refusal(open_coco, split_of_few(tmp_path, counts=counts)) == expected
 
 
 @pytest.mark.parametrize(
@@ -255,13 +249,13 @@ def test_other_numbers_of_images_or_captions_are_an_error(tmp_path, few, counts)
 def test_ids_that_are_not_those_of_cocos_images_are_an_error(tmp_path, few, other):
     images = [other or few.images[1], *few.images[1:]]
     complaint = f"{tmp_path / 'testall_ids.txt'}: these are not the ids (numbers) of COCO's {FEW} test images"
-    assert refusal(split_of_few(tmp_path, images)) == f"--eccv: {complaint}"
+    assert refusal(open_coco, split_of_few(tmp_path, images)) == f"--eccv: {complaint}"
 
 
 @pytest.mark.parametrize("captions", [lambda ids: ids[::-1], lambda ids: ["a", *ids[1:]]])
 def test_ids_that_are_not_those_of_the_images_captions_are_an_error(tmp_path, few, captions):
     complaint = f"{tmp_path / 'testall_capids.txt'}: its ids are not those of the captions of testall_ids.txt's images"
-    assert refusal(split_of_few(tmp_path, few.images, captions(few.captions))) == f"--eccv: {complaint}"
+    assert refusal(open_coco, split_of_few(tmp_path, few.images, captions(few.captions))) == f"--eccv: {complaint}"
 
 
 @pytest.mark.parametrize("text", ['{"391895": [770337', "{}"])
@@ -269,7 +263,7 @@ def test_damaged_files_of_plausible_matches_are_an_error(tmp_path, few, few_pack
     write_plausible(tmp_path / "cxc_annots", few_package.coco_gts)
     (tmp_path / "cxc_annots" / PLAUSIBLE["i2t"]).write_text(text)
     what = "pm_image_to_caption.json or pm_caption_to_image.json is damaged, or not of COCO's testall ("
-    assert refusal(split_of_few(tmp_path)).startswith(f"{tmp_path / 'cxc_annots'}: {what}")
+    assert refusal(open_coco, split_of_few(tmp_path)).startswith(f"{tmp_path / 'cxc_annots'}: {what}")
 
 
 # Right answers among images, and among captions
@@ -341,7 +335,7 @@ def test_annotations_that_are_damaged_or_of_another_split_are_an_error_that_name
     path = tmp_path / "cxc_annots" / name
     path.parent.mkdir()
     path.write_bytes(content)
-    assert refusal(split_of_few(tmp_path)).startswith(f"{path}: {complaint}")
+    assert refusal(open_coco, split_of_few(tmp_path)).startswith(f"{path}: {complaint}")
 
 
 # Metrics of images among images, and of captions among captions

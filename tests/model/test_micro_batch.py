@@ -115,12 +115,12 @@ def equal_captions(count: int) -> tuple[Tensor, Tensor]:
 
 
 class Held(TorchDispatchMode):
-    """Bytes of the tensors that are made under it, parameters' not: held `now`, and the `most` at any time."""
+    """Bytes of the tensors that are made under it, a module's parameters' not: held `now`, and `most` at any time."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module | None = None):
         super().__init__()
         self.now = self.most = 0
-        self.known = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        self.known = {one.untyped_storage().data_ptr() for one in module.parameters()} if module else set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

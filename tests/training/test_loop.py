@@ -33,7 +33,7 @@ from lib.runtime import Compute, versions
 from lib.training import log, loop
 from lib.training.log import COLLAPSED_STEPS, RunLog, StepFigures
 from lib.training.run_folder import Progress
-from tests.conftest import GOLDEN, TINY_BERT, bert_without_dropout
+from tests.conftest import GOLDEN, TINY_BERT, assert_same_weights, bert_without_dropout
 
 STEPS = 15  # of an epoch of the tiny data set
 
@@ -43,15 +43,6 @@ def run(flags, folder, *more) -> dict[int, float]:
     assert train.main([*flags, "--model_name", str(folder), "--log_step", "1", *more]) == 0
     losses = re.findall(r"step (\d+) loss ([\d.]+)", (folder / "run.log").read_text())
     return {int(step): float(loss) for step, loss in losses}
-
-
-def weights(folder):
-    return read_checkpoint(folder / "last.pt")["model"]
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 # What it computes
@@ -84,7 +75,7 @@ def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(tiny_flags, 
     one, two = run(tiny_flags, tmp_path / "one"), run(tiny_flags, tmp_path / "two", "--workers", "2")
     assert len(one) == STEPS
     assert one == two
-    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
     assert run(tiny_flags, tmp_path / "three", "--seed", "1") != one
 
 
@@ -107,7 +98,7 @@ def test_features_on_the_device_train_like_float16_ones_in_the_file(make_data, t
     for name, dtype, more in (("half", np.float16, []), ("device", np.float32, device)):
         make_data(tmp_path / name / "tiny_precomp", {"train": 24, "dev": 10}, dtype=dtype)  # no test split
         run([*tiny_flags, "--data_path", str(tmp_path / name)], tmp_path / f"run-{name}", *more)
-    assert_same(weights(tmp_path / "run-half"), weights(tmp_path / "run-device"))
+    assert_same_weights(tmp_path / "run-half", tmp_path / "run-device")
 
 
 @pytest.mark.parametrize(
@@ -266,10 +257,11 @@ def test_tensorboard_shows_where_words_of_dev_look_and_no_picture_changes_the_tr
     assert not pictures(tmp_path / "without", "attention/1")
     monkeypatch.setattr(loop, "draw_epoch", lambda *_: 1 / 0)
     assert run(flags, tmp_path / "failing") == losses
-    states = [read_checkpoint(tmp_path / name / "last.pt") for name in ("with", "without", "failing")]
-    for state in states[1:]:
-        assert_same(state["model"], states[0]["model"])
-        assert torch.equal(state["random_state"]["torch"], states[0]["random_state"]["torch"])
+    folders = [tmp_path / name for name in ("with", "without", "failing")]
+    first, *others = (read_checkpoint(one / "last.pt")["random_state"]["torch"] for one in folders)
+    assert all(torch.equal(other, first) for other in others)
+    for one in folders[1:]:
+        assert_same_weights(one, folders[0])
 
 
 def test_tensorboard_lists_a_run_once_with_its_settings_and_its_final_rsum(trained_run):

@@ -4,7 +4,6 @@ Counted on the CPU with such a device's tiles. An operation is one on floating-p
 allocation: on a GPU it launches one kernel or more. The language model is left out, as it is not this project's.
 """
 
-import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from lib.model import registry
 from lib.model.engine import make_engine, norms, tiles
 from lib.model.layers import Shard
 from lib.training.loop import train_step
+from tests.model.test_micro_batch import Held
 
 NO_KERNEL = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
@@ -42,23 +42,6 @@ class Operations(TorchDispatchMode):
         if any(x.is_floating_point() for x in tensors) and not is_view and name not in NO_KERNEL:
             self.kernels[name] += 1
             self.waits[name] += name in WAITS or masked
-        return results
-
-
-class Held(TorchDispatchMode):
-    """Measures how many bytes the tensors that are made within it take at most at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_flatten(results)[0] if isinstance(x, torch.Tensor)):
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.most = max(self.most, sum(self.sizes.values()))
         return results
 
 

@@ -12,7 +12,7 @@ from torchvision.models import get_model
 import eval as eval_program
 import train
 from lib import load
-from lib.checkpoints.native import BEST, build_model, read_checkpoint
+from lib.checkpoints.native import build_model
 from lib.cli import InputError
 from lib.config import EvaluationSettings, TrainSettings
 from lib.data.batches import choose_cells
@@ -26,7 +26,7 @@ from lib.runtime import choose_compute
 from lib.training import loop
 from lib.training.optim import thawed_stages
 from lib.training.resume import find_origin
-from tests.conftest import TINY_BERT, bert_without_dropout
+from tests.conftest import TINY_BERT, assert_same_weights, bert_without_dropout
 from tests.model.test_vision import write_transformer
 from tests.ranks import run_ranks
 from tests.text_models import make_text_model
@@ -261,8 +261,7 @@ def test_gpos_layout_is_found_by_its_mapping_of_ids(pictures, flags, whole, tmp_
     (root / "id_mapping.json").write_text(json.dumps(mapping))
     data = ["--data_path", str(root), "--data_name", "f30k_precomp", "--model_name", str(tmp_path / "run")]
     assert train.main([*flags, *data]) == 0
-    one, other = (read_checkpoint(folder / BEST)["model"] for folder in (whole, tmp_path / "run"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_weights(whole, tmp_path / "run")
 
 
 def test_what_cannot_train_from_pixels_is_refused_in_one_line(pictures, flags, tiny_flags, whole, tmp_path, capsys):

@@ -17,13 +17,13 @@ from torch.distributed import run
 import eval as eval_program
 import train
 from lib import distributed
-from lib.checkpoints.native import BEST, read_checkpoint
+from lib.checkpoints.native import BEST
 from lib.cli import InputError
 from lib.distributed import is_restarted, job, rank, world_size
 from lib.model.engine import autograd
 from lib.training import loop
 from tests import mishap
-from tests.conftest import TINY_BERT, bert_without_dropout
+from tests.conftest import TINY_BERT, assert_same_weights, bert_without_dropout
 from tests.ranks import run_ranks, start_server
 
 EXACT = 1e-8
@@ -115,12 +115,6 @@ def start(flags, count, folder, *more):
     return run_ranks(run_program, count, [*flags, "--model_name", str(folder), "--log_step", "1", *more])
 
 
-def assert_same_weights(one, other):
-    ours, theirs = (read_checkpoint(path)["model"] for path in (one, other))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 @pytest.fixture(scope="module")
 def by_two(tiny_flags, tmp_path_factory):
     """The folder of a run of two epochs by two processes, with dropout."""
@@ -148,7 +142,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_the_resumed_ru
     said = f"SIGTERM: saved after step 7; continue with: python train.py --resume {folder}\n"
     assert [rank.err for rank in ranks] == [said, ""]
     run_ranks(run_program, 2, ["--resume", str(folder)])
-    assert_same_weights(folder / "last.pt", by_two / "last.pt")
+    assert_same_weights(folder, by_two)
 
 
 def test_another_number_of_processes_continues_and_says_what_changes(flags, tmp_path):
@@ -258,7 +252,7 @@ def test_torchrun_names_a_killed_process_restarts_the_job_and_it_ends_with_the_s
         with suppress(OSError):
             left += [output] * str(output.readlink()).startswith(str(tmp_path))
     assert not left
-    assert_same_weights(tmp_path / "run" / "last.pt", by_two / "step-00000015.pt")
+    assert_same_weights(tmp_path / "run", by_two / "step-00000015.pt")
 
 
 def test_a_missing_data_set_is_one_line_and_no_traceback_where_the_scripts_start_processes(unlucky, torchrun, tmp_path):

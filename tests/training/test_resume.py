@@ -17,7 +17,7 @@ import torch
 
 import train
 from lib.checkpoints import native
-from lib.checkpoints.native import BEST, build_model, read_checkpoint
+from lib.checkpoints.native import BEST, LAST, build_model, read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.cli import InputError, with_bar
 from lib.config import TrainSettings
@@ -27,7 +27,7 @@ from lib.training.resume import Origin, refuse_changes
 from lib.training.run_folder import Progress
 from lib.training.signals import SIGNALS, EndNow, Signals
 from tests import mishap
-from tests.conftest import PUBLISHED, TINY_BERT
+from tests.conftest import PUBLISHED, TINY_BERT, assert_same_weights
 from tests.ranks import run_ranks, start
 
 LOSS = re.compile(r"step (\d+) loss ([\d.]+) gradient ([\d.]+) rate ([\d.e-]+)")
@@ -71,19 +71,13 @@ def losses(folder):
     return {int(step): rest for step, *rest in LOSS.findall((folder / "run.log").read_text())}
 
 
-def assert_same_weights(one, other):
-    assert one["model"].keys() == other["model"].keys()
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    assert one["progress"] == other["progress"]
-
-
 def assert_equal_runs(one, other):
     assert losses(one) == losses(other)
-    best = [folder / BEST for folder in (one, other)]
-    assert_same_weights(*map(read_checkpoint, best))
-    last = [read_checkpoint(folder / "last.pt") for folder in (one, other)]
-    assert_same_weights(*last)
-    assert torch.equal(*(content["random_state"]["torch"] for content in last))
+    for name in (BEST, LAST):
+        assert_same_weights(one / name, other / name)
+        ours, theirs = (read_checkpoint(folder / name) for folder in (one, other))
+        assert ours["progress"] == theirs["progress"]
+    assert torch.equal(*(content["random_state"]["torch"] for content in (ours, theirs)))
 
 
 def at(monkeypatch, step, happening):
@@ -338,8 +332,7 @@ def test_going_back_needs_another_folder_and_loses_nothing(whole, cut, capsys, t
     assert sorted(path.name for path in cut.iterdir()) == names
     assert train.main(["--resume", str(older), "--model_name", str(tmp_path / "branch")]) == 0
     assert f"branches off {cut} into {tmp_path / 'branch'}" in capsys.readouterr().out
-    ours, theirs = (read_checkpoint(folder / "last.pt")["model"] for folder in (tmp_path / "branch", whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_weights(tmp_path / "branch", whole)
     assert read_record(tmp_path / "branch")["chosen"]["epoch"] == 2
     assert curves == {path: path.read_bytes() for path in cut.glob("events.*")}
 
