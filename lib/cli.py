@@ -96,6 +96,13 @@ def check_packages() -> None:
             ) from None
 
 
+def optional(name: str, what: str) -> Any:
+    """A module that only some commands need. what: that needs it. Raises InputError where its package is missing."""
+    package = name.partition(".")[0]
+    with refusing(f"{what} needs {package}: pip install {package}"):
+        return import_module(name)
+
+
 # Progress
 
 

@@ -120,16 +120,14 @@ class FeatureFile:
         begins, ends = [0, *cuts], [*cuts, len(stored)]
         try:
             for begin, end, row in zip(begins, ends, stored[begins].tolist(), strict=True):
-                self._read_at(self._data_at + row * size, target[begin * size : end * size])
+                place, part = self._data_at + row * size, target[begin * size : end * size]
+                while part:
+                    if not (count := os.preadv(self._file.fileno(), [part], place)):
+                        what = "has become shorter while it was open; copy or download it again"
+                        raise InputError(f"{self.path}: {what}")
+                    place, part = place + count, part[count:]
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({reason(error)})") from None
-
-    def _read_at(self, place: int, target: memoryview) -> None:
-        while target:
-            count = os.preadv(self._file.fileno(), [target], place)
-            if not count:
-                raise InputError(f"{self.path}: has become shorter while it was open; copy or download it again")
-            place, target = place + count, target[count:]
 
     def _refuse(self, rows: np.ndarray, features: np.ndarray) -> None:
         """Raise InputError naming the first image or row that cannot be used."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.cli import InputError, refusing, with_bar
+from lib.cli import InputError, optional, refusing, with_bar
 from lib.data.dataset import CAPTIONS_PER_IMAGE, Split, read_ids
 from lib.evaluation import report
 from lib.evaluation.metrics import FOLDS, RECALLS, WAYS, bootstrap_means, interval
@@ -82,13 +82,9 @@ class Coco(NamedTuple):
 
 def open_coco(split: Split) -> Coco:
     """The right answers for COCO's testall. Raises InputError if the package is missing or the split is another one."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it asks for ujson, which it does not need
-            from eccv_caption import Metrics
-    except ImportError:
-        raise InputError("--eccv: needs the package eccv_caption: pip install eccv_caption") from None
-    package = Metrics()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for ujson, which it does not need
+        package = optional("eccv_caption", "--eccv").Metrics()
     images, captions, note = _number_ids(split, package)
     fold_of_image = np.empty(len(images), int)  # the package's folds are consecutive fifths of its own order
     for fold, some in enumerate(np.split(package.coco_ids, FOLDS)):

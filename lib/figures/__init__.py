@@ -1,15 +1,11 @@
 """Figures: what is to be seen as arrays first, drawn by Matplotlib second, as files of their own."""
 
-import io
 import sys
 import warnings
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
-from lib.cli import InputError, reason
+from lib.cli import optional, reason
 from lib.files import check_writable, replacing
 
 DPI = 150  # pixels an inch
@@ -18,10 +14,7 @@ DPI = 150  # pixels an inch
 def import_matplotlib(out: str = "") -> Any:
     """matplotlib.figure. Raises InputError where it is missing, or `out`, a figure's file, could not be written."""
     check_writable(out)
-    try:
-        return import_module("matplotlib.figure")
-    except ModuleNotFoundError as error:
-        raise InputError(f"{error}: figures need Matplotlib, run: pip install matplotlib") from None
+    return optional("matplotlib.figure", "show.py")
 
 
 def new_figure(width: float, height: float, dpi: float = DPI) -> Any:
@@ -31,13 +24,8 @@ def new_figure(width: float, height: float, dpi: float = DPI) -> Any:
 
 def save_figure(figure: Any, out: str) -> None:
     """Write a figure as what the file's ending says: .png, .pdf or .svg. Raises InputError."""
-    kind = Path(out).suffix[1:].lower()
     with replacing(out) as file, warnings.catch_warnings(record=True) as said:
-        figure.savefig(drawn := io.BytesIO(), format=kind)
-        if kind == "png":  # without transparency, which nothing uses, a tenth less
-            PIL.Image.open(drawn).convert("RGB").save(file, "PNG", optimize=True)
-        else:
-            file.write(drawn.getvalue())
+        figure.savefig(file, format=Path(out).suffix[1:].lower())
     if said:  # no font has a letter, no room is left
         print(f"warning: {reason(said[0].message)}", file=sys.stderr)  # type: ignore[arg-type]
     print(out)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.cli import InputError, refusing, with_bar
+from lib.cli import InputError, optional, refusing, with_bar
 from lib.data.dataset import read_boxes, read_ids
 from lib.data.images import WAYS, without_ending
 from lib.files import new_folder
@@ -184,8 +184,7 @@ def _open_split(folder: Path, name: str) -> Iterator[tuple[str, Callable[[], Ima
 
 def _open_hdf5(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
     """Arrays by name, one row an image, and their ids; or below each id an array of features, or a group of arrays."""
-    with refusing(f"--features {path}: HDF5 needs h5py: pip install h5py"):
-        import h5py  # here: an optional dependency
+    h5py = optional("h5py", f"--features {path}: HDF5")
     with refusing(f"--features {path}: not a file of features and ids of images"):
         file = h5py.File(path)
         images = _rows_of(file) if any(name in file for name in FEATURE_NAMES) else _groups(file)

@@ -10,7 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
-from lib.cli import InputError, refusing
+from lib.cli import InputError, optional, refusing
 from lib.files import writing_to
 
 HANDLE = "kuanghueilee/scan-features"
@@ -35,7 +35,11 @@ def run(args: argparse.Namespace) -> None:
             continue
         root = root or _download()
         files = _find(data_set, root)
-        _link(files, folder)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, path in files.items():
+                if not (folder / name).exists():
+                    (folder / name).symlink_to(path)
         print(f"{folder}: {len(files)} links to files in {root}; next: python -m lib.prepare verify")
 
 
@@ -45,8 +49,7 @@ def _needed(data_set: str) -> list[str]:
 
 def _download() -> Path:
     """Fetch the archive, or what of it is not there yet. Returns its folder."""
-    with refusing("no kagglehub: pip install kagglehub, and run this again"):
-        import kagglehub  # here: an optional dependency
+    kagglehub = optional("kagglehub", "download")
     with refusing(
         f"the Kaggle data set {HANDLE} could not be downloaded; look at the network and at your Kaggle credentials "
         "(https://www.kaggle.com/settings, API; then ~/.kaggle/kaggle.json), and run this again: kagglehub goes on "
@@ -69,12 +72,3 @@ def _find(data_set: str, root: Path) -> dict[str, Path]:
         advice = "if they are there, packed or under another name, unpack or link them yourself"
         raise InputError(f"{root}: no {', '.join(missing)} in a folder that names {data_set}; {advice}")
     return found
-
-
-def _link(files: dict[str, Path], folder: Path) -> None:
-    """Make links to files. What is there already stays."""
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for link, path in ((folder / name, path) for name, path in files.items()):
-            if not link.exists():
-                link.symlink_to(path)

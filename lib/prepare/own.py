@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lib.cli import InputError, reason, refusing
+from lib.cli import InputError, optional, reason, refusing
 from lib.files import read_lines
 from lib.prepare import assemble
 from lib.prepare.assemble import SPLITS, Features, clean_caption, write_dataset
@@ -157,8 +157,7 @@ def _read_json(path: Path) -> tuple[Rows, dict[str, str]]:
 
 def _read_parquet(path: Path) -> tuple[Rows, dict[str, str]]:
     """Rows without their binary columns, which hold pictures."""
-    with refusing(f"{path}: Parquet needs pyarrow: pip install pyarrow"):
-        from pyarrow import parquet  # here: an optional dependency
+    parquet = optional("pyarrow.parquet", f"{path}: Parquet")
     with refusing(f"{path}: not a Parquet file; copy or download it again"):
         file = parquet.ParquetFile(path)
         columns = [file.schema.column(place) for place in range(len(file.schema))]

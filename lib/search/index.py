@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +21,8 @@ import torch
 from torch import Tensor
 
 from lib.checkpoints.native import digest
-from lib.cli import InputError, refusing
+from lib.cli import InputError, optional, refusing
 from lib.config import QuerySettings, SearchSettings
-from lib.data.images import NotAPicture, load_picture
 from lib.evaluation.attention import Attention, explain
 from lib.evaluation.score import Block, Matcher, load
 from lib.model.engine import CombinedScorer
@@ -128,13 +126,9 @@ class Index:
     def query_picture(self, picture: Any, top: int = 10, times: Times = None) -> tuple[list[Found], list[Found]]:
         """The pictures and captions nearest to a picture (a path, or PIL's), by the cosine of vectors alone, as X-Dim
         scores pictures against words only. Raises InputError."""
-        try:
-            pixels, size = load_picture(picture, self.matcher.vision.preprocessing)
-        except NotAPicture as error:
-            raise InputError(f"{picture}: {error}") from None
         times = {} if times is None else times
-        (seen,) = self.matcher.see([pixels], [size])
-        vector = embed(self.matcher, [seen.features])[1]
+        ((seen, _),) = self.matcher.take([picture])
+        vector = embed(self.matcher, [seen])[1]
         times["encode"] = time.perf_counter()
         answers = []
         for table, own in ((self.pictures, ["id", "path"]), (self.captions, ["picture", "caption"])):
@@ -195,10 +189,7 @@ class Index:
 def import_lancedb() -> Any:
     """The package. Raises InputError where it is missing."""
     os.environ.setdefault("LANCEDB_LOG", "error")
-    try:
-        return import_module("lancedb")
-    except ModuleNotFoundError as error:
-        raise InputError(f"{error}: the search needs LanceDB, run: pip install lancedb") from None
+    return optional("lancedb", "search.py")
 
 
 def connect(uri: str) -> Any:

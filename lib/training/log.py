@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from lib.cli import LINE_INTERVAL, InputError, Lasting, TrainingStopped, reason, refusing
+from lib.cli import LINE_INTERVAL, Lasting, TrainingStopped, optional, reason, refusing
 from lib.config import TrainSettings
 from lib.distributed import is_first
 from lib.training.run_folder import Progress, checkpoints
@@ -55,10 +54,7 @@ class RunLog:
         self._tracker, self._tracked, self._track = None, None, f"--track {settings.track}" if settings else ""
         self._reported = set()
         if settings and settings.track and is_first():
-            try:
-                self._tracker = import_module(settings.track)
-            except ImportError as error:
-                raise InputError(f"{self._track}: {error}; run: pip install {settings.track}") from None
+            self._tracker = optional(settings.track, "--track")
 
     def __enter__(self) -> "RunLog":
         settings = asdict(self._settings) if self._settings else {}

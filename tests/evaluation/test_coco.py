@@ -231,9 +231,7 @@ def test_without_a_file_of_ids_the_packages_order_is_taken_and_the_note_says_so(
 
 def test_a_missing_package_is_an_error_that_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "eccv_caption", None)
-    assert (
-        refusal(open_coco, split_of_few(tmp_path)) == "--eccv: needs the package eccv_caption: pip install eccv_caption"
-    )
+    assert "--eccv needs eccv_caption: pip install eccv_caption" in refusal(open_coco, split_of_few(tmp_path))
 
 
 @pytest.mark.parametrize("counts", [(5,) * 19, (4, 6, *(5,) * (FEW - 2))])
