@@ -78,3 +78,13 @@ def test_nproc_starts_as_many_processes(commands):
 def test_a_python_that_is_named_is_taken_as_it_is(commands):
     with pytest.raises(subprocess.CalledProcessError):
         commands("train_region_f30k.sh", PYTHON="false")
+
+
+def test_several_processes_end_as_one_does_where_there_is_no_data_set(tmp_path):
+    processes = {"PYTHON": sys.executable, "NPROC": "2", "DATA_PATH": str(tmp_path)}
+    ended = subprocess.run(
+        ["sh", "train_region_f30k.sh"], cwd=ROOT, env={**os.environ, **processes}, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "error: rank 0: no data set at " in ended.stderr
+    assert "Traceback" not in ended.stderr
