@@ -174,12 +174,18 @@ def test_a_similarity_with_another_formula_is_not_scored_by_tiles():
     assert not make_engine("tiled", Nothing(12).double())(*random_inputs(3, LENGTHS)).any()
 
 
-def test_coarse_scores_take_the_diagonal_of_the_gram_matrix_alone():
+def test_coarse_scores_take_the_diagonal_of_the_gram_matrix_and_its_approximation_by_the_vector_of_ones():
     model, inputs = make(), random_inputs(5, LENGTHS)
-    expected = make(gate="diagonal")(*inputs)
     scorer = make_engine("tiled", model).scorer(coarse=True)
     coarse = scorer.all_pairs(inputs[0], scorer.captions(*inputs[1:]))
-    torch.testing.assert_close(coarse, expected.detach())
+    exact, K = model(*inputs).detach(), model.dependency().detach()
+    K = K.T @ K
+    w = K.sum(dim=1) / K.sum().sqrt()
+    model.gate.gram_rows = lambda D: torch.stack([K.diagonal() - w.square(), w])
+    torch.testing.assert_close(coarse, make_engine("tiled", model)(*inputs).detach())
+    model.gate.gram_rows = lambda D: K.diagonal()[None]
+    of_diagonal = make_engine("tiled", model)(*inputs).detach()
+    assert (coarse - exact).norm() < (of_diagonal - exact).norm() / 2
 
 
 @pytest.mark.parametrize("engine", ["tiled", "plain"])

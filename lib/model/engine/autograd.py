@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from lib.model.engine.norms import ContextNorm, FactorNorm, Norm, RowsNorm, differentiable_norm
 from lib.model.engine.plain import Embedded, PairLoss, PlainEngine
 from lib.model.engine.tiles import CACHE_BYTES, Bags, SharedTile, Tile, pair_tiles, rows_of_tile, shared_tiles
-from lib.model.layers import EPSILON, Shard
+from lib.model.layers import EPSILON, Shard, l2_normalize
 
 # Pairs are differentiated one by one, in float32, where the loss depends on no more than this share of them. A GPU
 # multiplies float32 so much more slowly than bfloat16 that all pairs soon take less time (by count, not measured).
@@ -60,7 +60,7 @@ class TiledEngine(PlainEngine):
 
     @torch.no_grad()
     def scorer(self, coarse: bool = False) -> "Scorer":
-        """The gate computed once, for scores without gradients; coarse: with K = D^T D replaced by its diagonal."""
+        """The gate computed once, for scores without gradients; coarse: with an approximate K, see `coarse_rows`."""
         log_temperature = self.similarity.log_temperature
         dtype = product_dtype(log_temperature)
         with torch.autocast(log_temperature.device.type, enabled=False):
@@ -89,7 +89,7 @@ class TiledEngine(PlainEngine):
             return ContextNorm()
         rows = self.similarity.gram_rows(dependency)
         if rows is None and coarse:
-            rows = dependency.square().sum(dim=0)[None]
+            rows = coarse_rows(dependency)
         return scoring_norm(dependency.detach(), dtype, once) if rows is None else RowsNorm(rows.detach(), dtype)
 
     @torch.no_grad()
@@ -102,6 +102,15 @@ class TiledEngine(PlainEngine):
         scores = scorer.all_pairs(regions[some], scorer.captions(words, lengths), None if real is None else real[some])
         counts = loss(scores, true[shard.own][some, None], true) != 0
         return (shard.sum(counts.sum()) / shard.sum(counts.new_tensor(counts.numel(), dtype=torch.long))).item()
+
+
+def coarse_rows(dependency: Tensor) -> Tensor:
+    """Rows (2, D) k, w of diag(k) + w w^T, which has the diagonal of K = D^T D and what all dimensions have in common:
+    w = K 1 / sqrt(1^T K 1), the Nystroem approximation of K by the vector of ones.
+    """
+    w = dependency.T @ l2_normalize(dependency.sum(dim=1))
+    k = dependency.square().sum(dim=0) - w.square()
+    return torch.stack([k.clamp(min=1e-8), w])  # 0 for a dimension that no other depends on
 
 
 def scoring_norm(dependency: Tensor, dtype: torch.dtype, once: bool = False) -> Norm:
