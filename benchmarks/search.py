@@ -117,7 +117,7 @@ def measure(settings, uri: str, checkpoint: Path, pictures: int, regions: int) -
     centres = around(np.zeros((CENTRES, settings.embed_size), np.float32), 1.0, rng)
     vectors = around(centres[rng.integers(CENTRES, size=pictures)], NOISE, rng)
     asked = IndexSettings(index=uri, photos="photos", compress=settings.compress)
-    fill.make_tables(asked, matcher, fill.Source("photos", []))
+    fill.make_tables(asked, matcher, fill.Source("photos", [], None, None))
     index = Index(uri, matcher)
     batches = write_batches(index.pictures, vectors, regions, index.about["regions"], rng)
     written, _ = common.clock(
