@@ -29,10 +29,6 @@ class DiagonalGate(AdaptiveGate):
 
     diagonal = True
 
-    def gram_rows(self, D: Tensor) -> Tensor:
-        """The diagonal (1, D) of D^T D."""
-        return D.square().sum(dim=0)[None]
-
 
 class UniformGate(nn.Module):
     """All dimensions depend on each other alike, and nothing is learned: D^T D is 1 on its diagonal and `correlation`

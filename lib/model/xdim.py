@@ -149,6 +149,8 @@ class XDimSimilarity(nn.Module):
         """Rows (1 + N, D) k, w_1, ..., w_N of D^T D = diag(k) + sum of w_n w_n^T, by which the engine takes norms where
         the gate has so few of them; else None.
         """
+        if self.diagonal:
+            return D.square().sum(dim=0)[None]
         return self.gate.gram_rows(D) if hasattr(self.gate, "gram_rows") else None
 
     def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, real: Tensor | None = None) -> Tensor:

@@ -132,10 +132,10 @@ class DifferentiableRowsNorm(Norm):
     def __call__(self, attention: Tensor, regions: Tensor, weights: Tensor) -> Tensor:
         context = torch.bmm(attention, regions)
         exact, x = torch.promote_types(context.dtype, torch.float32), context * weights
-        k, *others = self.leaves[0][0].to(context.dtype)
-        squares = (x.square() * k).sum(dim=-1, dtype=exact)
-        if others:
-            squares = squares + (x @ torch.stack(others, dim=1)).to(exact).square().sum(dim=-1)
+        rows = self.leaves[0][0].to(context.dtype)
+        squares = (x.square() * rows[0]).sum(dim=-1, dtype=exact)
+        if len(rows) > 1:
+            squares = squares + (x @ rows[1:].T).to(exact).square().sum(dim=-1)
         return squares.clamp(min=1e-30).sqrt() + _guard(context)
 
     def gradient(self, of_leaves: list[Tensor]) -> Tensor:
