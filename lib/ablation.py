@@ -118,14 +118,17 @@ def _summarize(outcomes: Mapping[int, Outcome], reference: Mapping[int, Outcome]
     steps = [outcome.step_ms for outcome in outcomes.values() if outcome.step_ms]
     pairs = [(outcomes[seed], reference[seed]) for seed in outcomes if seed in reference]
     differences = np.array([ours.rsum - theirs.rsum for ours, theirs in pairs])
-    draws = np.mean([ours.draws - theirs.draws for ours, theirs in pairs], axis=0)
+    of_queries = None
+    if pairs:
+        draws = np.mean([ours.draws - theirs.draws for ours, theirs in pairs], axis=0)
+        of_queries = {"interval": interval(draws), "p": p_value(draws)}
     return {
         "rsum": statistics.mean(rsums),
         "spread": statistics.stdev(rsums) if len(rsums) > 1 else None,
         "rsums": rsums,
         "step_ms": statistics.median(steps) if steps else None,
         "difference": differences.mean() if pairs else None,
-        "of_queries": {"interval": interval(draws), "p": p_value(draws)} if pairs else None,
+        "of_queries": of_queries,
         "of_seeds": t_test(differences),
     }
 
@@ -134,18 +137,7 @@ def _show(results: dict) -> str:
     """The table; differences are from its first row."""
     first = f"{{:<{max(map(len, results['variants'])) + 2}}}"
     layout = first + "{:>7}{:>8}{:>11}{:>12}{:>18}{:>7}{:>18}{:>7}  {}"
-    head = (
-        "",
-        "rSum",
-        "spread",
-        "ms a step",
-        "difference",
-        "95 % of queries",
-        "p",
-        "95 % of seeds",
-        "p",
-        "of each seed",
-    )
+    head = "", "rSum", "spread", "ms a step", "difference", "95 % of queries", "p", "95 % of seeds", "p", "of each seed"
     lines = [layout.format(*head)]
     for name, row in results["variants"].items():
         shown = {} if len(lines) == 1 else row
