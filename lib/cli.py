@@ -167,11 +167,12 @@ def silence(stream: Any) -> None:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help unless it is off or empty."""
+    """Adds the default to a flag's help unless it is off or empty, or the help says what is taken then."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is False or action.default in (None, "", argparse.SUPPRESS)
-        return action.help if silent else f"{action.help} (default: %(default)s)"
+        said = silent or "(default:" in (action.help or "")
+        return action.help if said else f"{action.help} (default: %(default)s)"
 
 
 # Beginnings of flags of the published programs and of PyTorch's old launcher, and what to do instead.

@@ -7,6 +7,7 @@ import pytest
 
 from lib import cli, distributed
 from lib.cli import InputError, Interrupted, TrainingStopped, program, progress_bar, with_bar
+from lib.config import IndexSettings, TrainSettings, parse
 
 
 @pytest.fixture
@@ -68,3 +69,13 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="a bug"):
         main([])
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, IndexSettings])
+def test_help_names_the_default_of_a_flag_once(capsys, settings):
+    with pytest.raises(SystemExit):
+        parse(settings, "", ["--help"])
+    flags = " ".join(capsys.readouterr().out.split()).split(" --")
+    named = {flag.split()[0]: flag.count("(default:") for flag in flags}
+    assert max(named.values()) == 1
+    assert named["workers"] == 1
