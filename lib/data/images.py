@@ -100,7 +100,10 @@ def _decode(source: str | Path | PIL.Image.Image, wanted: Callable) -> tuple[PIL
             picture.load()
             turn = TURNS.get(_orientation(picture))
             picture = _to_rgb(picture)
-            return picture if turn is None else picture.transpose(turn), size
+            if turn is not None:
+                picture = picture.transpose(turn)
+                picture.info = {}  # which says how to turn it, as if it had not been
+            return picture, size
     except NotAPicture:
         raise
     except PIL.Image.DecompressionBombError:

@@ -66,6 +66,7 @@ def test_a_picture_stands_upright_whatever_the_camera_says(number, kind, tmp_pat
     small, size = load_picture(tmp_path / "picture", SimpleNamespace(size=(6, 8), limits=(0, 0), resample="bilinear"))
     assert size == (48, 64)
     assert small.shape == (3, 6, 8)
+    np.testing.assert_array_equal(open_picture(open_picture(tmp_path / "picture")), upright)  # and is not turned twice
     assert np.abs(small[:, [1, 4]][:, :, [1, 6]].permute(1, 2, 0).numpy().astype(int) - COLOURS).max() < 40
 
 
