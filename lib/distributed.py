@@ -62,6 +62,12 @@ def local_count() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
+def own_cores() -> int:
+    """Cores of this node for this process: those that the job may use, divided among its processes here; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_count())
+
+
 def is_restarted() -> bool:
     """Whether torchrun has started the job's processes again after a failure (--max_restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -1,7 +1,6 @@
 """Batches of tensors for training and for evaluation."""
 
 import math
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -194,11 +193,10 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def loader(batches: Dataset, workers: int, device: torch.device) -> DataLoader:
     """Load batches in order by up to `workers` processes, but no more than there are cores for this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return _Loader(
         batches,
         batch_size=None,
-        num_workers=min(workers, max(1, cores // distributed.local_count())),
+        num_workers=min(workers, distributed.own_cores()),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # without one of its own, iter() draws from the global random state

@@ -7,6 +7,7 @@ kill loses nothing of it. The processes of a job embed and write their own share
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -122,7 +123,7 @@ def find_pictures(settings: IndexSettings, matcher: Matcher) -> Source:
     for caption, image in zip(split.captions, split.image_of_caption, strict=True):
         captions[image].append(caption)
     if vision := matcher.model.vision:
-        found = [(str(path), os.stat(path)) for path in split.features.paths]
+        found = [(os.path.abspath(path), os.stat(path)) for path in split.features.paths]
     else:  # one file of all images, and perhaps the folder that it was made of
         folder = (read_encoder(split.folder) or {}).get("folder")
         of_file = os.stat(split.features.path)
@@ -173,12 +174,13 @@ def make_tables(settings: IndexSettings, matcher: Matcher, source: Source) -> No
             raise InputError(f"--index {uri}: was made of regions by {made}, these are by {now}; take another index")
         return
     path, head, pooling = Path(matcher.content["path"]), matcher.model.global_head, matcher.model.pooling
+    bert = os.path.abspath(settings.bert) if os.path.isdir(settings.bert) else settings.bert  # a hub's name stays
     found_by = "global head" if pooling is head else "pooled by the similarity itself"
     if type(pooling) is MeanPooling:
         found_by = "mean region and mean word: the model has no global head"
     about = {
         **{"format": FORMAT, "model": fingerprint(matcher), "encoder": encoder, "source": source.name},
-        **{"checkpoint": str(path.resolve() if path.exists() else path), "bert": settings.bert},  # a hub's name stays
+        **{"checkpoint": str(path.resolve() if path.exists() else path), "bert": bert},
         **{"dims": matcher.model.architecture["embed_size"], "regions": settings.compress or "float16"},
         "vector": found_by,
     }
@@ -210,11 +212,16 @@ class Filling:
         )
         listed = {picture.id: (picture.size, picture.time) for picture in self.source.pictures}
         changed = {one for one, file in known.items() if listed.get(one, file) != file}
+        captions: dict[str, list[str]] = defaultdict(list)
+        for one, caption in zip(*_columns(self.index.captions, "picture", "caption"), strict=True):
+            captions[one].append(caption)
+        of_known = (picture for picture in self.source.pictures if picture.id in known)
+        changed |= {picture.id for picture in of_known if sorted(picture.captions) != sorted(captions[picture.id])}
         todo = [one for one in self.source.pictures if one.id not in known and unreadable.get(one.id) != listed[one.id]]
         todo += [one for one in self.source.pictures if one.id in changed]
         gone = known.keys() - listed.keys()
         again = [one for one, file in unreadable.items() if listed.get(one) != file]
-        orphans = set(_columns(self.index.captions, "picture")[0]) - (known.keys() - gone)
+        orphans = captions.keys() - (known.keys() - gone)
         with written_whole(self.index.uri):
             _remove(self.index.captions, "picture", orphans)  # of a write that was cut off, too
             _remove(self.index.pictures, "id", gone)
@@ -228,7 +235,7 @@ class Filling:
         parts = [todo[first : first + size] for first in range(0, len(todo), size)]
         parts = parts[distributed.rank() :: distributed.world_size()]
         rows: dict[str, list[dict]] = {PICTURES: [], CAPTIONS: [], UNREADABLE: []}
-        threads = min(workers, max(1, (os.cpu_count() or 1) // distributed.local_count()))
+        threads = min(workers, distributed.own_cores())
         with progress_bar("pictures", sum(map(len, parts))) as bar:
             for part, loaded in zip(parts, in_threads(self.source.load, parts, threads), strict=True):
                 self._describe(part, loaded, rows)
@@ -266,11 +273,11 @@ class Filling:
     def _write(self, rows: dict[str, list[dict]], changed: set[str]) -> None:
         """Write rows, and forget them. Pictures come last: what is without them does not count."""
         pictures, index = rows[PICTURES], self.index
-        again = {row["id"] for row in pictures} & changed
+        again, lost = ({row["id"] for row in rows[table]} & changed for table in (PICTURES, UNREADABLE))
         with written_whole(index.uri):
             _add(index.unreadable, rows[UNREADABLE])
-            _remove(index.pictures, "id", {row["id"] for row in rows[UNREADABLE]} & changed)
-            _remove(index.captions, "picture", again)
+            _remove(index.pictures, "id", lost)
+            _remove(index.captions, "picture", again | lost)
             _add(index.captions, rows[CAPTIONS])
             if again:
                 merge = index.pictures.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()

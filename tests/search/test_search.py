@@ -159,6 +159,14 @@ def test_a_picture_finds_itself_and_what_is_said_of_it(pixels, photos, tmp_path,
     vectors = index.encode_captions(matcher, captions)[2] @ torch.tensor(stored(tmp_path / "index")["3.png"]["vector"])
     assert [one["caption"] for one in found["captions"]] == [captions[k] for k in vectors.argsort(descending=True)[:4]]
 
+    captions[15] = "a cat, it is a cat"  # of 3.png
+    (data / "test_caps.txt").write_text("\n".join(captions) + "\n")
+    (data / "images" / "0.png").write_bytes(b"no picture any more")
+    assert run("index", *flags) == 0
+    assert "11 pictures, 1 changed, 1 unreadable" in capsys.readouterr().out
+    kept = index.connect(str(tmp_path / "index")).open_table("captions").to_arrow()["caption"].to_pylist()
+    assert sorted(kept) == sorted(captions[5:])
+
 
 def test_features_lead_to_the_pictures_that_they_were_made_of(features, tmp_path, monkeypatch):
     data = shutil.copytree(features, tmp_path / "data")
