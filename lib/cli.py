@@ -171,7 +171,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is False or action.default in (None, "", argparse.SUPPRESS)
-        said = silent or "(default:" in (action.help or "")
+        said = silent or not action.option_strings or "(default:" in (action.help or "")
         return action.help if said else f"{action.help} (default: %(default)s)"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lib import cli, distributed
 from lib.cli import InputError, Interrupted, TrainingStopped, program, progress_bar, with_bar
-from lib.config import IndexSettings, TrainSettings, parse
+from lib.config import EvaluationSettings, IndexSettings, TrainSettings, parse
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_bug_keeps_its_traceback():
         main([])
 
 
-@pytest.mark.parametrize("settings", [TrainSettings, IndexSettings])
+@pytest.mark.parametrize("settings", [TrainSettings, IndexSettings, EvaluationSettings])
 def test_help_names_the_default_of_a_flag_once(capsys, settings):
     with pytest.raises(SystemExit):
         parse(settings, "", ["--help"])
@@ -79,3 +79,4 @@ def test_help_names_the_default_of_a_flag_once(capsys, settings):
     named = {flag.split()[0]: flag.count("(default:") for flag in flags}
     assert max(named.values()) == 1
     assert named["workers"] == 1
+    assert "(default: ())" not in " ".join(flags)

@@ -162,6 +162,11 @@ def read_captions(path: Path) -> list[str]:
     return captions
 
 
+def names_of(split: Split) -> list[str]:
+    """The id of each image, or its number from 0 where there are no ids. Raises InputError, as `read_ids` does."""
+    return read_ids(split) or list(map(str, range(len(split.features))))
+
+
 def read_ids(split: Split) -> list[str] | None:
     """The id of each image, from {split}_ids.txt with one line, or five equal lines, an image; None: no such file.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.cli import InputError, refusing
-from lib.data.dataset import Split, read_boxes, read_ids
+from lib.data.dataset import Split, names_of, read_boxes
 from lib.data.images import find_pictures, open_picture
 from lib.evaluation.score import Block, Matcher
 
@@ -42,15 +42,15 @@ class Attention(NamedTuple):
 
 
 @torch.inference_mode()
-def attention(matcher: Matcher, image: Any, caption: str, joined: bool = True) -> Attention:
+def attention(matcher: Matcher, image: Any, caption: str) -> Attention:
     """What a model looks at in an image for a caption, and how it comes to its score. Raises InputError.
 
-    image: a picture, its path or PIL's, or features (R, img_dim) of regions, without boxes. joined: see `explain`.
+    image: a picture, its path or PIL's, or features (R, img_dim) of regions, without boxes.
     """
     ((seen, boxes),) = matcher.take([image])
     (block,) = matcher.embed_images([matcher.batch([seen])])
     words, lengths = matcher.embed_captions(matcher.tokenizer.tokenize([caption]), 1)
-    (found,), added = explain(matcher, block, words, caption, joined=joined), 0.0
+    (found,), added = explain(matcher, block, words, caption), 0.0
     if head := matcher.model.global_head:
         with matcher.compute.in_force():
             added = (head.weight * head(block.regions, words, lengths, block.real)).item()
@@ -58,19 +58,16 @@ def attention(matcher: Matcher, image: Any, caption: str, joined: bool = True) -
 
 
 @torch.inference_mode()
-def explain(
-    matcher: Matcher, block: Block, words: Tensor, caption: str, D: Tensor | None = None, joined: bool = True
-) -> list[Attention]:
+def explain(matcher: Matcher, block: Block, words: Tensor, caption: str, D: Tensor | None = None) -> list[Attention]:
     """The same for images that are embedded already and one caption, without a global head's share of the score.
 
     words: (W, D), or (W, D + G) as the block's regions with a global head, embeddings of the caption's pieces. D: the
-    dependency matrix, where it is at hand. joined: a row for each word, the mean of its pieces, without special tokens
-    and what the text model does not take; else a row for each piece, named by its word, "" for a special token. Raises
-    InputError where the similarity attends to nothing.
+    dependency matrix, where it is at hand. A word's row is the mean of its pieces; special tokens and what the text
+    model does not take are left out. Raises InputError where the similarity attends to nothing.
     """
     weights, groups = explain_pieces(matcher, block, words, D)
     scores, groups = groups.sum(dim=-1), groups.mean(dim=1)  # (I, W), (I, D)
-    names, mean = rows_of(matcher, caption, len(words), joined)
+    names, mean = rows_of(matcher, caption, len(words))
     counts = [weights.shape[-1]] * len(weights) if block.real is None else block.real.sum(dim=1).tolist()
     rows = [one[:, :count].numpy() for one, count in zip(mean @ weights, counts, strict=True)]
     parts = zip(rows, (scores @ mean.T).numpy(), scores.mean(dim=1).tolist(), groups.numpy(), strict=True)
@@ -91,14 +88,12 @@ def explain_pieces(matcher: Matcher, block: Block, words: Tensor, D: Tensor | No
         return weights.float().cpu(), groups.float().cpu()
 
 
-def rows_of(matcher: Matcher, caption: str, pieces: int, joined: bool = True) -> tuple[list[str], Tensor]:
-    """Names of rows, and the matrix (rows, pieces) that makes them as means of pieces; see `explain`."""
+def rows_of(matcher: Matcher, caption: str, pieces: int) -> tuple[list[str], Tensor]:
+    """The words of a caption, and the matrix (W, pieces) that makes their rows as means of pieces; see `explain`."""
     tokenizer = matcher.tokenizer
     numbers, spelled = tokenizer.spell(caption)
     before, after = len(tokenizer.prefix), len(tokenizer.suffix)
     word_of = torch.tensor([-1] * before + numbers[: pieces - before - after] + [-1] * after)
-    if not joined:
-        return [spelled[word] if word >= 0 else "" for word in word_of.tolist()], torch.eye(pieces)
     words = word_of[word_of >= 0].unique()
     own = (word_of == words[:, None]).float()
     return [spelled[word] for word in words.tolist()], own / own.sum(dim=1, keepdim=True)
@@ -143,7 +138,7 @@ def find_pairs(matcher: Matcher, split: Split, images: Sequence[int], image_path
     if not vision and stored is None:
         what = f"{split.folder} has no {split.name}_boxes.npy, which says where in a picture its regions are"
         raise InputError(f"{what}; python -m lib.prepare tsv and images write it, SCAN's files are without")
-    names = features.paths if vision else read_ids(split) or list(map(str, range(len(features))))
+    names = features.paths if vision else names_of(split)
     paths = [names[image] for image in images]
     paths = paths if vision else find_pictures(split.folder, paths, image_path)
     for image, path in zip(images, paths, strict=True):

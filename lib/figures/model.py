@@ -16,7 +16,7 @@ import torch
 from lib.cli import QUOTED, InputError, refusing, with_bar
 from lib.config import AttentionSettings, DimensionSettings, ShowSettings
 from lib.data.batches import ImageBatches
-from lib.data.dataset import Split, read_ids
+from lib.data.dataset import Split, names_of, read_ids
 from lib.data.images import open_picture
 from lib.evaluation.attention import Attention, Pair, attention, explain_pieces, find_pairs, light, rows_of
 from lib.evaluation.evaluate import open_split_of
@@ -220,12 +220,16 @@ def respond(matcher: Matcher, split: Split, dimension: int, pairs: int = 1000) -
     for caption, place, pieces in with_bar(embedded, "pairs", len(captions)):
         weights, groups = explain_pieces(matcher, of_place[place], pieces, D)
         names, mean = rows_of(matcher, caption, len(pieces))
+        if not names:  # none of its words is one that the text model takes
+            continue
         shares = mean @ (groups[0, :, dimension, None] * weights[0])  # (W, R)
         for name, value in zip(names, shares.sum(dim=1).tolist(), strict=True):
             heard[name.lower()].append(value)
         value, region = shares.sum(dim=0).max(dim=0)
         found = (value.item(), place, int(region), names[int(shares[:, region].argmax())])
         seen[place] = max(seen.get(place, found), found)
+    if not seen:
+        raise InputError(f"{split.folder} {split.name}: no words are in the captions looked at, take more --pairs")
     best = D[dimension].topk(min(PARTNERS, len(D)))
     partners = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return Group(dimension, partners, dict(heard), sorted(seen.values(), reverse=True))
@@ -281,6 +285,6 @@ def show_dimension(settings: DimensionSettings) -> None:
         crops: list[Any] = crop(matcher, split, best, settings.image_path)
     except InputError as error:
         print(f"no pictures of regions: {error}")
-        ids = read_ids(split)
-        crops = [f"region {region} of {ids[image] if ids else image}" for _, image, region, _ in best]
+        names = names_of(split)
+        crops = [f"region {region} of {names[image]}" for _, image, region, _ in best]
     save_figure(draw_group(group, crops, f"{matcher.content['path']}, {split.folder.name} {split.name}"), settings.out)

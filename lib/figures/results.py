@@ -100,7 +100,7 @@ def show_gallery(settings: GallerySettings) -> None:
         shown += kept
     images = {one.query if one.way == "i2t" else item for one in shown for _, item, _, _ in one.answers}
     pictures, note = read_thumbnails(split, sorted(images), settings.image_path)
-    names = read_ids(split) or [f"image {number}" for number in range(1, len(split.features) + 1)]
+    names = read_ids(split) or [f"image {number}" for number in range(len(split.features))]
     cards = [_card(one, split.captions, names, pictures) for one in sorted(shown, key=lambda one: -one.rank)]
     lines = "\n".join(f"<p>{escape(line)}</p>" for line in [*about, note] if line)
     parts = {"title": escape(row), "about": lines, "cards": "\n".join(cards), "pictures": json.dumps(pictures)}

@@ -113,7 +113,7 @@ def fill(
     """
     used = [found[image_id] for captions in splits.values() for image_id in captions if image_id in found]
     dtype = features.dtype_of(used)
-    rows, lacking, counts, img_dim = [], {}, [], 0
+    rows, lacking, counts = [], {}, []
     for split, captions in splits.items():
         there = [image_id for image_id in captions if image_id in found]
         missing = [image_id for image_id in captions if image_id not in found]

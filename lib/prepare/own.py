@@ -106,7 +106,9 @@ def read_captions(path: Path, image: str = "", caption: str = "") -> tuple[dict,
 def draw_splits(image_ids: Iterable[str], dev: float, test: float, seed: int) -> dict[str, str]:
     """The split of each image, whatever the order of the ids. Raises InputError where no image is left for train."""
     if not (0 < dev < 1 and 0 < test < 1 and seed >= 0):
-        raise InputError(f"--dev {dev} --test {test} --seed {seed}: expected parts from 0 to 1, a seed from 0 on")
+        raise InputError(
+            f"--dev {dev} --test {test} --seed {seed}: expected parts above 0 and below 1, a seed from 0 on"
+        )
     ids = sorted(image_ids)
     names = ["dev"] * max(1, round(dev * len(ids))) + ["test"] * max(1, round(test * len(ids)))
     if len(names) >= len(ids):
@@ -185,7 +187,8 @@ def _column(fields: dict, given: str, known: Sequence[str], what: str) -> str:
 
 def _fields(fields: dict, image: str, caption: str) -> tuple[str, list[str], str]:
     """Image id, captions and split (empty where none is given). Raises ValueError where one is not as it should be."""
-    image_id, texts, split = fields.get(image), fields.get(caption), fields.get("split") or ""
+    image_id, texts = fields.get(image), fields.get(caption)
+    split = next((value for name, value in fields.items() if name.lower() == "split"), "") or ""
     image_id = image_id.get("path") if isinstance(image_id, dict) else image_id  # Hugging Face's pictures
     if isinstance(texts, str) and WRITTEN_LIST.fullmatch(texts.strip()):
         with suppress(SyntaxError):
@@ -195,6 +198,6 @@ def _fields(fields: dict, image: str, caption: str) -> tuple[str, list[str], str
         raise ValueError(f"{image} must be a number or printable text")
     if not texts or not all(isinstance(text, str) and clean_caption(text) for text in texts):
         raise ValueError(f"{caption} must be text, or a list of texts, and not empty; mend or delete it")
-    if split and split not in SPLITS:
+    if split and not (isinstance(split, str) and split in SPLITS):
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
     return str(image_id).strip(), list(map(clean_caption, texts)), SPLITS.get(split, "")

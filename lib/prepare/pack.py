@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lib.cli import with_bar
-from lib.data.dataset import Split, read_boxes, read_ids
+from lib.data.dataset import Split, names_of, read_boxes
 from lib.files import new_folder
 from lib.prepare import io
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 def _halve(split: Split) -> Iterator[io.Image]:
     """The images in float16. Raises InputError on NaN and on what float16 cannot hold, with the row in the file."""
     images, arrays = len(split.features), (read_boxes(split), read_boxes(split, "objects", io.OBJECT))
-    ids = read_ids(split) or list(map(str, range(images)))
+    ids = names_of(split)
     ends = np.searchsorted(split.image_of_caption, np.arange(images + 1))
     for place, image_id in enumerate(with_bar(ids, split.name)):
         image = io.read_image(split, arrays, np.float16, place, image_id)

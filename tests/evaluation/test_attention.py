@@ -6,7 +6,7 @@ import torch
 
 from lib import load
 from lib.cli import InputError
-from lib.evaluation.attention import attention, explain, partners
+from lib.evaluation.attention import attention, explain_pieces, partners
 from lib.model.layers import l2_normalize
 from tests.conftest import write_model, write_pictures
 
@@ -28,35 +28,33 @@ def test_the_score_follows_from_the_weights_and_is_the_sum_of_the_groups(tmp_pat
     model, features, block, words = make(tmp_path, gate=gate)
     similarity, scores = model.model.similarity, model.score(features, [CAPTION])[:, 0]
     D = similarity.dependency().detach()
-    found = explain(model, block, words, CAPTION, joined=False)
-    for image, one in enumerate(found):
-        regions = block.regions[image][: len(features[image])]
-        assert one.weights.shape == (len(words), len(regions))
-        np.testing.assert_allclose(one.weights.sum(axis=1), 1, rtol=1e-5)
-        S = l2_normalize(torch.from_numpy(one.weights) @ regions) * words
+    for image, (weights, groups) in enumerate(zip(*explain_pieces(model, block, words), strict=True)):
+        regions = block.regions[image]
+        assert weights.shape == (len(words), len(regions))
+        assert weights[:, len(features[image]) :].eq(0).all()
+        np.testing.assert_allclose(weights.sum(dim=1), 1, rtol=1e-5)
+        S = l2_normalize(weights @ regions) * words
         norm = (S * D.norm(dim=0) if gate == "diagonal" else S @ D.T).norm(dim=1)
         of_pieces = (S * D.sum(dim=0)).sum(dim=1) / norm
-        np.testing.assert_allclose(one.scores, of_pieces, atol=1e-5)
-        assert one.score == pytest.approx(of_pieces.mean().item(), abs=1e-5)
-        assert one.score == pytest.approx(scores[image].item(), abs=1e-5)
-        assert one.score == pytest.approx(one.groups.sum().item(), abs=1e-5)
+        np.testing.assert_allclose(groups.sum(dim=1), of_pieces, atol=1e-5)
+        assert of_pieces.mean().item() == pytest.approx(scores[image].item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"global_head": "gpo"}, {"similarity": "independent"}])
 def test_a_pair_has_the_models_score_and_a_row_for_each_word_the_mean_of_its_pieces(tmp_path, settings):
-    model, features, _, _ = make(tmp_path, **settings)
-    scores = model.score(features, [CAPTION])[:, 0]
-    for image, score in zip(features, scores, strict=True):
-        pieces, words = attention(model, image, CAPTION, joined=False), attention(model, image, CAPTION)
-        assert pieces.words[0] == pieces.words[-1] == ""
-        assert words.words == ["A", "skateboarder", ",", "holding", "a", "red", "ball", "!"]
-        assert len(pieces.words) > len(words.words) + 2  # skateboarder is several
-        names = np.array(pieces.words)
-        for word, row, of_word in zip(words.words, words.weights, words.scores, strict=True):
-            np.testing.assert_allclose(row, pieces.weights[names == word].mean(axis=0), rtol=1e-5)
-            assert of_word == pytest.approx(pieces.scores[names == word].mean(), abs=1e-5)
-        assert words.score == pytest.approx(score.item(), abs=1e-5)
-        assert words.boxes is None
+    model, features, block, pieces = make(tmp_path, **settings)
+    scores, (numbers, _) = model.score(features, [CAPTION])[:, 0], model.tokenizer.spell(CAPTION)
+    word_of = np.array([-1, *numbers, -1])  # of each piece, beside [CLS] and [SEP]
+    of_pieces = (part.numpy() for part in explain_pieces(model, block, pieces))
+    for image, score, weights, groups in zip(features, scores, *of_pieces, strict=True):
+        found = attention(model, image, CAPTION)
+        assert found.words == ["A", "skateboarder", ",", "holding", "a", "red", "ball", "!"]
+        assert len(word_of) == len(weights) > len(found.words) + 2  # skateboarder is several
+        for word, (row, of_word) in enumerate(zip(found.weights, found.scores, strict=True)):
+            np.testing.assert_allclose(row, weights[word_of == word, : len(image)].mean(axis=0), rtol=1e-4)
+            assert of_word == pytest.approx(groups[word_of == word].sum(axis=1).mean(), abs=1e-5)
+        assert found.score == pytest.approx(score.item(), abs=1e-5)
+        assert found.boxes is None
 
 
 def test_pictures_have_boxes_and_a_sentence_of_500_words_ends_where_the_model_does(tmp_path):

@@ -124,10 +124,13 @@ def test_a_word_gets_what_the_group_adds_by_the_formula_and_regions_share_it_by_
 
 
 def test_a_group_is_drawn_without_pictures_too_and_one_that_is_not_there_refused(data, checkpoint, tmp_path, capsys):
-    for folder, said in ((data, ""), (write_data(tmp_path / "plain", images={"test": 3}), "no pictures of regions")):
+    plain = write_data(tmp_path / "plain", images={"test": 3})
+    captions = (plain / "test_caps.txt").read_text().splitlines()
+    (plain / "test_caps.txt").write_text("\n".join(["\u200b", *captions[1:]]) + "\n", encoding="utf-8")
+    for folder in (data, plain):
         flags = ["--data_path", folder.parent, "--data_name", folder.name, "--pairs", "9"]
         assert run("dimension", checkpoint, tmp_path / "d.png", "3", *flags) == 0
-        assert said in capsys.readouterr().out
+        assert ("no pictures of regions" in capsys.readouterr().out) == (folder == plain)
     for given, number, message in (
         (checkpoint, 16, "dimension 16: the model has 16, from 0 to 15"),
         (

@@ -126,9 +126,9 @@ def test_a_few_images_still_give_one_to_dev_and_one_to_test():
 @pytest.mark.parametrize(
     ("dev", "test", "seed", "words"),
     [
-        (0, 0.1, 0, "--dev 0 --test 0.1 --seed 0: expected parts from 0 to 1"),
-        (0.1, 1, 0, "expected parts from 0 to 1"),
-        (float("nan"), 0.1, 0, "expected parts from 0 to 1"),
+        (0, 0.1, 0, "--dev 0 --test 0.1 --seed 0: expected parts above 0 and below 1"),
+        (0.1, 1, 0, "expected parts above 0 and below 1"),
+        (float("nan"), 0.1, 0, "expected parts above 0 and below 1"),
         (0.5, 0.5, 0, "8 images are too few: --dev 0.5 and --test 0.5 leave none for train"),
         (0.1, 0.1, -1, "a seed from 0 on"),
     ],
@@ -202,6 +202,8 @@ JSONL = b'{"image_id": "a", "caption": "A dog", "split": "train"}\n'
         (".csv", CSV + b'b,"A cat,dev\nc,A dog,dev\n', "line 4: unexpected end of data"),
         (".csv", CSV + b" ,A cat,dev\n", "line 3: image_id must be"),
         (".csv", CSV + b"b,A cat,eval\n", "line 3: split 'eval' is none of train, restval, dev, val, validation, test"),
+        (".csv", b"Image_ID,Caption,Split\na,A dog,eval\n", "line 2: split 'eval' is none of"),
+        (".jsonl", b'{"image_id": 1, "caption": "A dog", "split": ["train"]}\n', "line 1: split ['train'] is none of"),
         (".csv", CSV + b"a,A cat,dev\n", "line 3: image a is in dev, but in train before"),
         (".csv", b"image_id,caption\n", "no captions in it"),
         (

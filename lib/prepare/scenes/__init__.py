@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lib.cli import InputError, with_bar
 from lib.data.batches import in_threads
-from lib.data.dataset import ENCODER
+from lib.data.dataset import CAPTIONS_PER_IMAGE, ENCODER
 from lib.files import new_folder
 from lib.model.vision import Preprocessing, Regions, VisionModel
 from lib.prepare.io import Image, add_data_flags, write_lines, write_split
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if not write_scenes(folder, args.vocab, args.images, args.seed):
         print(f"{folder} and {args.vocab} are already there")
         return
-    sizes = ", ".join(f"{split} {count} ({5 * count} captions)" for split, count in split_sizes(args.images).items())
+    counts = split_sizes(args.images).items()
+    sizes = ", ".join(f"{split} {count} ({CAPTIONS_PER_IMAGE * count} captions)" for split, count in counts)
     print(f"{folder}: images {sizes}; {REGIONS} regions of img_dim {IMG_DIM} each")
     print(f"{args.vocab}: the vocabulary")
 

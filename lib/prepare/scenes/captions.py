@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lib.data.dataset import CAPTIONS_PER_IMAGE
 from lib.prepare.scenes.drawing import Scene, Thing, overlaps, place, relations
 
-CAPTIONS_PER_PICTURE = 5
 SHORTEST, LONGEST = 6, 20  # words of a caption
 MENTION_CHANCES = {"size": 0.45, "texture": 0.55, "colour": 0.85, "shape": 0.93}  # that a description says it
 MENTION_CHANCES |= {"medium": 0.1, "plain": 0.08}  # values that are rarely worth a word
@@ -42,7 +42,7 @@ def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
     """Five different captions of a scene."""
     writer = _Writer(scene, rng)
     captions: list[str] = []
-    while len(captions) < CAPTIONS_PER_PICTURE:
+    while len(captions) < CAPTIONS_PER_IMAGE:
         text = writer.sentence()
         if SHORTEST <= len(text.split()) <= LONGEST:
             text = text[0].upper() + text[1:] if writer.chance(0.6) else text
