@@ -18,7 +18,8 @@ from lib.training.optim import restore_optimizer
 from lib.training.run_folder import Progress, checkpoints, refuse_used
 
 OF_ONE_START = ("resume", "init_from", "allow_changes", "model_name", "logger_name")  # not taken from a checkpoint
-ARCHITECTURE = ModelSettings.__annotations__.keys() - {"bert", "bert_from_scratch", "image_weights", "mask_padding"}
+LANGUAGE_MODEL = {"bert", "bert_from_scratch"}
+ARCHITECTURE = ModelSettings.__annotations__.keys() - LANGUAGE_MODEL - {"image_weights", "mask_padding"}
 RECIPE = RecipeSettings.__annotations__.keys() | {"seed", "mask_padding", "precision", "engine", "device_features"}
 RECIPE -= {"num_epochs"}
 ORDER = ("batch_size", "seed")  # the order of pairs depends on them
@@ -109,7 +110,8 @@ def _weights(path: Path, settings: TrainSettings) -> Origin:
     """Any checkpoint, of which a new run takes the weights, on any data."""
     content = read_checkpoint(path)
     notes = [f"all weights start from {content['path']}"]
-    defaults = {name: value for name, value in content["settings"].items() if name in ARCHITECTURE}
+    taken = ARCHITECTURE | (LANGUAGE_MODEL if "tokenizer" in content else set())
+    defaults = {name: value for name, value in content["settings"].items() if name in taken}
     wanted = parse_part("image_encoder", settings.image_encoder)
     if is_from_pixels(wanted) and not is_from_pixels(content["architecture"]["image_encoder"]):
         content = with_vision(content, wanted["options"]["model"], settings.image_weights)
@@ -132,7 +134,7 @@ def refuse_changes(settings: TrainSettings, origin: Origin) -> None:
 
     if refused := described(ARCHITECTURE):
         raise InputError(f"{origin.path}: its weights were made with other settings: {refused}")
-    if origin.exact and (elsewhere := described({"bert"})):
+    if "tokenizer" in origin.content and (elsewhere := described(LANGUAGE_MODEL)):
         origin.notes.append(f"{elsewhere}: not read, {origin.path} holds language model and vocabulary")
     if recipe := described(RECIPE):
         advice = "leave them as they were, or say --allow_changes to continue with the new ones"

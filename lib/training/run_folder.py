@@ -59,7 +59,7 @@ class Progress:
     @property
     def is_best(self) -> bool:
         """Whether the epoch that has just ended is the best so far."""
-        return self.batch == 0 and 0 < self.best_epoch == self.epoch
+        return 0 < self.best_epoch == self.epoch and self.history[-1]["step"] == self.step
 
 
 def step_files(folder: Path) -> list[Path]:

@@ -366,9 +366,12 @@ def test_changes_of_the_recipe_are_refused_unless_allowed(flags, tmp_path, monke
     """Another order of pairs lets the epoch begin again, from the last checkpoint."""
     folder = tmp_path / "run"
     crashed(monkeypatch, 23, [*flags, "--model_name", str(folder)])
+    best = (folder / BEST).read_bytes()
     assert train.main(["--resume", str(folder), *change]) == 2
     error = capsys.readouterr().err
     assert all(setting in error for setting in said)
+    crashed(monkeypatch, 21, ["--resume", str(folder), *change, "--allow_changes"])
+    assert (folder / BEST).read_bytes() == best
     assert train.main(["--resume", str(folder), *change, "--allow_changes"]) == 0
     out = capsys.readouterr().out
     assert all(setting in out[out.index("changed settings: ") :] for setting in said)
@@ -457,9 +460,11 @@ def test_init_from_starts_a_new_run_from_weights_alone(flags, whole, tmp_path, m
     monkeypatch.setattr(loop, "train_step", spy)
     new, size = tmp_path / "new", flags.index("--embed_size")
     fewer = flags[:size] + flags[size + 2 :]  # the size comes from the checkpoint
-    assert train.main([*fewer, "--init_from", str(whole), "--num_epochs", "1", "--model_name", str(new)]) == 0
-    best = whole / BEST
-    assert f"all weights start from {best}" in capsys.readouterr().out
+    elsewhere = ["--num_epochs", "1", "--model_name", str(new), "--bert", "elsewhere"]
+    assert train.main([*fewer, "--init_from", str(whole), *elsewhere]) == 0
+    best, out = whole / BEST, capsys.readouterr().out
+    assert f"all weights start from {best}" in out
+    assert f"--bert elsewhere (was {TINY_BERT}): not read, {best} holds language model and vocabulary" in out
     weights = read_checkpoint(best)["model"]
     assert all(torch.equal(first[0][name], weights[name]) for name in weights)
     progress = read_checkpoint(new / "last.pt")["progress"]

@@ -32,8 +32,13 @@ def state(trained_run):
     return torch.load(trained_run / "last.pt", weights_only=True)
 
 
+def epoch_at(step):
+    """An epoch's entry in the history, which ended at a step."""
+    return {"epoch": 1, "step": step, "dev": {"rsum": 1.0}}
+
+
 def save(folder, state, step, best=False, said=None, keep=2):
-    progress = Progress(epoch=step, step=step, best_rsum=1.0, best_epoch=step if best else 1)
+    progress = Progress(epoch=step, step=step, best_rsum=1.0, best_epoch=step if best else 1, history=[epoch_at(step)])
     with RunFolder(folder, keep, [].append if said is None else said.append, record={"run": "ours"}) as run_folder:
         run_folder.save({**state, "progress": vars(progress)}, progress)
 
@@ -175,7 +180,8 @@ def test_a_fault_that_passes_costs_nothing(run, state, monkeypatch):
 
 
 def test_a_folder_that_is_deleted_is_made_again_unless_another_run_has_it(tmp_path, state):
-    said, progress, folder = [], Progress(epoch=1, step=15, best_rsum=1.0, best_epoch=1), tmp_path / "run"
+    progress = Progress(epoch=1, step=15, best_rsum=1.0, best_epoch=1, history=[epoch_at(15)])
+    said, folder = [], tmp_path / "run"
     with RunFolder(folder, 2, said.append, record={"run": "ours"}) as run_folder:
         run_folder.save(state, progress)
         shutil.rmtree(folder)
