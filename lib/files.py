@@ -53,7 +53,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 def _is_special(path: str | Path) -> bool:
     """Whether a path names something that is no regular file, or one by its descriptor."""
-    return os.path.exists(path) and (not os.path.isfile(path) or str(path).startswith(("/dev/", "/proc/")))
+    return os.path.exists(path) and (
+        not os.path.isfile(path) or str(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -262,6 +263,12 @@ def test_links_are_followed_and_pipes_and_devices_are_written_to(tmp_path):
     assert link.is_symlink()
     assert np.load(link).tolist() == [0, 1, 2]
     assert not Path("/dev/null").is_file()
+    if os.path.isdir("/dev/shm"):  # whose files are files
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            for text in (b"first", b"last"):
+                with replacing(f"{folder}/a") as file:
+                    file.write(text)
+            assert Path(folder, "a").read_bytes() == text
     assert not list(tmp_path.rglob("*.tmp"))
 
 
