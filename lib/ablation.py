@@ -11,17 +11,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lib.checkpoints.native import BEST
+from lib.checkpoints.native import BEST, read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.cli import InputError, TrainingStopped
 from lib.config import AblationSettings, EvaluationSettings, TrainSettings, parse
-from lib.data.dataset import open_split
-from lib.evaluation.evaluate import evaluate, write_json
+from lib.evaluation.evaluate import evaluate, open_split_of, write_json
 from lib.evaluation.metrics import bootstrap, interval, p_value, rank_matrix, retrieval_metrics, t_test
 from lib.files import replacing
 from lib.model.registry import PAPERS_GATE, describe
@@ -90,19 +91,29 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
 def _train(run: Run, flags: Sequence[str]) -> bool:
     """Train what is left of a run, in a process of its own; whether it has come to its end."""
     print(f"\n{run.variant}, seed {run.seed}", flush=True)
-    process = subprocess.run([sys.executable, str(TRAIN), *flags, *run.flags()])
-    if process.returncode not in (0, TrainingStopped.exit_code):
-        sys.exit(process.returncode)  # train.py has said why: wrong flags, or an interruption
-    return process.returncode == 0
+    code = _run([sys.executable, str(TRAIN), *flags, *run.flags()])
+    if code not in (0, TrainingStopped.exit_code):
+        sys.exit(code)  # train.py has said why: wrong flags, or an interruption
+    return code == 0
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a program to its end; its exit code. It gets a Ctrl-C too, and is waited for while it saves."""
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            with suppress(KeyboardInterrupt):
+                process.wait()
+    return process.returncode
 
 
 def _evaluate(folder: Path, split_name: str) -> Outcome:
     """The outcome of a run's best checkpoint, whose scores are kept beside it."""
     trained, scores = (read_record(folder) or {})["settings"], folder / f"{split_name}_sims.npy"
+    same = {name: trained[name] for name in ("batch_size", "workers", "device", "precision")}
+    settings = EvaluationSettings(checkpoint=(str(folder),), split=split_name, **same)
     if not scores.is_file() or scores.stat().st_mtime < (folder / BEST).stat().st_mtime:
-        same = {name: trained[name] for name in ("batch_size", "workers", "device", "precision")}
-        evaluate(EvaluationSettings(checkpoint=(str(folder),), split=split_name, save_sims=str(scores), **same))
-    split = open_split(trained["data_path"], trained["data_name"], split_name)
+        evaluate(replace(settings, save_sims=str(scores)))
+    split, _ = open_split_of([read_checkpoint(folder / BEST)], settings)
     ranks = rank_matrix(np.load(scores), split.image_of_caption)
     speeds = [float(speed) for speed in SPEED.findall((folder / "run.log").read_text(encoding="utf-8"))]
     speed = statistics.median(speeds) if speeds else 0.0

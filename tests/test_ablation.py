@@ -4,9 +4,7 @@ import csv
 import json
 import shutil
 import statistics
-import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,9 +25,9 @@ def flags_of(folder):
 
 
 def train_here(command):
-    """What subprocess.run does with train.py, within this process."""
+    """Run train.py within this process."""
     assert command[:2] == [sys.executable, train.__file__]
-    return subprocess.CompletedProcess(command, train.main(command[2:]))
+    return train.main(command[2:])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def ablated(tiny_flags, tmp_path_factory):
     """The folder of two variants with two seeds each."""
     folder = tmp_path_factory.mktemp("runs") / "ablation"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "subprocess", SimpleNamespace(run=train_here))
+        patch.setattr(ablation, "_run", train_here)
         assert ablate.main([*flags_of(folder), "--", *tiny_flags]) == 0
     return folder
 
@@ -79,7 +77,7 @@ def test_curves_hold_every_epoch_of_every_run_and_a_variants_own_flags_reach_its
 
 
 def test_a_rerun_trains_nothing_again_and_says_the_same(ablated, tiny_flags, monkeypatch, capsys):
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=train_here))
+    monkeypatch.setattr(ablation, "_run", train_here)
     before = {path: path.stat().st_mtime_ns for path in ablated.glob("*/step-*.pt")}
     table = (ablated / "table.json").read_text()
     assert ablate.main([*flags_of(ablated), "--", *tiny_flags]) == 0
@@ -97,7 +95,7 @@ def test_a_rerun_trains_nothing_again_and_says_the_same(ablated, tiny_flags, mon
 def test_a_log_without_a_speed_leaves_its_cell_empty_and_the_table_valid_json(
     ablated, tiny_flags, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=lambda command: SimpleNamespace(returncode=0)))
+    monkeypatch.setattr(ablation, "_run", lambda command: 0)
     copy = shutil.copytree(ablated, tmp_path / "copy")
     for path in copy.glob("*/run.log"):
         path.write_text("epoch 1 step 1 loss 3.1 gradient 2.0 rate 5.0e-04\n")
@@ -110,9 +108,9 @@ def test_a_log_without_a_speed_leaves_its_cell_empty_and_the_table_valid_json(
 def test_a_run_that_stops_is_left_out_and_said(ablated, tiny_flags, monkeypatch, capsys):
     def start(command):
         stops = "independent" in command and command[command.index("--seed") + 1] == "1"
-        return subprocess.CompletedProcess(command, int(stops))
+        return int(stops)
 
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=start))
+    monkeypatch.setattr(ablation, "_run", start)
     before = (ablated / "table.json").read_text()
     assert ablate.main([*flags_of(ablated), "--", *tiny_flags]) == 0
     table = json.loads((ablated / "table.json").read_text())
@@ -125,7 +123,7 @@ def test_a_run_that_stops_is_left_out_and_said(ablated, tiny_flags, monkeypatch,
 
 
 def test_what_train_refuses_ends_the_ablation_with_its_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=train_here))
+    monkeypatch.setattr(ablation, "_run", train_here)
     with pytest.raises(SystemExit) as ended:
         ablate.main(["--folder", str(tmp_path / "runs"), "--seeds", "0", "--", "--data_path", "nowhere"])
     assert ended.value.code == 2
@@ -154,3 +152,9 @@ def test_wrong_flags_are_refused_before_anything_is_trained(flags, complaint, tm
     (line,) = capsys.readouterr().err.splitlines()
     assert complaint in line
     assert not folder.exists()
+
+
+def test_ctrl_c_waits_for_the_training_that_saves():
+    child = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    child += "os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5); os._exit(130)"
+    assert ablation._run([sys.executable, "-c", child]) == 130

@@ -253,15 +253,17 @@ def open_split_of(contents: Sequence[dict], settings: Any) -> tuple[Split, str]:
         what = f"{contents[0]['path']}: a published checkpoint" if contents else "saved scores alone"
         missing = "--data_path" if data_name else "--data_path and --data_name"
         raise InputError(f"{what}; say with {missing} where the data is")
-    return _open_split(contents, data_path, data_name, settings), data_name
+    theirs = "" if settings.data_path or settings.data_name else trained.get("image_path", "")
+    image_path = settings.image_path or theirs
+    return _open_split(contents, data_path, data_name, settings.split, image_path), data_name
 
 
-def _open_split(contents: Sequence[dict], data_path: str, data_name: str, settings: Any) -> Split:
+def _open_split(contents: Sequence[dict], data_path: str, data_name: str, name: str, image_path: str) -> Split:
     images = [one["architecture"]["image_encoder"] for one in contents]
     if any(map(is_from_pixels, images)):
         if not all(map(is_from_pixels, images)):
             raise InputError("--checkpoint: some of the models start from pixels, others from region features")
-        return open_pictures(data_path, data_name, settings.split, settings.image_path)
+        return open_pictures(data_path, data_name, name, image_path)
     folder = find_folder(data_path, data_name)
     of_data = read_encoder(folder)
     for content in contents:
@@ -272,7 +274,7 @@ def _open_split(contents: Sequence[dict], data_path: str, data_name: str, settin
         if of_model and not of_data:
             content["notes"].append(f"{folder} does not say that its regions are by {describe_encoder(of_model)}")
     for dim in {one["options"].get("img_dim") for one in images} or {None}:  # raises for all but one
-        split = open_split(data_path, data_name, settings.split, dim)
+        split = open_split(data_path, data_name, name, dim)
     return split
 
 

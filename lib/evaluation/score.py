@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 from lib import collectives
 from lib.checkpoints.native import build_model, find_checkpoint, read_checkpoint, trained_encoder
 from lib.cli import InputError, reason, refusing, with_bar
+from lib.config import ENGINES, PRECISIONS
 from lib.data.batches import ImageBatches, Images, loader
 from lib.data.dataset import Split
 from lib.data.features import ranges
@@ -206,6 +207,9 @@ def load(
     checkpoint: str | Path, bert: str, device: str, precision: str, engine: str, image_weights: str = ""
 ) -> Matcher:
     """See `lib.load`."""
+    for name, value, known in (("precision", precision, PRECISIONS), ("engine", engine, ENGINES)):
+        if value and value not in known:
+            raise InputError(f"--{name} {value}: expected {' or '.join(known)}")
     compute, path = choose_compute(device, precision), find_checkpoint(str(checkpoint))
     content = read_checkpoint(path, mapped=True)
     model, tokenizer = build_model(content, bert)

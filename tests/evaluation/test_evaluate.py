@@ -213,6 +213,12 @@ def test_python_interface_says_what_is_wrong(trained_run, regions, captions, com
         load(trained_run, device="cpu").score(regions, captions)
 
 
+@pytest.mark.parametrize("flag", [{"precision": "bfloat16"}, {"engine": "tile"}])
+def test_python_interface_knows_the_values_that_the_flags_take(trained_run, flag):
+    with pytest.raises(InputError, match=r"expected \w+ or "):
+        load(trained_run, device="cpu", **flag)
+
+
 def test_python_interface_takes_sentences_as_an_array_too(trained_run):
     model, regions, sentences = load(trained_run, device="cpu"), np.ones((1, 6, 16), np.float32), ["a ball", "a dog"]
     assert torch.equal(model.score(regions, np.array(sentences)), model.score(regions, sentences))

@@ -11,13 +11,13 @@ from torchvision.models import get_model
 
 import eval as eval_program
 import train
-from lib import load
-from lib.checkpoints.native import build_model
+from lib import ablation, load
+from lib.checkpoints.native import BEST, build_model, read_checkpoint
 from lib.cli import InputError
 from lib.config import EvaluationSettings, TrainSettings
 from lib.data.batches import choose_cells
 from lib.data.images import augment
-from lib.evaluation.evaluate import evaluate
+from lib.evaluation.evaluate import evaluate, open_split_of
 from lib.evaluation.score import Matcher
 from lib.model.encoders import PixelEncoder, Pixels
 from lib.model.vision import Preprocessing
@@ -245,6 +245,19 @@ def test_pictures_scored_by_their_paths_have_the_scores_of_the_data_set(pictures
     np.testing.assert_allclose(model.score(opened, captions).numpy(), found, atol=1e-6)
     with pytest.raises(InputError, match="expected a list of one path or PIL picture or more"):
         model.score(opened[0], captions)
+
+
+def test_a_run_is_evaluated_again_with_the_pictures_of_its_training(pictures, whole, tmp_path):
+    run, data = shutil.copytree(whole, tmp_path / "run"), tmp_path / "alone"
+    best = json.loads((run / "run.json").read_text())["chosen"]["rsum"]
+    assert ablation._evaluate(run, "dev").rsum == pytest.approx(best)
+    shutil.copytree(pictures, data, ignore=shutil.ignore_patterns("images"))
+    content = read_checkpoint(run / BEST)
+    content["settings"] |= {"data_path": str(tmp_path), "data_name": "alone", "image_path": str(pictures / "images")}
+    split, _ = open_split_of([content], EvaluationSettings(split="dev"))
+    assert {path.parent for path in split.features.paths} == {pictures / "images"}
+    with pytest.raises(InputError, match="pictures are missing"):
+        open_split_of([content], EvaluationSettings(split="dev", data_path=str(tmp_path)))
 
 
 def test_gpos_layout_is_found_by_its_mapping_of_ids(pictures, flags, whole, tmp_path):
