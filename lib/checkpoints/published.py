@@ -87,11 +87,18 @@ def revert(content: dict[str, Any]) -> dict[str, Any]:
     One that was published gets its weights, `opt` and figures back; another one gets an `opt` of its own settings, and
     none of the weights that are never used. Raises InputError for a model that the published code does not know.
     """
-    similarity = content["architecture"]["similarity"]
+    image, text, similarity = (
+        content["architecture"][part] for part in ("image_encoder", "text_encoder", "similarity")
+    )
     gate = similarity["options"].get("gate", {"name": ""})["name"]
-    head = " with a global head" if "global_head" in content["architecture"] else ""
-    if similarity["name"] != "xdim" or gate not in PUBLISHED_GATES or head:
-        unknown = f"{similarity['name']} {gate}".rstrip() + head
+    language = text["options"].get("config", {}).get("model_type", "bert")  # a published file does not carry it
+    known = {
+        f"{similarity['name']} {gate}".rstrip(): similarity["name"] == "xdim" and gate in PUBLISHED_GATES,
+        "a global head": "global_head" not in content["architecture"],
+        f"--image_encoder {image['name']}": image["name"] == "regions",
+        f"a language model of the kind {language}": language == "bert",
+    }
+    if unknown := ", ".join(part for part, is_known in known.items() if not is_known):
         raise InputError(f"{content['path']}: the published code does not know {unknown}")
     parts = [OrderedDict() for _ in NAMES]
     for name, weight in content["model"].items():

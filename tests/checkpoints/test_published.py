@@ -228,10 +228,18 @@ def test_a_trained_model_becomes_a_published_file_that_scores_the_same(trained_r
     assert (content["opt"].img_dim, content["opt"].embed_size, content["opt"].margin) == (16, 16, 0.2)
 
 
-def test_a_global_head_is_not_written_for_code_that_does_not_know_it(trained_run, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "given", "said"),
+    [
+        ("global_head", {"name": "gpo", "options": {}}, "a global head"),
+        ("image_encoder", {"name": "pixels", "options": {}}, "--image_encoder pixels"),
+        ("text_encoder", {"name": "transformer", "options": {"config": {"model_type": "roberta"}}}, "kind roberta"),
+    ],
+)
+def test_what_the_published_code_does_not_know_is_not_written_for_it(trained_run, tmp_path, part, given, said):
     content = read_checkpoint(find_checkpoint(str(trained_run)))
-    content["architecture"]["global_head"] = {"name": "gpo", "options": {}}
-    with pytest.raises(InputError, match="the published code does not know xdim adaptive with a global head"):
+    content["architecture"][part] = given
+    with pytest.raises(InputError, match=f"the published code does not know .*{said}"):
         write_published(tmp_path / "published.pth.tar", content)
 
 
