@@ -241,7 +241,12 @@ def test_run_folders_that_hold_a_run_or_cannot_be_written(refused_training, trai
 def test_results_do_not_replace_what_is_read(refused_evaluation, trained_run, tiny_data, tmp_path):
     best, features = tmp_path / "best", Path(*tiny_data) / "test_ims.npy"
     best.symlink_to(trained_run / BEST)
-    for flag, path in (("--json", trained_run / BEST), ("--save_sims", features), ("--ranks", best)):
+    for flag, path in (
+        ("--json", trained_run / BEST),
+        ("--save_sims", features),
+        ("--ranks", best),
+        ("--json", trained_run / "run.json"),
+    ):
         before = path.read_bytes()
         assert f"{path}: would replace " in refused_evaluation(flag, path)
         assert path.read_bytes() == before

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib import collectives, distributed
 from lib.checkpoints.native import trained_encoder
+from lib.checkpoints.record import RECORD
 from lib.cli import InputError, reason, refusing
 from lib.config import SAVED_SCORES, EvaluationSettings, SplitSettings
 from lib.data.dataset import Split, describe_encoder, find_folder, is_same_encoder, open_split, read_encoder
@@ -225,7 +226,8 @@ def opened(given: Sequence[str], settings: SplitSettings) -> Iterator[Job]:
             split, data_name = open_split_of(contents, settings)
             outputs = [getattr(settings, name, "") for name in ("json", "ranks", "save_sims")]
             read = [source.content.get("path", source.path) for source in sources]
-            refuse_inputs(outputs, [*read, *split.folder.iterdir()])
+            records = [Path(one).with_name(RECORD) for one in read]
+            refuse_inputs(outputs, [*read, *records, *split.folder.iterdir()])
             if distributed.world_size() > 1:  # a fingerprint reads 64 images
                 weights = [one.get("sha256") for one in contents]
                 collectives.refuse_disagreement({"the data": split.fingerprint(), "the weights": weights})

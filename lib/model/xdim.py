@@ -191,7 +191,6 @@ class XDim(nn.Module):
         image_encoder: nn.Module,
         text_encoder: nn.Module,
         similarity: nn.Module,
-        engine: str = "tiled",
         global_head: nn.Module | None = None,
     ):
         """global_head: one vector a side beside the similarity (pooling.py)."""
@@ -199,16 +198,10 @@ class XDim(nn.Module):
         self.image_encoder, self.text_encoder, self.similarity = image_encoder, text_encoder, similarity
         self.global_head = global_head
         self.architecture: dict = {}  # what `build` was given, for checkpoints
-        self.use_engine(engine)
+        self.use_engine("tiled")
 
     @classmethod
-    def build(
-        cls,
-        architecture: dict,
-        backbone: nn.Module | None = None,
-        vision: nn.Module | None = None,
-        engine: str = "tiled",
-    ) -> "XDim":
+    def build(cls, architecture: dict, backbone: nn.Module | None = None, vision: nn.Module | None = None) -> "XDim":
         """A model of random weights from `registry.describe`'s architecture, complete with the text configuration.
 
         backbone, vision: a pretrained language and vision model to take instead of random ones. Raises ValueError where
@@ -223,7 +216,7 @@ class XDim(nn.Module):
         image_encoder = registry.build("image_encoder", image, width, **pretrained)
         text_encoder = registry.build("text_encoder", text, width, backbone=backbone)
         similarity = registry.build("similarity", architecture["similarity"], dims)
-        model = cls(image_encoder, text_encoder, similarity, engine, head)
+        model = cls(image_encoder, text_encoder, similarity, head)
         model.architecture = architecture
         return model
 

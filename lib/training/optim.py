@@ -11,9 +11,7 @@ BACKBONE_FACTOR = 0.1  # of the learning rate, for the text backbone
 ALL_STAGES = 1_000
 ENCODER_FACTORS = {"torchvision": 0.01, "hf": 0.1}  # of the learning rate, for a vision model
 DECAY_FACTOR = 0.1  # of the learning rate, from epoch --lr_update on
-# On a CPU at BERT-base's size fused is 7 times faster than foreach.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-IMPLEMENTATION: dict[str, Any] = {"fused": True, "foreach": None}
 
 
 def build_optimizer(model: XDim, learning_rate: float, encoder_lr: float = 0.0) -> torch.optim.AdamW:
@@ -29,7 +27,8 @@ def build_optimizer(model: XDim, learning_rate: float, encoder_lr: float = 0.0) 
     grouped = {id(parameter) for group in groups for parameter in group["params"]}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in grouped]
     groups.insert(0, {"params": rest, "factor": 1.0})
-    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=WEIGHT_DECAY, **IMPLEMENTATION)
+    # On a CPU at BERT-base's size fused is 7 times faster than foreach
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def restore_optimizer(optimizer: torch.optim.AdamW, state: dict) -> None:

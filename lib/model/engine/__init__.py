@@ -10,9 +10,7 @@ from typing import Any
 from lib.model.engine.autograd import TiledEngine
 from lib.model.engine.plain import CombinedEngine, CombinedScorer, Embedded, PlainEngine, PlainScorer
 
-ENGINES = ("tiled", "plain")
 __all__ = [
-    "ENGINES",
     "CombinedEngine",
     "CombinedScorer",
     "Embedded",
