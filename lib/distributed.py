@@ -121,9 +121,9 @@ def joined(device: "torch.device") -> Iterator[None]:
     stopped = threading.Event()
     watchdog = threading.Thread(target=_watch, args=(stopped,), daemon=True)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TORCH_TIMEOUT)
-    watchdog.start()
     try:
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TORCH_TIMEOUT)
+        watchdog.start()
         try:
             yield
         finally:

@@ -266,6 +266,7 @@ def fail_within_the_job():
     if distributed.rank() == 1:
         distributed._watch = threading.Event.wait
     with suppress(InputError), distributed.joined(torch.device("cpu")):
+        torch.distributed.barrier()  # else the first may end, and the store with it, while the other one still connects
         raise InputError("wrong")
     return threading.active_count()
 
