@@ -99,11 +99,10 @@ def _train(run: Run, flags: Sequence[str]) -> bool:
 
 def _run(command: Sequence[str]) -> int:
     """Run a program to its end; its exit code. It gets a Ctrl-C too, and is waited for while it saves."""
-    with subprocess.Popen(command) as process:
-        while process.poll() is None:
-            with suppress(KeyboardInterrupt):
-                process.wait()
-    return process.returncode
+    process = subprocess.Popen(command)
+    while True:
+        with suppress(KeyboardInterrupt):
+            return process.wait()
 
 
 def _evaluate(folder: Path, split_name: str) -> Outcome:
