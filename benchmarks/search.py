@@ -1,7 +1,7 @@
 """Searching among 10,000 to a million pictures: seconds to build, bytes a picture, milliseconds of a query, recall.
 
     OMP_NUM_THREADS=2 python benchmarks/search.py --folder /tmp
-    python benchmarks/search.py --checkpoint RUN --data_name NAME    # what is lost by storing regions in fewer bytes
+    python benchmarks/search.py --checkpoint RUN --data_name NAME    # what candidates and fewer bytes a region lose
 
 Pictures are random unit vectors around 50,000 centres, their regions random unit vectors around those. Each query of a
 warm process encodes a caption of 3 to 20 words, and finds, reads and scores the candidates of a vector
@@ -28,7 +28,7 @@ from benchmarks.evaluate import write_bert  # noqa: E402
 from lib.checkpoints.native import new_model, write_weights  # noqa: E402
 from lib.config import IndexSettings, TrainSettings  # noqa: E402
 from lib.evaluation.evaluate import open_split_of  # noqa: E402
-from lib.evaluation.score import embed_split, load, score_all  # noqa: E402
+from lib.evaluation.score import embed_split, load, pool, score_all  # noqa: E402
 from lib.runtime import versions  # noqa: E402
 from lib.search import Index, fill  # noqa: E402
 from lib.search.index import decode, encode  # noqa: E402
@@ -41,6 +41,7 @@ TEXT = {  # sizes of language models, where they differ from BERT-base
     "small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
 PARTS = ("encode", "find", "read", "score")
+FIRST = (20, 50, 100, 200)  # candidates by the vectors alone
 
 
 def main() -> None:
@@ -53,13 +54,13 @@ def main() -> None:
     flags.add_argument("--folder", default=None, help="where there is room")
     flags.add_argument("--compress", default="", help="as of search.py")
     flags.set_defaults(embed_size=256)
-    flags.add_argument("--checkpoint", default="", help="compare the forms of storage by this model instead")
-    flags.add_argument("--data_name", default="", help="data set to compare them on (default: the checkpoint's)")
+    flags.add_argument("--checkpoint", default="", help="ask what this model loses instead")
+    flags.add_argument("--data_name", default="", help="on this data set (default: the checkpoint's)")
     flags.add_argument("--split", default="test", help="its split")
     flags.add_argument("--captions", type=int, default=500, help="of them so many")
     settings = common.parse(flags, pictures=[300], regions=[2], queries=5, candidates=10)
     if settings.checkpoint:
-        compare_forms(settings)
+        ask_model(settings)
         return
     results = {}
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
@@ -174,17 +175,43 @@ def ask(settings, index: Index, queries: np.ndarray, rng) -> tuple[np.ndarray, l
     return np.array(seconds), found
 
 
-def compare_forms(settings) -> None:
-    """Exact scores of regions as they are stored against those of float32: on average how far they are off, and which
-    share of a caption's best 10 pictures stays."""
+def ask_model(settings) -> None:
+    """What a trained model loses where its vectors choose the candidates, and where regions are stored in few bytes."""
     matcher = load(settings.checkpoint, "", settings.device, "", "")
     asked = IndexSettings(
         index="-", data_name=settings.data_name or matcher.content["settings"]["data_name"], split=settings.split
     )
     split, _ = open_split_of([matcher.content], asked)
     captions = matcher.tokenizer.tokenize(split.captions[: settings.captions])
-    embeddings, results = embed_split(matcher, split, captions, 128, 0), {}
+    embeddings = embed_split(matcher, split, captions, 128, 0)
     exact = score_all(matcher.scorer(), embeddings)
+    images, sentences = pool(matcher.model.pooling, embeddings)
+    cosines, forms = images @ sentences.T, compare_forms(matcher, embeddings, exact)
+    kept = {
+        f"captions among {len(images):,} images": kept_by_vectors(cosines.T, exact.T),
+        f"images among {len(sentences):,} captions": kept_by_vectors(cosines, exact),
+    }
+    title = f"{asked.data_name} {asked.split}, {len(captions):,} captions"
+    columns = ["exact top 10 in the vectors' first", *map(str, FIRST), f"all ten in {FIRST[-1]}"]
+    common.show(title, columns, [[name, *map("{:.3f}".format, one)] for name, one in kept.items()], settings.device)
+    rows = [[name, *map("{:.5f}".format, one.values())] for name, one in forms.items()]
+    common.show(title, ["", "mean error", "largest", "spread of scores", "top 10 kept"], rows, settings.device)
+    common.write_json(settings.json, {"figures": {"kept": kept, "forms": forms}}, settings.device)
+
+
+def kept_by_vectors(cosines: torch.Tensor, exact: torch.Tensor) -> list[float]:
+    """Share of each query's exact top 10 among the first 20, 50, 100, 200 by cosine; share of queries all of whose ten
+    are among the last. cosines, exact: (queries, items)."""
+    best = exact.topk(10).indices
+    position = cosines.argsort(descending=True).argsort().gather(1, best)
+    among = [position < k for k in FIRST]
+    return [one.double().mean().item() for one in (*among, among[-1].all(dim=1))]
+
+
+def compare_forms(matcher, embeddings, exact: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Exact scores of regions as they are stored against those of float32: on average how far they are off, and which
+    share of a caption's best 10 pictures stays."""
+    results = {}
     for form in ("float16", "int8"):
         blocks = []
         for block in embeddings.blocks:
@@ -196,10 +223,7 @@ def compare_forms(settings) -> None:
         off = (scores - exact).abs()
         results[form] = {"mean": off.mean().item(), "largest": off.max().item(), "spread": exact.std().item()}
         results[form]["top10"] = float(np.mean(kept))
-    rows = [[name, *(f"{value:.5f}" for value in one.values())] for name, one in results.items()]
-    title = f"{asked.data_name} {asked.split}: {embeddings.images} pictures, {len(captions)} captions"
-    common.show(title, ["", "mean error", "largest", "spread of scores", "top 10 kept"], rows, settings.device)
-    common.write_json(settings.json, {"figures": results}, settings.device)
+    return results
 
 
 def report(settings, results: dict[str, dict]) -> None:

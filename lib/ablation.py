@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.checkpoints.native import BEST, read_checkpoint
+from lib.checkpoints.native import BEST
 from lib.checkpoints.record import read_record
 from lib.cli import InputError, TrainingStopped
 from lib.config import AblationSettings, EvaluationSettings, TrainSettings, parse
@@ -68,12 +68,9 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
         for seed in settings.seeds
         for variant in settings.variants
     ]
-    for run in runs:  # all, before hours of training
-        try:
-            describe(vars(parse(TrainSettings, "", [*flags, *run.flags()], command="train.py")))
-        except ValueError as error:
-            raise InputError(f"--variants {run.variant}: {error}") from None
-    of_runs = {run: _evaluate(run.folder, settings.split) for run in runs if _train(run, flags)}
+    contents = [_untrained(run, flags) for run in runs]  # all flags and the split, before hours of training
+    split, _ = open_split_of(contents[:1], EvaluationSettings(checkpoint=(str(folder),), split=settings.split))
+    of_runs = {run: _evaluate(run.folder, settings.split, split.image_of_caption) for run in runs if _train(run, flags)}
     stopped = [f"{run.variant} seed {run.seed}" for run in runs if run not in of_runs]
     outcomes: dict[str, dict[int, Outcome]] = {variant: {} for variant in settings.variants}
     for run, outcome in of_runs.items():
@@ -86,6 +83,15 @@ def ablate(settings: AblationSettings, flags: Sequence[str]) -> dict:
     write_json(str(folder / "table.json"), results)
     _write_curves(folder / "curves.csv", of_runs)
     return results
+
+
+def _untrained(run: Run, flags: Sequence[str]) -> dict:
+    """What a run's checkpoints will say of its model and its data. Raises InputError for wrong flags."""
+    trained = vars(parse(TrainSettings, "", [*flags, *run.flags()], command="train.py"))
+    try:
+        return {"settings": trained, "architecture": describe(trained), "path": run.folder, "notes": []}
+    except ValueError as error:
+        raise InputError(f"--variants {run.variant}: {error}") from None
 
 
 def _train(run: Run, flags: Sequence[str]) -> bool:
@@ -105,19 +111,18 @@ def _run(command: Sequence[str]) -> int:
             return process.wait()
 
 
-def _evaluate(folder: Path, split_name: str) -> Outcome:
+def _evaluate(folder: Path, split_name: str, image_of_caption: np.ndarray) -> Outcome:
     """The outcome of a run's best checkpoint, whose scores are kept beside it."""
     trained, scores = (read_record(folder) or {})["settings"], folder / f"{split_name}_sims.npy"
     same = {name: trained[name] for name in ("batch_size", "workers", "device", "precision")}
     settings = EvaluationSettings(checkpoint=(str(folder),), split=split_name, **same)
     if not scores.is_file() or scores.stat().st_mtime < (folder / BEST).stat().st_mtime:
         evaluate(replace(settings, save_sims=str(scores)))
-    split, _ = open_split_of([read_checkpoint(folder / BEST)], settings)
-    ranks = rank_matrix(np.load(scores), split.image_of_caption)
+    ranks = rank_matrix(np.load(scores), image_of_caption)
     speeds = [float(speed) for speed in SPEED.findall((folder / "run.log").read_text(encoding="utf-8"))]
     speed = statistics.median(speeds) if speeds else 0.0
     step = 1000 * trained["batch_size"] / speed if speed else None
-    return Outcome(retrieval_metrics(ranks)["rsum"], bootstrap(ranks, split.image_of_caption)["rsum"], step)
+    return Outcome(retrieval_metrics(ranks)["rsum"], bootstrap(ranks, image_of_caption)["rsum"], step)
 
 
 def _summarize(outcomes: Mapping[int, Outcome], reference: Mapping[int, Outcome]) -> dict:

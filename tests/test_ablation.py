@@ -122,10 +122,10 @@ def test_a_run_that_stops_is_left_out_and_said(ablated, tiny_flags, monkeypatch,
     assert f"stopped before the end, not counted: {VARIANTS[1]} seed 1" in capsys.readouterr().out
 
 
-def test_what_train_refuses_ends_the_ablation_with_its_one_line(tmp_path, monkeypatch, capsys):
+def test_what_train_refuses_ends_the_ablation_with_its_one_line(tiny_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "_run", train_here)
     with pytest.raises(SystemExit) as ended:
-        ablate.main(["--folder", str(tmp_path / "runs"), "--seeds", "0", "--", "--data_path", "nowhere"])
+        ablate.main(["--folder", str(tmp_path / "runs"), "--seeds", "0", "--", *tiny_flags, "--bert", "nowhere/here"])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "nowhere" in line
@@ -140,12 +140,15 @@ def test_what_train_refuses_ends_the_ablation_with_its_one_line(tmp_path, monkey
         (["--variants", ""], "--variants: one is empty"),
         (["--seeds", "1", "1"], "--seeds 1 1: one is there twice"),
         (["--batch_size", "3"], "unrecognized arguments"),
+        (["--split", "tset"], "tset"),
+        (["--", "--data_path", "nowhere"], "nowhere"),
     ],
 )
-def test_wrong_flags_are_refused_before_anything_is_trained(flags, complaint, tmp_path, capsys):
+def test_wrong_flags_are_refused_before_anything_is_trained(flags, complaint, tiny_flags, tmp_path, capsys):
     folder = tmp_path / "runs"
+    of_train = [] if "--" in flags else ["--", *tiny_flags]
     try:
-        code = ablate.main(["--folder", str(folder), *flags])
+        code = ablate.main(["--folder", str(folder), *flags, *of_train])
     except SystemExit as ended:
         code = ended.code
     assert code == 2
