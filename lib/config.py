@@ -144,7 +144,8 @@ class TrainSettings(ComputeSettings, RunSettings, RecipeSettings, ModelSettings,
         if self.text_encoder.partition(":")[0] not in PARTS["text_encoder"]:  # --text_encoder bert-base-uncased
             self.text_encoder, self.bert = "transformer", self.text_encoder
         super().__post_init__()
-        _refuse(self.resume and self.init_from, "--init_from: starts a new run; --resume goes on with one: give one")
+        resumes = self.resume not in ("", "auto")  # auto may start a new run
+        _refuse(resumes and self.init_from, "--init_from: starts a new run; --resume goes on with one: give one")
         self.model_name = self.model_name or str(Path("runs") / self.data_name)
         self.logger_name = self.logger_name or self.model_name
 

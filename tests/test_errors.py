@@ -161,7 +161,7 @@ def test_flags_that_do_not_exist_or_do_not_parse(refusal, program, flags):
         (["--image_encoder", "regions:mask_padding=True"], "--image_encoder regions: has no option 'mask_padding'"),
         (["--gate", "open:1.4"], "--gate open:1.4: expected open:option=value"),
         (["--max_violation", "--loss", "ramped"], "--max_violation: "),
-        (["--resume", "auto", "--init_from", "a"], "--init_from: "),
+        (["--resume", "b", "--init_from", "a"], "--init_from: "),
         (["--local-rank=0"], "--local-rank: torch.distributed.launch is not supported, start"),
         (["--optim", "adam"], "unrecognized arguments: --optim adam; --optim: not needed"),
         (["--val_step=500", "--vocab_path", "vocab", "--word_dim", "300"], "; --word_dim: not needed, --bert says"),

@@ -50,15 +50,11 @@ class Origin:
 
 
 def find_origin(settings: TrainSettings) -> Origin | None:
-    """The checkpoint that --resume or --init_from names; None for a run from the start. Raises InputError."""
-    if settings.init_from:
-        return _weights(find_checkpoint(settings.init_from), settings)
-    if not settings.resume:
-        return None
+    """What --resume finds, else the checkpoint of --init_from; None for a run from the start. Raises InputError."""
     path = Path(settings.model_name if settings.resume == "auto" else settings.resume)
-    if settings.resume == "auto" and not checkpoints(path):
-        return None
-    return _newest_sound(path) if path.is_dir() else _checkpoint(find_checkpoint(str(path)))
+    if settings.resume and (settings.resume != "auto" or checkpoints(path)):
+        return _newest_sound(path) if path.is_dir() else _checkpoint(find_checkpoint(str(path)))
+    return _weights(find_checkpoint(settings.init_from), settings) if settings.init_from else None
 
 
 def find_own_checkpoint(settings: TrainSettings) -> Origin | None:

@@ -469,6 +469,13 @@ def test_init_from_starts_a_new_run_from_weights_alone(flags, whole, tmp_path, m
     assert all(torch.equal(first[0][name], weights[name]) for name in weights)
     progress = read_checkpoint(new / "last.pt")["progress"]
     assert (progress["epoch"], progress["step"], len(progress["history"])) == (1, STEPS, 1)
+    auto, longer = ["--init_from", str(whole), "--resume", "auto"], ["--num_epochs", "2"]  # as a job queue repeats it
+    assert train.main([*fewer, *elsewhere, *auto]) == 0  # at its end
+    assert train.main([*fewer, *elsewhere[2:], *longer, *auto]) == 0
+    assert read_checkpoint(new / "last.pt")["progress"]["step"] == 2 * STEPS
+    once = ["--model_name", str(tmp_path / "once"), "--bert", "elsewhere"]
+    assert train.main([*fewer, *once, *longer, *auto]) == 0
+    assert losses(tmp_path / "once") == losses(new)
     refused = [*flags, "--init_from", str(whole), "--embed_size", "8", "--model_name", str(tmp_path / "x")]
     assert train.main(refused) == 2
     assert "--embed_size 8 (was 16)" in capsys.readouterr().err
