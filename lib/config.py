@@ -268,15 +268,16 @@ class IndexSettings(SearchSettings):
 class QuerySettings(SearchSettings):
     """query: a sentence, or a picture"""
 
-    text: str = flag("", "what is to be seen, in quotes", positional=True, nargs="?")
+    text: str = flag("", "what is to be seen, a sentence", positional=True, nargs="*")
     image: str = flag("", "a picture, instead of a sentence: what is like it")
     top: int = flag(10, "answers", least=1)
-    candidates: int = flag(200, "nearest pictures that are scored exactly", least=1)
+    candidates: int = flag(200, "nearest pictures that are scored exactly, at least --top", least=1)
     json: bool = flag(False, "print JSON")
 
     def __post_init__(self):
         super().__post_init__()
-        _refuse(bool(self.text) == bool(self.image), "give a sentence in quotes, or --image PICTURE: one of them")
+        self.text = self.text if isinstance(self.text, str) else " ".join(self.text)  # quotes may be missing
+        _refuse(bool(self.text) == bool(self.image), "give a sentence, or --image PICTURE: one of them")
 
 
 @dataclass

@@ -88,6 +88,8 @@ def _decode(source: str | Path | PIL.Image.Image, wanted: Callable) -> tuple[PIL
                 raise NotAPicture("not a file")  # a pipe would be waited for
             else:
                 picture = stack.enter_context(PIL.Image.open(source))
+            if picture.format == "EPS":
+                raise NotAPicture("PostScript, a program that Pillow would run")
             if limit and picture.width * picture.height > limit:
                 raise PIL.Image.DecompressionBombError
             if picture.format == "TIFF":

@@ -102,20 +102,25 @@ def rows_of(matcher: Matcher, caption: str, pieces: int) -> tuple[list[str], Ten
 def light(picture: PIL.Image.Image, boxes: np.ndarray, weights: np.ndarray, side: int) -> list[np.ndarray]:
     """A picture of at most `side` pixels, and once more for each word, bright where it looks: uint8 (H, W, 3).
 
-    boxes: (R, 4) in the given picture's pixels. weights: (W, R). Boxes that overlap add up; where that is most, a
-    word's picture is as bright as the first, and DARK of it where there is nothing.
+    boxes: (R, 4) in the given picture's pixels. weights: (W, R). A region's share is spread over its box; what lies on
+    a pixel is compared with an even look, which else would show where boxes overlap. Where that is most, a word's
+    picture is as bright as the first, and DARK of it where there is nothing.
     """
     small = picture.copy()
     small.thumbnail((side, side))
     scales = np.tile(np.divide(small.size, picture.size), 2)  # which rounding makes differ
     pixels, edges = np.asarray(small), np.rint(boxes * scales).astype(int).clip(0)
-    lit = [pixels]
-    for of_word in weights:
-        heat = np.zeros((small.height, small.width, 1), np.float32)
-        for weight, (x1, y1, x2, y2) in zip(of_word, edges, strict=True):
-            heat[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] += weight
-        lit.append((pixels * (DARK + (1 - DARK) * heat / max(heat.max(), TINY))).astype(np.uint8))
-    return lit
+
+    def spread(shares: np.ndarray) -> np.ndarray:
+        density = np.zeros((small.height, small.width, 1), np.float32)
+        for share, (x1, y1, x2, y2) in zip(shares, edges, strict=True):
+            part = density[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
+            part += share / max(part.size, 1)
+        return density
+
+    even = np.maximum(spread(np.ones(len(edges))), TINY)
+    heats = [spread(of_word) / even for of_word in weights]
+    return [pixels, *((pixels * (DARK + (1 - DARK) * heat / max(heat.max(), TINY))).astype(np.uint8) for heat in heats)]
 
 
 def partners(D: Tensor | None, dims: Sequence[int], number: int) -> list[list[tuple[int, float]]]:

@@ -1,9 +1,12 @@
 """Figures: what is to be seen as arrays first, drawn by Matplotlib second, as files of their own."""
 
+import io
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+import PIL.Image
 
 from lib.cli import optional, reason
 from lib.files import check_writable, replacing
@@ -24,8 +27,14 @@ def new_figure(width: float, height: float, dpi: float = DPI) -> Any:
 
 def save_figure(figure: Any, out: str) -> None:
     """Write a figure as what the file's ending says: .png, .pdf or .svg. Raises InputError."""
-    with replacing(out) as file, warnings.catch_warnings(record=True) as said:
-        figure.savefig(file, format=Path(out).suffix[1:].lower())
+    kind, drawn = Path(out).suffix[1:].lower(), io.BytesIO()
+    with warnings.catch_warnings(record=True) as said:
+        figure.savefig(drawn, format=kind)
+    with replacing(out) as file:
+        if kind == "png":  # Matplotlib's is larger: nothing in it is transparent, but it says so of each pixel
+            PIL.Image.open(drawn).convert("RGB").save(file, "PNG", optimize=True, dpi=(figure.dpi,) * 2)
+        else:
+            file.write(drawn.getvalue())
     if said:  # no font has a letter, no room is left
         print(f"warning: {reason(said[0].message)}", file=sys.stderr)  # type: ignore[arg-type]
     print(out)

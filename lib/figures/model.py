@@ -26,6 +26,7 @@ from lib.files import refuse_inputs
 
 WIDE, SMALL = 8.7, 10  # inches, points: 8 of them where the figure is printed 7 inches wide
 PANEL, COLUMNS, LARGEST = 1.2, 6, 256  # width of a panel in inches, panels side by side, pixels of a picture's side
+LETTERS = 13  # of a word that a panel has room for in a line
 TALLEST = 4  # times its width that a panel is high
 HOW_TO_READ = "Bright: what the word looks at. Below: the word's own score."
 COLOURS, STEPS, BAR, BINS = "Blues", 16, "steelblue", 30
@@ -72,7 +73,8 @@ def draw_attention(found: Attention, picture: PIL.Image.Image, caption: str) -> 
     columns, shape = -(-len(lit) // rows), min(len(lit[0]) / lit[0].shape[1], TALLEST)
     figure = new_figure(PANEL * columns, rows * (PANEL * shape + 0.5) + 1)
     figure.suptitle(textwrap.fill(caption, 14 * columns), parse_math=False)
-    labels = [("score of the pair", found.score), *zip(found.words, found.scores, strict=True)]
+    words = [textwrap.fill(word, LETTERS) for word in found.words]
+    labels = [("score of the pair", found.score), *zip(words, found.scores, strict=True)]
     for axes, pixels, label in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, lit, labels):
         axes.set(xticks=[], yticks=[], visible=label is not None)
         if label:
@@ -158,7 +160,8 @@ def draw_dependencies(found: Dependencies, title: str = "") -> Any:
         of_mask.text(0.5, 0.5, "this gate has no mask:\neverything depends on everything", ha="center", va="center")
         of_thresholds.text(0.5, 0.5, "this gate has no thresholds", ha="center", va="center")
     else:
-        name = f"Mask M, before rows are brought to length 1\n{np.mean(found.mask >= 0.5):.1%} of it at least half open"
+        half = f"{np.sum(found.mask >= 0.5):,} of {found.mask.size:,} entries at least half open"
+        name = f"Mask M, before rows are brought to length 1\n{half}"
         panels.append((of_mask, found.mask, name, {"norm": "log", "vmin": LEAST_MASK, "vmax": 1}))
         of_thresholds.hist(found.thresholds, bins=BINS, color=BAR)
         of_thresholds.axvline(found.start, color="black", linestyle="--")
@@ -268,7 +271,8 @@ def draw_group(group: Group, crops: Sequence[PIL.Image.Image | str], title: str 
         axes = figure.add_subplot(grid[1, k], xticks=[], yticks=[])
         axes.set_xlabel(f"{word}\n{value:.2f}", parse_math=False)
         if isinstance(shown, str):
-            axes.text(0.5, 0.5, textwrap.fill(shown, 12), ha="center", va="center", parse_math=False)
+            text = textwrap.fill(shown, 8)
+            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=SMALL, parse_math=False).set_in_layout(False)
         else:
             axes.imshow(shown)
     figure.supxlabel(HOW_TO_READ_REGIONS, fontsize=SMALL)

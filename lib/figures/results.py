@@ -181,8 +181,10 @@ def draw_curves(curves: dict[str, Curves]) -> Any:
     for axes, (name, title) in zip(rows, panels.items(), strict=True):
         for number, (run, one) in enumerate(curves.items()):
             marker = "o" if name == "rsum" else ""
-            axes.plot(*getattr(one, name).T, label=run, color=f"C{number}", linestyle=STYLES[number % 4], marker=marker)
+            style = {"color": f"C{number}", "linestyle": STYLES[number % 4], "linewidth": 1.5 + number // 4}
+            axes.plot(*getattr(one, name).T, label=run, marker=marker, **style)
         axes.set_title(title)
+        axes.ticklabel_format(axis="y", useOffset=False)
         if name == "loss":
             axes.set_yscale("log", subs=(2, 5))
             for axis_labels in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -56,7 +56,7 @@ class Index:
         self.uri, self.matcher, self.about = uri, matcher, read_about(uri)
         if self.about["model"] != (found := fingerprint(matcher)):
             by = f"was made by the model {self.about['model'][:16]} ({self.about['checkpoint']}), not by {found[:16]}"
-            raise InputError(f"--index {uri}: {by} ({matcher.content['path']}); name its checkpoint, or another index")
+            raise InputError(f"--index {uri}: {by} ({matcher.content['path']}); name its checkpoint, or a new index")
         database = connect(uri)
         self.pictures, self.captions, self.unreadable = map(database.open_table, (PICTURES, CAPTIONS, UNREADABLE))
 

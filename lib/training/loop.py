@@ -427,7 +427,7 @@ def introduce(run: Run, origin: Origin | None) -> None:
     beside = share_beside_own_image(train_split.image_of_caption, settings.batch_size)
     if beside > 0.01:
         share = f"{100 * beside:.0f} % of a batch's pairs have another caption of their image in the batch, which is "
-        treated = "left out" if settings.no_same_image_negatives else "one; --no_same_image_negatives leaves it out"
+        treated = "left out" if settings.no_same_image_negatives else "a negative; --no_same_image_negatives drops it"
         lines.append(f"negatives   {share}{treated}")
     lines += origin.notes if origin else []
     if origin and origin.exact:

@@ -137,6 +137,9 @@ def test_what_is_no_picture_says_why(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(NotAPicture, match="not a picture"):
             open_picture(tmp_path / name)
+    PICTURE.convert("RGB").save(tmp_path / "program.jpg", "EPS")
+    with pytest.raises(NotAPicture, match="PostScript"):
+        open_picture(tmp_path / "program.jpg")
     with pytest.raises(NotAPicture, match="No such file"):
         open_picture(tmp_path / "missing.jpg")
     PICTURE.save(tmp_path / "large.png")

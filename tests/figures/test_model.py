@@ -58,7 +58,8 @@ def test_an_image_of_a_data_set_has_evals_score_and_its_heat_is_the_weights_on_t
     inside = (left < x) & (x < right) & (top < y) & (y < bottom)
     for word, score, weights, panel in zip(found.words, found.scores, found.weights, panels, strict=False):
         assert panel.get_xlabel() == f"{word}\n{score:.2f}"
-        heat = np.tensordot(weights, inside, 1)[..., None]
+        shares = inside / inside.sum(axis=(1, 2), keepdims=True)
+        heat = (np.tensordot(weights, shares, 1) / np.maximum(shares.sum(axis=0), 1e-9))[..., None]
         expected = np.asarray(picture) * (0.25 + 0.75 * heat / heat.max())
         np.testing.assert_allclose(panel.images[0].get_array(), expected, atol=1)  # whole numbers
 

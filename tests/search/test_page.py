@@ -135,7 +135,8 @@ def test_a_sentence_finds_pictures_and_a_click_shows_what_each_word_looks_at(pag
     x1, y1, x2, y2 = (seen.boxes * plain.shape[1] / 40).round().T[:, :, None, None]  # each (R, 1, 1); 40 pixels wide
     y, x = np.mgrid[: plain.shape[0], : plain.shape[1]]
     for weights, picture in zip(seen.weights, lit, strict=True):
-        heat = (weights[:, None, None] * ((x >= x1) & (x < x2) & (y >= y1) & (y < y2))).sum(axis=0)
+        shares = (inside := (x >= x1) & (x < x2) & (y >= y1) & (y < y2)) / inside.sum(axis=(1, 2), keepdims=True)
+        heat = (weights[:, None, None] * shares).sum(axis=0) / shares.sum(axis=0)
         expected = plain * (0.25 + 0.75 * heat / heat.max())[:, :, None]
         assert abs(picture - expected).mean() < 4 < abs(picture - plain).mean()
     rows = [row.split("\t") for row in page.locator("#details table").inner_text().splitlines()]

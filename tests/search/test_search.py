@@ -20,6 +20,7 @@ import eval as eval_program
 import search
 from lib import load
 from lib.checkpoints.native import read_checkpoint
+from lib.config import parse_command
 from lib.evaluation.score import SEEN, Matcher
 from lib.model.xdim import score_words
 from tests.conftest import write_data, write_model, write_pictures
@@ -361,8 +362,9 @@ def test_what_cannot_be_is_refused_in_one_line(pixels, photos, features, tmp_pat
     assert "no such checkpoint" in refusal(capfd, "index", photos, "--checkpoint", tmp_path / "x", "--index", uri)
     assert "nothing says which program" in refusal(capfd, "index", photos, "--checkpoint", other, "--index", uri)
     assert "give a folder of pictures, or --data_name" in refusal(capfd, "index", "--index", uri)
-    assert "give a sentence in quotes, or --image" in refusal(capfd, "query", "--index", uri)
+    assert "give a sentence, or --image" in refusal(capfd, "query", "--index", uri)
     assert "--index: say where" in refusal(capfd, "query", "dog")
+    assert parse_command(search.COMMANDS, ["query", "two", "dogs", "--index", "x"]).text == "two dogs"
     assert " index or query or serve, and flags" in refusal(capfd)
     assert not uri.exists()
     (tmp_path / "empty" / "a.png").write_bytes(b"no picture")

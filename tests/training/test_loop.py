@@ -89,7 +89,7 @@ def test_an_images_other_captions_are_negatives_unless_the_flag_leaves_them_out(
     assert first <= 5
     assert without[first] < with_them[first]  # from the same weights, with terms left out
     share = "negatives   22 % of a batch's pairs have another caption of their image in the batch, which is "
-    assert f"{share}one; --no_same_image_neg" in (tmp_path / "with" / "run.log").read_text()
+    assert f"{share}a negative; --no_same_image_neg" in (tmp_path / "with" / "run.log").read_text()
     assert f"{share}left out\n" in (tmp_path / "without" / "run.log").read_text()
 
 
