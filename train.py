@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = find_origin(settings)
     if origin:
         settings = parse(TrainSettings, __doc__, argv, origin.defaults)
-    if is_restarted():
-        origin = find_own_checkpoint(settings) or origin
+    if is_restarted() and (own := find_own_checkpoint(settings)):
+        origin, settings = own, parse(TrainSettings, __doc__, argv, own.defaults)
     if origin:
         refuse_changes(settings, origin)
     train(settings, origin)
