@@ -8,17 +8,9 @@ XDimSimilarity.forward takes them, and has `sum_over_negatives` (a loss summed o
 from typing import Any
 
 from lib.model.engine.autograd import TiledEngine
-from lib.model.engine.plain import CombinedEngine, CombinedScorer, Embedded, PlainEngine, PlainScorer
+from lib.model.engine.plain import CombinedEngine, CombinedScorer, Embedded, PlainEngine
 
-__all__ = [
-    "CombinedEngine",
-    "CombinedScorer",
-    "Embedded",
-    "PlainEngine",
-    "PlainScorer",
-    "TiledEngine",
-    "make_engine",
-]
+__all__ = ["CombinedScorer", "Embedded", "TiledEngine", "make_engine"]
 
 
 def make_engine(name: str, similarity: Any, global_head: Any = None) -> PlainEngine:
