@@ -5,6 +5,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -122,9 +123,8 @@ def say_progress(run: Run, rate: float, steps_left: int) -> None:
     progress, rates = run.progress, [group["lr"] for group in run.optimizer.param_groups]
     loss, gradient_norm, spread, speed = run.figures.mean()
     pairs = run.settings.batch_size * speed
-    line = (
-        f"epoch {progress.epoch + 1} step {progress.step} loss {loss:.4f} gradient {gradient_norm:.2f} rate {rate:.1e}"
-    )
+    line = f"epoch {progress.epoch + 1} step {progress.step} loss {loss:.4f} gradient {gradient_norm:.2f}"
+    line += f" rate {rate:.1e}"
     if not math.isnan(speed):
         line += f" {pairs:.1f} pairs/s, {timedelta(seconds=round(steps_left / speed))} left"
     run.log.say(line)
@@ -176,9 +176,8 @@ def train_step(run: Run, batch: Batch, loss_function: Loss, warmth: float = 1.0)
     run.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations take their memory
     with run.compute.autocast():
         loss, spread = run.batch_loss(batch, loss_function)
-    (
-        loss * (warmth * distributed.world_size())
-    ).backward()  # the gradients of the processes add up, but DDP averages them
+    scale = warmth * distributed.world_size()  # the gradients of the processes add up, but DDP averages them
+    (loss * scale).backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     run.optimizer.step()  # also where the loss is NaN: that is found before the next checkpoint is written
     return torch.stack([loss.detach(), norm, spread])
@@ -307,14 +306,10 @@ def dev_pairs(run: Run, matcher: Matcher) -> list[Pair]:
     """PAIRS images of dev, evenly spaced; none where pictures, boxes of regions or attention are missing."""
     dev = run.dev[0]
     places = np.linspace(0, len(dev.features) - 1, min(PAIRS, len(dev.features))).astype(int).tolist()
-    try:
-        return (
-            find_pairs(matcher, dev, places, run.settings.image_path)
-            if hasattr(run.model.similarity, "explain")
-            else []
-        )
-    except InputError:
-        return []
+    if hasattr(run.model.similarity, "explain"):
+        with suppress(InputError):
+            return find_pairs(matcher, dev, places, run.settings.image_path)
+    return []
 
 
 # Before the first step

@@ -88,12 +88,8 @@ class CombinedScorer:
 
     def __init__(self, scorer: Any, head: Any):
         """own: the similarity's share, for those who have the cosines."""
-        self.own, self.head, self.cosines, self.weight = (
-            UnitScorer(scorer, head),
-            head,
-            head.scorer(),
-            head.weight.detach(),
-        )
+        self.own, self.head = UnitScorer(scorer, head), head
+        self.cosines, self.weight = head.scorer(), head.weight.detach()
 
     def captions(self, words: Tensor, lengths: Tensor) -> Any:
         """Captions as `all_pairs` takes them."""
