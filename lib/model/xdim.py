@@ -250,12 +250,9 @@ class XDim(nn.Module):
         """What the log says of similarity and global head."""
         return self.similarity.figures() | (self.global_head.figures() if self.global_head else {})
 
-    def forward(
-        self, images: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor, shard: Shard | None = None
-    ) -> Tensor:
-        """Scores (B, B) of all images against all captions of a batch, the same on all processes; see `embed`."""
-        shard = shard or Shard(len(lengths))
-        return shard.gather_outputs(self.engine(*self.embed(images, counts, ids, lengths, shard)), shard.sizes)
+    def forward(self, images: Tensor, counts: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Scores (B, B) of all images against all captions of a batch; see `embed`."""
+        return self.engine(*self.embed(images, counts, ids, lengths))
 
     def embed(
         self, images: Tensor | Pixels, counts: Tensor, ids: Tensor, lengths: Tensor, shard: Shard | None = None
