@@ -46,18 +46,17 @@ class RunLog:
     once; the run goes on.
     """
 
-    def __init__(self, folder: Path, tensorboard_folder: Path, step: int, settings: TrainSettings | None = None):
+    def __init__(self, folder: Path, tensorboard_folder: Path, step: int, settings: TrainSettings):
         """step: finished ones; TensorBoard's of later ones are dropped. Raises InputError without --track's package."""
         self._path, self._tensorboard_folder, self._step = folder / "run.log", tensorboard_folder, step
         self._writer: Any = None  # SummaryWriter
-        self._settings, self._end = settings, None  # the end: what tells TensorBoard that a run is done
-        self._tracker, self._tracked, self._track = None, None, f"--track {settings.track}" if settings else ""
-        self._reported = set()
-        if settings and settings.track and is_first():
+        self._tracker, self._tracked, self._track = None, None, f"--track {settings.track}"
+        self._settings, self._reported = settings, set()
+        if settings.track and is_first():
             self._tracker = optional(settings.track, "--track")
 
     def __enter__(self) -> "RunLog":
-        settings = asdict(self._settings) if self._settings else {}
+        settings = asdict(self._settings)
         self._streams, self._hook = (sys.stdout, sys.stderr), threading.excepthook
         threading.excepthook = self._note_thread
         sys.stdout, sys.stderr = (Lasting(stream, self._note_silence) for stream in self._streams)
@@ -70,17 +69,16 @@ class RunLog:
             with refusing(f"--logger_name {self._tensorboard_folder}: cannot be written"):
                 purge = self._step + 1 if self._step else None
                 self._writer = SummaryWriter(self._tensorboard_folder, purge_step=purge)
-            if settings:
-                rows = [f"| {name} | `{value}` |" for name, value in settings.items()]
-                text = "\n".join(["| setting | value |", "|---|---|", *rows])
-                self.attempt(TENSORBOARD, self._writer.add_text, "settings", text, self._step)
-                *begin, self._end = hparams(settings, {RESULT: None})  # `add_hparams` would make another run of them
-                self._summaries(self._step, *begin)
+            rows = [f"| {name} | `{value}` |" for name, value in settings.items()]
+            text = "\n".join(["| setting | value |", "|---|---|", *rows])
+            self.attempt(TENSORBOARD, self._writer.add_text, "settings", text, self._step)
+            *begin, self._end = hparams(settings, {RESULT: None})  # `add_hparams` would make another run of them
+            self._summaries(self._step, *begin)
         return self
 
     def __exit__(self, error: type | None, *_) -> None:
         if self._writer:
-            if self._end and not error:
+            if not error:
                 self._summaries(self._step, self._end)
             self.attempt(TENSORBOARD, self._writer.close)
         if self._tracked:

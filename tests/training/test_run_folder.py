@@ -15,6 +15,7 @@ import train
 from lib.checkpoints.native import read_checkpoint
 from lib.checkpoints.record import read_record
 from lib.cli import InputError, TrainingStopped
+from lib.config import TrainSettings
 from lib.training import run_folder as module
 from lib.training.log import RunLog
 from lib.training.run_folder import Progress, RunFolder, checkpoints, command_to_resume
@@ -216,7 +217,7 @@ def test_a_folder_that_cannot_be_looked_at_is_a_fault_like_any(tmp_path, state):
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboards_files_that_are_deleted_are_one_line(tmp_path, capsys):
-    with RunLog(tmp_path, tmp_path / "events", 0) as log:
+    with RunLog(tmp_path, tmp_path / "events", 0, TrainSettings()) as log:
         shutil.rmtree(tmp_path / "events")
         for step in range(3):
             log.scalars(step, "train", {"loss": 1.0})
