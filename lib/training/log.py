@@ -57,9 +57,6 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         settings = asdict(self._settings)
-        self._streams, self._hook = (sys.stdout, sys.stderr), threading.excepthook
-        threading.excepthook = self._note_thread
-        sys.stdout, sys.stderr = (Lasting(stream, self._note_silence) for stream in self._streams)
         if self._tracker:
             with refusing(f"{self._track}: cannot be started"):
                 resume = "allow" if self._step else "never"
@@ -74,6 +71,9 @@ class RunLog:
             self.attempt(TENSORBOARD, self._writer.add_text, "settings", text, self._step)
             *begin, self._end = hparams(settings, {RESULT: None})  # `add_hparams` would make another run of them
             self._summaries(self._step, *begin)
+        self._streams, self._hook = (sys.stdout, sys.stderr), threading.excepthook
+        threading.excepthook = self._note_thread
+        sys.stdout, sys.stderr = (Lasting(stream, self._note_silence) for stream in self._streams)
         return self
 
     def __exit__(self, error: type | None, *_) -> None:
