@@ -141,7 +141,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         longest = min(config["max_position_embeddings"] - reserved, loaded.model_max_length)
         specification = complete(loaded.backend_tokenizer.to_str(), longest, loaded.pad_token, loaded.pad_token_id)
     with refusing(f"--bert {name}: its tokenizer cannot be used"):
-        return Tokenizer(specification, config["vocab_size"], name)
+        tokenizer = Tokenizer(specification, config["vocab_size"], name)
+        if not (tokenizer.prefix or tokenizer.suffix):
+            raise ValueError("it adds no special tokens: a caption that loses its words in training would be empty")
+        return tokenizer
 
 
 def complete(specification: str, max_length: int, pad_token: str, pad_id: int) -> str:

@@ -182,6 +182,12 @@ def test_a_folder_whose_tokenizer_is_missing_cut_off_or_another_models_is_named(
     refused(tmp_path / "nothing")
 
 
+def test_a_tokenizer_without_special_tokens_is_refused_as_its_captions_could_become_empty(tmp_path):
+    path = make_text_model("modernbert", tmp_path) / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
+    assert "it adds no special tokens" in refused(tmp_path)
+
+
 def test_pieces_that_a_vocabulary_does_not_know_are_counted(tokenizer, model_folder):
     known, unknown = ["a dog"] * 50, "\u4e00 \u53ea \u72d7"
     assert tokenizer.check_words("dev", tokenizer.tokenize(known)) == ""
