@@ -30,11 +30,9 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor of a shape, with the type and device of `like`; overwrites the last one of that
-        name.
-        """
+        """An uninitialised tensor of a shape, as `like`, always of one type; overwrites the last one of that name."""
         buffer, size = self._buffers.get(name), math.prod(shape)
-        if buffer is None or len(buffer) < size or buffer.dtype != like.dtype:
+        if buffer is None or len(buffer) < size:
             buffer = self._buffers[name] = like.new_empty(size)
         return buffer[:size].view(shape)
 
