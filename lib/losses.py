@@ -104,9 +104,8 @@ def rank_distillation(scores: Tensor, teacher: Tensor, temperature: float) -> Te
     """
     left_out, total = _diagonal(scores) | (teacher == -math.inf), scores.new_zeros(())
     logits = scores / temperature, teacher * (TAUGHT / _deviation(teacher, left_out))
-    lowest = torch.finfo(scores.dtype).min  # not -inf: a query may have no negative
-    for dim in (0, 1):
-        ours, wanted = (one.masked_fill(left_out, lowest).log_softmax(dim) for one in logits)
+    for dim in (0, 1):  # NaN for a query without a negative, all of which is left out below
+        ours, wanted = (one.masked_fill(left_out, -math.inf).log_softmax(dim) for one in logits)
         total = total + F.kl_div(ours, wanted, reduction="none", log_target=True).masked_fill(left_out, 0).sum()
     return total
 
