@@ -97,7 +97,7 @@ class RunLog:
 
     def _summaries(self, step: int, *summaries: Any) -> None:
         """Write to TensorBoard what it has no method for."""
-        for summary in summaries if self._writer else ():
+        for summary in summaries:
             self.attempt(TENSORBOARD, self._writer._get_file_writer().add_summary, summary, step)
 
     def say(self, text: str) -> None:
@@ -117,8 +117,7 @@ class RunLog:
 
     def matrix(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Write grey pixels (H, W), uint8, to TensorBoard as they are."""
-        if self._writer:
-            self.attempt(TENSORBOARD, self._writer.add_image, name, pixels, step, None, "HW")
+        self.attempt(TENSORBOARD, self._writer.add_image, name, pixels, step, None, "HW")
 
     def photograph(self, step: int, name: str, picture: PIL.Image.Image) -> None:
         """Write a picture to TensorBoard as a JPEG, a tenth of what `add_image` would write."""
