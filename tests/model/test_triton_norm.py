@@ -36,12 +36,11 @@ def random_norm_inputs(images, words, regions, dims, triangular=True, shared=Tru
 # the interpreter has no bfloat16
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 0.005)])
 @pytest.mark.parametrize("triangular", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("images", "words", "regions", "dims"), [(1, 1, 1, 16), (2, 33, 36, 80), (2, 5, 3, 90)])
 def test_the_kernel_gives_the_norms_of_plain_products(
-    fused, dtype, tolerance, triangular, shared, images, words, regions, dims
+    fused, dtype, tolerance, triangular, images, words, regions, dims
 ):
-    *inputs, factor = random_norm_inputs(images, words, regions, dims, triangular, shared)
+    *inputs, factor = random_norm_inputs(images, words, regions, dims, triangular)
     actual = fused.TritonNorm(factor.to(dtype), triangular)(*(part.to(dtype) for part in inputs))
     torch.testing.assert_close(actual, FactorNorm(factor, triangular)(*inputs), rtol=tolerance, atol=tolerance)
 
