@@ -136,10 +136,10 @@ def bootstrap_parts(ranks: Sequence[Ranks], parts: Sequence[Part], image_of_capt
     return [bootstrap(one, image, seed) for seed, (one, image) in enumerate(zip(ranks, images, strict=True))]
 
 
-def bootstrap_means(values: np.ndarray, image_of_query: np.ndarray, seed: int = 0) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, image_of_query: np.ndarray) -> np.ndarray:
     """The means in each draw (DRAWS, columns) of values (queries, columns), of queries that belong to images."""
     _, image = np.unique(image_of_query, return_inverse=True)
-    return np.concatenate([_means(values, image, times) for times in _draws(image.max() + 1, seed)])
+    return np.concatenate([_means(values, image, times) for times in _draws(image.max() + 1, seed=0)])
 
 
 def interval(draws: np.ndarray) -> list[float]:

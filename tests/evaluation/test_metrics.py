@@ -156,8 +156,8 @@ def test_means_of_a_draw_are_those_of_its_queries_written_out_and_images_without
 ):
     image_of_query = np.array(image_of_query)
     values = np.random.default_rng(seed).standard_normal((len(image_of_query), 3))
-    means, images = bootstrap_means(values, image_of_query, seed), sorted(set(image_of_query))
-    drawn = redraw(len(images), seed)
+    means, images = bootstrap_means(values, image_of_query), sorted(set(image_of_query))
+    drawn = redraw(len(images), seed=0)
     assert means.shape == (DRAWS, 3)
     for draw in SOME_DRAWS:
         queries = [query for place in drawn[draw] for query in np.flatnonzero(image_of_query == images[place])]
