@@ -162,6 +162,8 @@ def test_queries_whose_rank_changes_by_the_largest_factor_are_shown_with_caption
     found = [(one["way"], one["query"], one["ranks"], one["captions"]) for one in results["changed"]]
     of_captions = [("t2i", caption, [1, 200], [texts[caption]]) for caption in range(15, 20)]
     assert found == [("i2t", 3, [1, 996], texts[15:20]), *of_captions]
+    better = compare(b, a, data=many)[0]["changed"]
+    assert [one["ranks"][::-1] for one in better] == [one["ranks"] for one in results["changed"]]
     printed = out.split("queries that change most")[1]
     assert re.search(rf"\n  image 3 +1 +996  {re.escape(texts[15])}\n +{re.escape(texts[16])}\n", printed)
     assert re.search(rf"\n  caption 19 +1 +200  {re.escape(texts[19])}\n", printed)

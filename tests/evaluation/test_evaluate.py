@@ -440,6 +440,9 @@ def test_splits_are_known_by_their_content_and_data_sets_in_float16_too(evaluate
     assert evaluate("--checkpoint", trained_run, *where, "--split", "held_out")[0]["row"].endswith("on this split")
     write_data(tmp_path / data.name, {"train": 30, "dev": 12, "test": 12})
     assert evaluate("--checkpoint", trained_run, *where[:2])[0]["row"] == "X-Dim, zero-shot"
+    for name in ("train", "dev"):  # without them the data set's name decides
+        (tmp_path / data.name / f"{name}_caps.txt").unlink()
+    assert evaluate("--checkpoint", trained_run, *where[:2])[0]["caveats"] == []
 
 
 # Wrong input

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from lib.losses import hinge, hinge_all, violations
 from lib.model import registry
 from lib.model.engine import Embedded, TiledEngine, autograd, make_engine, norms, tiles
-from lib.model.engine.norms import GramNorm
 from lib.model.xdim import XDimSimilarity
 
 GOLDEN_PARAMETERS = {  # ours -> published
@@ -126,6 +125,8 @@ def test_the_engine_gives_the_plain_formulas_scores_losses_and_gradients(monkeyp
     tile(monkeypatch, few_pairs=few_pairs)
     model, inputs = make(name, gate), random_inputs(6, LENGTHS)
     real = torch.arange(7) < COUNTS[:, None] if masked else None
+    if masked:
+        inputs[0].data[~real] = 0  # as padding is in training; the root of 0 has no finite gradient
     plain = model(*inputs, real)
     assert_same(model, make_engine("tiled", model)(*inputs, real), plain, inputs)
     assert_same(model, 3 * summed(model, inputs, real), 3 * hinge_all(plain, 0.2), inputs)
@@ -203,6 +204,7 @@ def test_float32_and_bfloat16_stay_near_float64_in_scores_and_gradients(engine, 
     assert (ours - scores).abs().max() < (0.05 if autocast else 1e-5)
     if autocast:
         assert not torch.equal(ours, ours.bfloat16().float())
+        assert half_open or (ours - scores).square().mean().sqrt() < 0.0045  # 0.0064 with softmax in bfloat16
     weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).float()
     actual = [*gradients(model, ours, inputs, weights), *gradients(model, loss, inputs, WEIGHT.float())]
     for one, other in zip(actual, expected, strict=True):
@@ -224,6 +226,11 @@ def test_gradients_of_few_pairs_are_computed_in_float32_under_autocast_too():
     assert all(torch.equal(*both) for both in zip(within[:2], outside[:2], strict=True))  # those of the inputs
     for one, other in zip(outside, expected, strict=True):
         assert_close_to_largest(one.double(), other, 1e-4)
+
+
+def test_a_dimension_that_no_other_depends_on_has_finite_coarse_norms():
+    rows = autograd.coarse_rows(torch.eye(4)[:, [0, 0, 1, 2]] * torch.tensor([1.0, 0, 1, 1]))
+    assert norms.RowsNorm(rows, torch.float32).others.isfinite().all()
 
 
 def test_hardest_negatives_differentiate_no_more_than_three_pairs_a_row(monkeypatch):
@@ -249,12 +256,14 @@ def test_a_sharp_gate_keeps_scores_and_gradients_finite(engine):
     assert all(gradient.isfinite().all() for gradient in gradients(model, scores, inputs))
 
 
-def test_gram_norm_of_zeros_has_finite_gradients():
+@pytest.mark.parametrize("gram", [torch.eye(6), torch.ones(1, 2, 6)])
+def test_the_norm_of_zeros_has_finite_gradients(gram):
     words = torch.zeros(1, 2, 6, requires_grad=True)
-    norm = GramNorm(torch.eye(6), torch.float32)
-    norm(torch.ones(1, 2, 3), torch.ones(1, 3, 6), words).sum().backward()
-    assert not words.grad.any()
-    assert not norm.gradient([]).any()
+    norm = norms.differentiable_norm(gram, torch.float32)
+    divisors = norm(torch.ones(1, 2, 3), torch.ones(1, 3, 6), words)
+    of_words, *of_leaves = torch.autograd.grad(divisors.sum(), [words, *norm.leaves])
+    assert not of_words.any()
+    assert not norm.gradient(of_leaves).any()
 
 
 def test_padding_of_pairs_does_not_let_other_captions_in():
