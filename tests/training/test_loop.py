@@ -131,7 +131,7 @@ def test_clipping_bounds_the_norm_over_all_parameters_and_zero_switches_it_off(t
     assert norms == pytest.approx(expected, rel=1e-3, abs=0.0 if clip else 0.01)
 
 
-def test_gradients_of_the_step_before_are_gone_before_the_forward_pass():
+def test_gradients_of_the_step_before_are_gone_before_the_forward_pass_and_warmth_scales_the_loss():
     """Activations take their memory."""
     weight, seen = torch.nn.Parameter(torch.ones(())), []
 
@@ -143,9 +143,9 @@ def test_gradients_of_the_step_before_are_gone_before_the_forward_pass():
     model.weight = weight
     compute, settings = Compute(torch.device("cpu"), "fp32"), SimpleNamespace(grad_clip=0.0)
     run = SimpleNamespace(model=model, batch_loss=batch_loss, optimizer=optimizer, compute=compute, settings=settings)
-    for _ in range(2):
-        loop.train_step(run, None, None)
-    assert (seen, weight.grad.item(), weight.item()) == ([None, None], 2, -3)
+    for warmth in (1.0, 0.5):
+        loop.train_step(run, None, None, warmth)
+    assert (seen, weight.grad.item(), weight.item()) == ([None, None], 1, -2)
 
 
 # What it writes
