@@ -103,6 +103,20 @@ def test_losses_gradients_and_weights_are_those_of_one_process(flags, tmp_path, 
         assert_close(one.value[1], whole.value[1])
 
 
+def seed_of_a_rank(flags):
+    """What its random numbers start from in the first step."""
+    loop.train_step = lambda *_: mishap.fail(Seen(torch.initial_seed()))
+    try:
+        train.main(flags)
+    except Seen as seen:
+        return seen.args[0]
+
+
+def test_each_process_draws_dropout_of_its_own_and_the_first_one_that_of_a_single_process(tiny_flags, tmp_path):
+    ranks = run_ranks(seed_of_a_rank, 2, [*tiny_flags, "--model_name", str(tmp_path / "run")])
+    assert ranks[0].value == 0 != ranks[1].value
+
+
 # Whole runs
 
 
