@@ -107,7 +107,9 @@ def test_captions_of_an_image_can_be_left_out_of_its_negatives(monkeypatch, doub
     lengths, image_of = torch.tensor([2, 5, 1, 3, 3, 2, 4, 1]), torch.tensor(images)
     leaves = [torch.randn(8, 4, 6, requires_grad=True), torch.randn(int(lengths.sum()), 6, requires_grad=True)]
     embedded = Embedded(*leaves, lengths)
-    ours, _ = batch_loss(make_engine(engine, similarity), embedded, loss, 0.2, image_of=image_of)
+    ours, spread = batch_loss(make_engine(engine, similarity), embedded, loss, 0.2, image_of=image_of)
+    whole = similarity(*embedded).std() if loss is not hinge_all else torch.tensor(torch.nan)  # pairwise: never whole
+    torch.testing.assert_close(spread, whole.detach(), equal_nan=True)
     expected = loss_without_same_image(similarity(*embedded), 0.2, image_of, loss)
     torch.testing.assert_close(ours, expected)
     if images == [5] * 8:
