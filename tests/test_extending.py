@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import eval as eval_program
 import train
@@ -70,6 +71,8 @@ def test_the_plain_engine_trains_and_evaluates_with_the_formula_to_the_same_mode
     one, other = (re.findall(r"loss ([\d.]+)", (run / "run.log").read_text()) for run in (fast, plain))
     assert len(one) == 4
     assert [*map(float, one)] == pytest.approx([*map(float, other)], rel=1e-4)
+    weights = [read_checkpoint(run / LAST)["model"]["image_encoder.linear.weight"] for run in (fast, plain)]
+    assert not torch.equal(*weights)  # another order of additions
     _, scores = evaluate(plain, tmp_path, "--engine", "tiled")
     _, by_formula = evaluate(plain, tmp_path)  # with what it was trained with
     np.testing.assert_allclose(by_formula, scores, atol=1e-5)

@@ -391,11 +391,19 @@ def test_a_model_on_regions_goes_on_from_their_pixels(pictures, prepared, tmp_pa
     assert f"its regions were made by torchvision:{KINDS[0]}, not by torchvision:{KINDS[1]}" in capsys.readouterr().err
 
 
-def test_two_transformers_are_trained_together_and_their_checkpoint_needs_no_other_file(pictures, tmp_path):
+def test_two_transformers_are_trained_together_and_their_checkpoint_needs_no_other_file(
+    pictures, tmp_path, monkeypatch
+):
+    def spy(run, *args, train_step=loop.train_step):
+        text, image = run.model.text_encoder, run.model.image_encoder
+        seen.append((text.backbone.is_gradient_checkpointing, text.micro_batch, image.micro_batch))
+        return train_step(run, *args)
+
+    monkeypatch.setattr(loop, "train_step", spy)
     text, vision = make_text_model("siglip", tmp_path / "text"), write_transformer("siglip", tmp_path / "vision")
     data = ["--data_path", str(pictures.parent), "--data_name", "mine", "--embed_size", "16", "--batch_size", "8"]
     model = ["--text_encoder", str(text), "--image_encoder", f"{vision},regions=4"]
-    losses = []
+    losses, seen = [], []
     for memory in ([], ["--gradient_checkpointing"], ["--micro_batch", "3"]):
         run = tmp_path / f"run{len(losses)}"
         recipe = ["--num_epochs", "1", "--freeze_epochs", "0", "--model_name", str(run), "--log_step", "1", *memory]
@@ -403,6 +411,7 @@ def test_two_transformers_are_trained_together_and_their_checkpoint_needs_no_oth
         log = (run / "run.log").read_text()
         losses.append([float(line.split()[5]) for line in log.splitlines() if " loss " in line])
     assert "4 cells of pictures of 32 x 32 pixels; frozen for 0 epochs, then a stage every 5 trains at 0.1" in log
+    assert list(dict.fromkeys(seen)) == [(False, 0, 0), (True, 0, 0), (False, 3, 3)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
     for folder in ("text", "vision"):

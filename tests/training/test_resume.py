@@ -326,15 +326,18 @@ def test_a_lost_best_checkpoint_counts_anew(cut, capsys):
 
 def test_going_back_needs_another_folder_and_loses_nothing(whole, cut, capsys, tmp_path):
     older, names = cut / "step-00000028.pt", sorted(path.name for path in cut.iterdir())
-    curves = {path: path.read_bytes() for path in cut.glob("events.*")}
+    curves = {path: path.read_bytes() for path in whole.glob("events.*")}
     assert train.main(["--resume", str(older)]) == 2
     assert f"{cut / 'step-00000030.pt'} is later; continue with --resume {cut}" in capsys.readouterr().err
     assert sorted(path.name for path in cut.iterdir()) == names
-    assert train.main(["--resume", str(older), "--model_name", str(tmp_path / "branch")]) == 0
-    assert f"branches off {cut} into {tmp_path / 'branch'}" in capsys.readouterr().out
+    unmoved = whole / older.name  # whose settings name the folder of its curves
+    assert train.main(["--resume", str(unmoved), "--model_name", str(tmp_path / "branch")]) == 0
+    out = capsys.readouterr().out
+    assert f"branches off {whole} into {tmp_path / 'branch'}" in out
+    assert "is lost" not in out
     assert_same_weights(tmp_path / "branch", whole)
     assert read_record(tmp_path / "branch")["chosen"]["epoch"] == 2
-    assert curves == {path: path.read_bytes() for path in cut.glob("events.*")}
+    assert curves == {path: path.read_bytes() for path in whole.glob("events.*")}
 
 
 def test_one_process_at_a_time_trains_into_a_folder_and_a_killed_one_leaves_it_free(flags, tmp_path, capsys):
@@ -359,7 +362,8 @@ def test_one_process_at_a_time_trains_into_a_folder_and_a_killed_one_leaves_it_f
     ("change", "said", "steps"),
     [
         (["--learning_rate", "0.001"], ["--learning_rate 0.001 (was 0.0005)"], 30),
-        (["--batch_size", "4", "--seed", "3"], ["--batch_size 4 (was 8)", "--seed 3 (was 0)"], 20 + 30),
+        (["--batch_size", "4", "--margin", "0.1"], ["--batch_size 4 (was 8)", "--margin 0.1 (was 0.2)"], 20 + 30),
+        (["--seed", "3"], ["--seed 3 (was 0)"], 20 + 15),
     ],
 )
 def test_changes_of_the_recipe_are_refused_unless_allowed(flags, tmp_path, monkeypatch, capsys, change, said, steps):
