@@ -64,8 +64,7 @@ class RunLog:
                 self._tracked = self._tracker.init(project=PROJECT, name=name, config=settings, resume=resume)
         if is_first():
             with refusing(f"--logger_name {self._tensorboard_folder}: cannot be written"):
-                purge = self._step + 1 if self._step else None
-                self._writer = SummaryWriter(self._tensorboard_folder, purge_step=purge)
+                self._writer = SummaryWriter(self._tensorboard_folder, purge_step=self._step + 1)
             rows = [f"| {name} | `{value}` |" for name, value in settings.items()]
             text = "\n".join(["| setting | value |", "|---|---|", *rows])
             self.attempt(TENSORBOARD, self._writer.add_text, "settings", text, self._step)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from lib.checkpoints import native
@@ -120,6 +121,9 @@ def test_a_run_that_crashed_anywhere_ends_as_if_it_had_not(flags, whole, tmp_pat
     assert train.main(command) == 0
     assert ("continues" in capsys.readouterr().out) == (step != 2)  # when nothing had been saved
     assert_equal_runs(tmp_path / "run", whole)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [*range(1, 2 * STEPS + 1)]
     assert train.main(command) == 0
     out = capsys.readouterr().out
     assert f"continues {tmp_path / 'run' / 'step-00000030.pt'}: 30 steps done" in out
