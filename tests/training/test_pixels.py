@@ -395,8 +395,8 @@ def test_two_transformers_are_trained_together_and_their_checkpoint_needs_no_oth
     pictures, tmp_path, monkeypatch
 ):
     def spy(run, *args, train_step=loop.train_step):
-        text, image = run.model.text_encoder, run.model.image_encoder
-        seen.append((text.backbone.is_gradient_checkpointing, text.micro_batch, image.micro_batch))
+        text, image, warmth = run.model.text_encoder, run.model.image_encoder, args[-1]
+        seen.append((text.backbone.is_gradient_checkpointing, text.micro_batch, image.micro_batch, warmth))
         return train_step(run, *args)
 
     monkeypatch.setattr(loop, "train_step", spy)
@@ -411,7 +411,7 @@ def test_two_transformers_are_trained_together_and_their_checkpoint_needs_no_oth
         log = (run / "run.log").read_text()
         losses.append([float(line.split()[5]) for line in log.splitlines() if " loss " in line])
     assert "4 cells of pictures of 32 x 32 pixels; frozen for 0 epochs, then a stage every 5 trains at 0.1" in log
-    assert list(dict.fromkeys(seen)) == [(False, 0, 0), (True, 0, 0), (False, 3, 3)]
+    assert list(dict.fromkeys(seen)) == [(False, 0, 0, 1), (True, 0, 0, 1), (False, 3, 3, 1)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
     for folder in ("text", "vision"):
