@@ -54,8 +54,8 @@ class Interrupted(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of a library's error message, or the system's word for what failed, for a message of ours."""
-    return one_line(str(getattr(error, "strerror", None) or error)).split(". ")[0] or type(error).__name__
+    """The first line of a library's error message, or the system's word for what failed, for a message of ours."""
+    return one_line(str(getattr(error, "strerror", None) or error)) or type(error).__name__
 
 
 @contextmanager
@@ -64,7 +64,8 @@ def refusing(message: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise InputError(f"{message} ({reason(error)})") from None
+        why = reason(error).split(". ")[0]  # PyTorch goes on to advise loading without restriction
+        raise InputError(f"{message} ({why})") from None
 
 
 def one_line(text: str) -> str:

@@ -115,7 +115,7 @@ def _from_hub(given: str, name: str, revision: str) -> Path:
 def hub_says(error: Exception) -> str:
     """Why the hub did not give what was asked, in a few words."""
     words = (words for kind, words in HUB_ERRORS.items() if isinstance(error, kind))
-    return next(words, "") or reason(error)
+    return next(words, "") or reason(error).split(". ")[0]
 
 
 def known_as(path: Path) -> str:
@@ -140,7 +140,8 @@ def reading(path: Path) -> Iterator[None]:
             raise Damaged(f"{path}: {DAMAGED} ({reason(error)})") from None
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
     except Exception as error:
-        raise Damaged(f"{path}: {DAMAGED} ({reason(error)})") from None
+        why = reason(error).split(". ")[0]  # PyTorch goes on to advise loading without restriction
+        raise Damaged(f"{path}: {DAMAGED} ({why})") from None
 
 
 def verify(path: Path) -> None:

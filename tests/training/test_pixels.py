@@ -250,7 +250,8 @@ def test_pictures_scored_by_their_paths_have_the_scores_of_the_data_set(pictures
 def test_a_run_is_evaluated_again_with_the_pictures_of_its_training(pictures, whole, tmp_path):
     run, data = shutil.copytree(whole, tmp_path / "run"), tmp_path / "alone"
     best = json.loads((run / "run.json").read_text())["chosen"]["rsum"]
-    assert ablation._evaluate(run, "dev").rsum == pytest.approx(best)
+    of_run, _ = open_split_of([read_checkpoint(run / BEST)], EvaluationSettings(split="dev"))
+    assert ablation._evaluate(run, "dev", of_run.image_of_caption).rsum == pytest.approx(best)
     shutil.copytree(pictures, data, ignore=shutil.ignore_patterns("images"))
     content = read_checkpoint(run / BEST)
     content["settings"] |= {"data_path": str(tmp_path), "data_name": "alone", "image_path": str(pictures / "images")}
