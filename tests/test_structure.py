@@ -74,7 +74,7 @@ def test_flags_are_read_without_pytorch():
 def test_the_code_stays_small():
     lines = [line for path in FILES for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(FILES) <= 73
-    assert len(lines) <= 12946
+    assert len(lines) <= 12948
     assert max(map(len, lines)) <= 120
 
 
