@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import train
 from lib.checkpoints import native
@@ -117,6 +119,8 @@ def crashed(monkeypatch, step, command):
 @pytest.mark.parametrize("step", [2, 15, "dev"])
 def test_a_run_that_crashed_anywhere_ends_as_if_it_had_not(flags, whole, tmp_path, monkeypatch, capsys, step):
     command = [*flags, "--model_name", str(tmp_path / "run"), "--resume", "auto"]
+    counter = SimpleNamespace(get=count(100).__next__)  # TensorBoard's files of one second are read by name: 9 after 10
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
     crashed(monkeypatch, step, command)
     assert train.main(command) == 0
     assert ("continues" in capsys.readouterr().out) == (step != 2)  # when nothing had been saved
